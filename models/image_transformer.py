@@ -1,0 +1,405 @@
+"""What is the Image Transformer, and how large is it?
+
+An autoregressive model of uint8 images (Parmar et al. 2018): a decoder of local self-attention layers over
+the sub-pixels or pixels of the image and, for super-resolution, an encoder that reads a small image.
+
+Shapes: B batch, H rows, W columns, L positions in storage order, T some of them, E encoder tokens, D width, N
+heads, K head width, C values per position.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.embedding import Embedding, InputEmbedding, Position
+from models.layer import Attend, Block, Layer, NormPlace, norm, rotary_angles
+from models.likelihood import Output, initial_mixture
+from models.local_attention import attend_to_all, local_attention
+from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.pixel_order import Input, Shift, grid_shape, source_positions, to_positions
+
+Attention = Literal["local_1d", "local_2d", "full", "dilated_1d"]
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransformerConfig:
+    """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
+
+    image_size: int
+    """Rows and columns of the square images."""
+    input: Input
+    """"categorical": a position is a sub-pixel, embedded by channel and intensity. "ordinal": a position is a
+    pixel, its three intensities combined linearly."""
+    output: Output
+    """"categorical": 256 probabilities per sub-pixel. "mixture": a discretised mixture of logistics per
+    pixel."""
+    mixtures: int
+    """Components of the mixture (the paper: 10); 0 for the categorical output."""
+    attention: Attention
+    """Which positions see each other in the decoder: see models/pattern.py."""
+    query_block: int | tuple[int, int]
+    """Positions per query block: a number, or rows and columns for local_2d; 0 for full attention."""
+    memory: int | tuple[int, int]
+    """Earlier positions a block sees besides itself: a number; rows above and columns to each side for
+    local_2d; positions per chunk for dilated_1d; 0 for full attention."""
+    dilation_gap: int
+    """dilated_1d: positions skipped before each chunk of memory; else 0."""
+    dilation_blocks: int
+    """dilated_1d: number of chunks of memory; else 0."""
+    shift: Shift
+    """How inputs move on by one: "generation", along the generation order, or (local_2d only) "block", inside
+    each block as in the original code, which hides each block's last value from other blocks but lets blocks
+    be decoded in waves."""
+    layers: int
+    """Layers of the decoder."""
+    width: int
+    """Width of the tokens between the layers (d in the paper)."""
+    heads: int
+    """Attention heads."""
+    attention_width: int
+    """Width of all heads' queries together; also of keys and values."""
+    ff_width: int
+    """Width inside the feed-forward network."""
+    block: Block
+    """"paper": LayerNorm, ReLU, biases in the feed-forward network. "modern": RMSNorm, SwiGLU, normalised
+    queries and keys, no biases."""
+    norm: NormPlace
+    """Normalise after each sum ("post", the paper) or before each sub-layer ("pre")."""
+    position: Position
+    """Codes of row and column added to the input, half the width each: "sine" or "learned". "rotary":
+    learned, and in every layer queries and keys are turned by row and column."""
+    dropout: float
+    """Rate of dropout on the embedded input and on what each sub-layer adds."""
+    num_classes: int
+    """Classes the model can be asked for; 0 for none."""
+    condition_size: int
+    """Rows and columns of the small image that is super-resolved; 0 for none."""
+    encoder_layers: int
+    """Layers of the encoder that reads it; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if problems := _range_problems(self) or [*_attention_problems(self), *_combination_problems(self)]:
+            raise ValueError("\n".join(problems))
+
+
+class ImageTransformer(nn.Module):
+    """Images, labels and conditions -> parameters of the distribution of every position given all before
+    it."""
+
+    positions: Tensor
+    sources: Tensor
+    slot_of_position: Tensor
+
+    def __init__(self, config: ImageTransformerConfig, *, checkpoint_every_layers: int = 0) -> None:
+        """checkpoint_every_layers: recompute every n-th layer in the backward pass instead of keeping its
+        activations."""
+        super().__init__()
+        self.config = config
+        self.checkpoint_every_layers = checkpoint_every_layers
+        with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
+            self.pattern = make_pattern(config)
+            self.register_buffer("positions", self.pattern.storage_order, persistent=False)
+            self.register_buffer("sources", source_positions(self.pattern, config.shift), persistent=False)
+            self.register_buffer("slot_of_position", self.pattern.slot_of_position, persistent=False)
+
+        grid = grid_shape(config.image_size, config.input)
+        self.embed_input = InputEmbedding(config.input, grid, config.width, config.position)
+        if config.num_classes:
+            self.embed_class = Embedding(config.num_classes, config.width)
+        if config.condition_size:
+            self.encoder = Encoder(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
+        self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
+        self.head = Head(config)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
+        """Parameters of the output distribution, fp32: [B, H, W, 3, 256] (categorical) or [B, H, W, 10
+        mixtures].
+
+        images uint8 [B, H, W, 3]; labels int64 [B] iff the model has classes; condition uint8 [B, h, w, 3]
+        iff it super- resolves. What is returned for a position depends on the values generated before it
+        only.
+        """
+        self.check_inputs(images, labels, condition)
+        values = to_positions(images, self.config.input)[:, self.sources.clamp(min=0)]
+        slots = torch.arange(self.pattern.length, device=images.device)
+        x = self.hidden(values, slots, labels, self.encode(condition), [self.attend] * self.config.layers)
+        if not self.pattern.stored_in_raster_order:
+            x = x[:, self.slot_of_position]
+        size = self.config.image_size
+        if self.config.output == "mixture":
+            return self.head(x).view(-1, size, size, 10 * self.config.mixtures)
+        return self.head(x).view(-1, size, size, 3, 256)
+
+    def hidden(
+        self,
+        values: Tensor,
+        slots: Tensor,
+        labels: Tensor | None,
+        encoder_kv: Sequence[KeysValues | None],
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """Tokens [B, T, D] before the head, for storage slots [T] and the input values uint8 [B, T, C] they
+        hold.
+
+        Layer i attends by attends[i], and to encoder_kv[i] as of encode().
+        """
+        positions = self.positions[slots]
+        x = self.embed_input(values, self.sources[slots], positions)
+        if labels is not None:
+            x = x + self.embed_class(labels)[:, None]
+        x = self.dropout(x)
+        angles = _angles(self.config, self.embed_input, positions)
+        for index, (layer, attend, kv) in enumerate(zip(self.layers, attends, encoder_kv, strict=True)):
+            every = self.checkpoint_every_layers
+            if self.training and every and (index + 1) % every == 0:
+                keep_rng = self.config.dropout > 0
+                x = checkpoint(layer, x, attend, angles, kv, use_reentrant=False, preserve_rng_state=keep_rng)
+            else:
+                x = layer(x, attend, angles, kv)
+        return self.final_norm(x)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of all positions by the pattern of this model."""
+        return local_attention(q, k, v, self.pattern)
+
+    def encode(self, condition: Tensor | None) -> list[KeysValues | None]:
+        """What each layer of the decoder attends to in the small image: keys and values [B, N, E, K], or
+        None."""
+        if condition is None:
+            return [None] * self.config.layers
+        encoded = self.encoder(condition)
+        return [layer.encoder_attention.keys_values(encoded) for layer in self.layers if isinstance(layer, Layer)]
+
+    def check_inputs(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> None:
+        """Raise ValueError where inputs do not fit the config."""
+        config = self.config
+        for name, given, size in (
+            ("images", images, config.image_size),
+            ("condition", condition, config.condition_size),
+        ):
+            if (given is None) != (size == 0):
+                raise ValueError(
+                    f"{name}: {'missing' if given is None else 'given'}, but its size in the config is {size}"
+                )
+            if given is not None and given.shape[1:] != (size, size, 3):
+                raise ValueError(f"{name}: shape {tuple(given.shape)}, but the model reads [B, {size}, {size}, 3]")
+        if (labels is None) != (config.num_classes == 0):
+            raise ValueError(
+                f"labels: {'missing' if labels is None else 'given'}, but num_classes is {config.num_classes}"
+            )
+
+
+class Encoder(nn.Module):
+    """Reads a small image with global attention among its sub-pixels (section 3.3 of the paper)."""
+
+    def __init__(self, config: ImageTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        grid = grid_shape(config.condition_size, "categorical")
+        self.embed_input = InputEmbedding("categorical", grid, config.width, config.position)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(_layer(config, is_decoder=False) for _ in range(config.encoder_layers))
+        self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
+
+    def forward(self, condition: Tensor) -> Tensor:
+        """uint8 [B, h, w, 3] -> [B, E, D]."""
+        values = to_positions(condition, "categorical")
+        positions = torch.arange(values.shape[1], device=condition.device)
+        x = self.dropout(self.embed_input(values, positions, positions))
+        angles = _angles(self.config, self.embed_input, positions)
+        for layer in self.layers:
+            x = layer(x, attend_to_all, angles, None)
+        return self.final_norm(x)
+
+
+class Head(nn.Linear):
+    """Tokens [B, T, D] -> parameters of the output distribution in fp32, [B, T, C, 256] or [B, T, 10
+    mixtures]."""
+
+    def __init__(self, config: ImageTransformerConfig) -> None:
+        is_mixture = config.output == "mixture"
+        values_per_position = 1 if config.input == "categorical" else 3
+        super().__init__(config.width, 10 * config.mixtures if is_mixture else 256 * values_per_position)
+        self.is_mixture = is_mixture
+        # Almost no opinion at first: uniform intensities, or a spread of mixtures.
+        nn.init.normal_(self.weight, std=0.1 / math.sqrt(config.width))
+        with torch.no_grad():
+            self.bias.copy_(initial_mixture(config.mixtures) if is_mixture else torch.zeros_like(self.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = F.linear(x.float(), self.weight.float(), self.bias.float())
+        return parameters if self.is_mixture else parameters.unflatten(-1, (-1, 256))
+
+
+def make_pattern(config: ImageTransformerConfig) -> Pattern:
+    """The decoder's attention pattern over the positions of an image."""
+    height, width = grid_shape(config.image_size, config.input)
+    length = height * width
+    query, memory = config.query_block, config.memory
+    if config.attention == "full":
+        return full(length)
+    if isinstance(query, int) and isinstance(memory, int):
+        if config.attention == "dilated_1d":
+            return dilated_1d(length, query, memory, config.dilation_gap, config.dilation_blocks)
+        return local_1d(length, query, memory)
+    assert not isinstance(query, int) and not isinstance(memory, int), "checked by the config"
+    return local_2d(height, width, query, memory)
+
+
+def num_parameters(config: ImageTransformerConfig) -> int:
+    """Trainable numbers."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in ImageTransformer(config).parameters())
+
+
+def forward_flops(config: ImageTransformerConfig) -> int:
+    """Floating-point operations of matrix products for one image, forward; a product of m x k and k x n
+    counts 2 m k n.
+
+    Exact: attention counts the pairs that the pattern lets see each other. Training takes three times as
+    many.
+    """
+    with torch.device("meta"):
+        model = ImageTransformer(config)
+    length, encoder_length = model.pattern.length, 3 * config.condition_size**2
+    flops = 0
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reads_encoder = name.startswith("encoder.") or name.endswith(".encoder_attention.kv")
+            flops += 2 * module.in_features * module.out_features * (encoder_length if reads_encoder else length)
+    pairs = config.layers * (model.pattern.num_pairs + length * encoder_length)
+    pairs += config.encoder_layers * encoder_length**2
+    return flops + 4 * config.attention_width * pairs
+
+
+def _layer(config: ImageTransformerConfig, is_decoder: bool) -> Layer:
+    attends_to_encoder = is_decoder and config.condition_size > 0
+    num_layers = config.layers if is_decoder else config.encoder_layers
+    return Layer(
+        block=config.block,
+        norm_place=config.norm,
+        width=config.width,
+        heads=config.heads,
+        attention_width=config.attention_width,
+        ff_width=config.ff_width,
+        dropout=config.dropout,
+        attends_to_encoder=attends_to_encoder,
+        num_sublayers=num_layers * (3 if attends_to_encoder else 2),
+    )
+
+
+def _angles(config: ImageTransformerConfig, embed_input: InputEmbedding, positions: Tensor) -> Tensor | None:
+    if config.position != "rotary":
+        return None
+    return rotary_angles(*embed_input.rows_and_columns(positions), config.attention_width // config.heads)
+
+
+def _range_problems(config: ImageTransformerConfig) -> list[str]:
+    problems = []
+    for name in ("image_size", "layers", "width", "heads", "attention_width", "ff_width"):
+        if getattr(config, name) < 1:
+            problems.append(f"{name}: {getattr(config, name)} is not positive")
+    for name in ("mixtures", "dilation_gap", "dilation_blocks", "num_classes", "condition_size", "encoder_layers"):
+        if getattr(config, name) < 0:
+            problems.append(f"{name}: {getattr(config, name)} is negative")
+    if not 0 <= config.dropout < 1:
+        problems.append(f"dropout: {config.dropout} is not in [0, 1)")
+    return problems
+
+
+def _attention_problems(config: ImageTransformerConfig) -> list[str]:
+    """What is wrong with the fields that describe the attention pattern."""
+    height, width = grid_shape(config.image_size, config.input)
+    length, query, memory = height * width, config.query_block, config.memory
+    problems = []
+    if config.attention != "dilated_1d" and (config.dilation_gap or config.dilation_blocks):
+        problems.append("dilation_gap, dilation_blocks: only dilated_1d attention has them; set both to 0")
+    if config.attention != "local_2d" and config.shift == "block":
+        problems.append("shift: 'block' is for local_2d attention only; choose 'generation'")
+
+    if config.attention == "full":
+        if query != 0 or memory != 0:
+            problems.append("query_block, memory: full attention has neither; set both to 0")
+    elif config.attention == "local_2d":
+        for axis, name, size in ((0, "rows", height), (1, "columns", width)):
+            if isinstance(query, int) or isinstance(memory, int):
+                problems.append(f"query_block, memory: local_2d attention takes [rows, columns], not {query}, {memory}")
+                break
+            problems += _extent_problems(name, size, query[axis], memory[axis])
+    elif not isinstance(query, int) or not isinstance(memory, int):
+        problems.append(f"query_block, memory: {config.attention} attention takes numbers, not {query}, {memory}")
+    elif config.attention == "local_1d":
+        problems += _extent_problems("positions", length, query, memory)
+    else:
+        reach = (config.dilation_gap + memory) * config.dilation_blocks
+        if memory < 1 or config.dilation_blocks < 1:
+            problems.append("memory, dilation_blocks: dilated_1d attention needs at least 1 of each")
+        problems += _extent_problems("positions", length, query, reach)
+    return problems
+
+
+def _extent_problems(name: str, size: int, query: int, memory: int) -> list[str]:
+    """Along one axis: does the block tile it, and is there anything to see where the memory reaches?"""
+    if query < 1 or size % query:
+        divisors = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
+        near = sorted(sorted(divisors, key=lambda divisor: abs(divisor - query))[:4])
+        return [f"query_block: {query} does not divide the image's {size} {name}; choose e.g. one of {near}"]
+    if not 0 <= memory <= size - query:
+        return [
+            f"memory: reaches {memory} {name} beyond a block of {query}, but the image has {size} in all; choose 0 to "
+            f"{size - query}"
+        ]
+    return []
+
+
+def _combination_problems(config: ImageTransformerConfig) -> list[str]:
+    """Fields that are fine alone but not together."""
+    head_width = config.attention_width / config.heads
+    rules: list[tuple[bool, str]] = [
+        (
+            head_width.is_integer(),
+            f"heads: {config.heads} does not divide attention_width {config.attention_width}",
+        ),
+        (
+            config.width % 4 == 0,
+            f"width: {config.width} is not a multiple of 4, but codes of row and column take half of it each",
+        ),
+        (
+            config.position != "rotary" or head_width % 4 == 0,
+            f"position: rotary needs attention_width / heads, {head_width:g}, to be a multiple of 4",
+        ),
+        (
+            not (config.output == "mixture" and config.input == "categorical"),
+            "output: a mixture describes whole pixels, but input 'categorical' makes a sequence of sub-pixels; set "
+            "input to 'ordinal' or output to 'categorical'",
+        ),
+        (
+            (config.mixtures > 0) == (config.output == "mixture"),
+            f"mixtures: {config.mixtures} with output '{config.output}'; the mixture output needs at least 1 (the "
+            "paper: 10), the categorical one takes 0",
+        ),
+        (
+            not (config.block == "modern" and config.norm == "post"),
+            "norm: the modern block is made for 'pre'",
+        ),
+        (
+            (config.encoder_layers > 0) == (config.condition_size > 0),
+            f"encoder_layers: {config.encoder_layers} with condition_size {config.condition_size}; set both "
+            "(super-resolution) or neither",
+        ),
+        (
+            config.condition_size == 0
+            or (config.condition_size < config.image_size and config.image_size % config.condition_size == 0),
+            f"condition_size: {config.condition_size} is not a proper divisor of image_size {config.image_size}",
+        ),
+    ]
+    return [problem for holds, problem in rules if not holds]

@@ -1,0 +1,149 @@
+"""How probable are the pixels under the model's output, and how is a pixel drawn from it?
+
+Two output distributions (section 3.4 of the paper):
+- "categorical": 256 logits for each sub-pixel, parameters [B, H, W, 3, 256];
+- "mixture": a discretised mixture of K logistics for each pixel (PixelCNN++), parameters [B, H, W, 10 K].
+
+Shapes: B batch, H rows, W columns, K mixtures.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Output = Literal["categorical", "mixture"]
+
+# Intensities 0..255 lie on [-1, 1]; a bin reaches half a level to each side.
+HALF_LEVEL = 1 / 255
+LOG_SCALE_FLOOR = -7.0
+# Below this probability of a bin the original uses the density at its centre instead.
+LOG_SMALL_PROBABILITY = math.log(1e-5)
+INITIAL_LOG_SCALE = math.log(0.1)
+
+
+def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
+    """Negative log-likelihood in nats: [B, H, W, 3] (categorical) or [B, H, W] (mixture), of images uint8 [B,
+    H, W, 3].
+
+    Always fp32.
+    """
+    if output == "mixture":
+        return mixture_nats(parameters, images)
+    logits = parameters.float()
+    losses = F.cross_entropy(logits.flatten(0, -2), images.flatten().long(), reduction="none")
+    return losses.view(images.shape)
+
+
+def bits_per_dim(total_nats: float, num_subpixels: int) -> float:
+    """Bits per sub-pixel, the unit of every published table."""
+    return total_nats / (num_subpixels * math.log(2))
+
+
+class Mixture(NamedTuple):
+    """Parameters of K logistics for each pixel; means and scales on the [-1, 1] scale of intensities."""
+
+    logits: Tensor
+    """[..., K]."""
+    means: Tensor
+    """[..., K, 3], of green and blue before the other channels are taken into account."""
+    log_scales: Tensor
+    """[..., K, 3], floored."""
+    coefficients: Tensor
+    """[..., K, 3] in (-1, 1): red on green, red on blue, green on blue."""
+
+
+def split_mixture(parameters: Tensor) -> Mixture:
+    """[..., 10 K] in the original's layout: K logits, K x 3 means, K x 3 log-scales, K x 3 coefficients
+    before tanh."""
+    if parameters.shape[-1] % 10:
+        raise ValueError(f"a mixture takes 10 parameters per component, got {parameters.shape[-1]} in all")
+    num_mixtures = parameters.shape[-1] // 10
+    logits, *triples = parameters.float().split([num_mixtures] + [3 * num_mixtures] * 3, dim=-1)
+    means, log_scales, coefficients = (triple.unflatten(-1, (num_mixtures, 3)) for triple in triples)
+    return Mixture(logits, means, log_scales.clamp(min=LOG_SCALE_FLOOR), coefficients.tanh())
+
+
+def initial_mixture(num_mixtures: int) -> Tensor:
+    """Parameters [10 K] to start from: reds spread evenly, and green near red and blue near green as in
+    photographs."""
+    spread = torch.linspace(-1, 1, 2 * num_mixtures + 1)[1::2]
+    means = torch.stack([spread, torch.zeros(num_mixtures), torch.zeros(num_mixtures)], dim=-1)
+    log_scales = torch.tensor([math.log(1 / num_mixtures), INITIAL_LOG_SCALE, INITIAL_LOG_SCALE]).expand(
+        num_mixtures, 3
+    )
+    coefficients = torch.tensor([math.atanh(0.9), 0.0, math.atanh(0.9)]).expand(num_mixtures, 3)
+    return torch.cat([torch.zeros(num_mixtures), means.flatten(), log_scales.flatten(), coefficients.flatten()])
+
+
+def mixture_nats(parameters: Tensor, images: Tensor) -> Tensor:
+    """Negative log-likelihood of whole pixels in nats, [B, H, W].
+
+    Equal to the original's discretized_mix_logistic_loss: the means of green and blue move with the true
+    values of the channels before them; the outermost bins reach to infinity; improbable bins use the density
+    at their centre.
+    """
+    mixture = split_mixture(parameters)
+    pixels = (images.float() / 127.5 - 1).unsqueeze(-2)
+    red, green, _ = pixels.unbind(-1)
+    on_green, red_on_blue, green_on_blue = mixture.coefficients.unbind(-1)
+    shift = torch.stack([torch.zeros_like(on_green), on_green * red, red_on_blue * red + green_on_blue * green], dim=-1)
+    centred = pixels - mixture.means - shift
+    log_probabilities = _log_bin_probability(centred, mixture.log_scales, images.unsqueeze(-2)).sum(-1)
+    return -torch.logsumexp(mixture.logits.log_softmax(-1) + log_probabilities, dim=-1)
+
+
+def _log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor) -> Tensor:
+    """log(sigmoid(upper) - sigmoid(lower)) of the bin around `centred` = intensity - mean.
+
+    The difference is never formed; sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)) keeps
+    full precision.
+    """
+    inverse_scales = (-log_scales).exp()
+    upper = inverse_scales * (centred + HALF_LEVEL)
+    lower = inverse_scales * (centred - HALF_LEVEL)
+    log_below_upper, log_above_lower = F.logsigmoid(upper), F.logsigmoid(-lower)
+    log_inside = log_below_upper + log_above_lower + torch.log(-torch.expm1(-2 * HALF_LEVEL * inverse_scales))
+
+    middle = (inverse_scales * centred).abs()
+    log_density = 2 * F.logsigmoid(middle) - middle - log_scales - math.log(127.5)
+    log_inside = torch.where(log_inside > LOG_SMALL_PROBABILITY, log_inside, log_density)
+    return torch.where(intensities == 0, log_below_upper, torch.where(intensities == 255, log_above_lower, log_inside))
+
+
+def draw(output: Output, parameters: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
+    """Intensities uint8 [..., 3 or 1] drawn from parameters [..., C, 256] or [..., 10 K] with float64
+    uniforms in (0, 1).
+
+    Categorical: uniforms [..., C], one per sub-pixel; logits are divided by the temperature. Mixture:
+    uniforms [..., 4], one for the component and one per channel; logits are divided, scales multiplied by the
+    temperature.
+    """
+    if output == "categorical":
+        return _draw_index(parameters.double() / temperature, uniforms).to(torch.uint8)
+
+    mixture = split_mixture(parameters)
+    component = _draw_index(mixture.logits.double() / temperature, uniforms[..., 0])
+    index = component[..., None, None].expand(*component.shape, 1, 3)
+    means, log_scales, coefficients = (
+        parameter.gather(-2, index).squeeze(-2).double().unbind(-1) for parameter in mixture[1:]
+    )
+    logistic = torch.logit(uniforms[..., 1:]).unbind(-1)
+
+    def draw_channel(channel: int, mean: Tensor) -> Tensor:
+        # Each channel is clipped and rounded before it conditions the next, as in the likelihood.
+        value = mean + temperature * log_scales[channel].exp() * logistic[channel]
+        return ((value.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+    red = draw_channel(0, means[0])
+    green = draw_channel(1, means[1] + coefficients[0] * red)
+    blue = draw_channel(2, means[2] + coefficients[1] * red + coefficients[2] * green)
+    return ((torch.stack([red, green, blue], dim=-1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def _draw_index(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """int64 [...]: an index into the last axis of logits [..., n] by inverting the distribution function."""
+    cumulative = logits.softmax(-1).cumsum(-1)
+    return (cumulative < uniforms[..., None]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -1,0 +1,148 @@
+"""How is attention computed so that its cost follows the pattern and not the square of the length?
+
+Shapes: B batch, N heads, L positions in storage order, D head width, G blocks of one kind, Q queries and M
+memory keys of a block.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.linear import product_dtype
+from models.pattern import Pattern, QueryBlock
+
+Backend = Literal["auto", "reference", "blocked"]
+
+
+def local_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """softmax(scale q k^T) v over the keys that `pattern` lets each query see (equation 1 of the paper).
+
+    q, k, v and the result are [B, N, L, D] with tokens in pattern.storage_order; scale defaults to 1 /
+    sqrt(D). "reference" builds the dense mask: slow and obvious, for tests. "blocked" computes each block's
+    keys only.
+    """
+    if not q.shape == k.shape == v.shape:
+        raise ValueError(f"q, k and v differ in shape: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if q.shape[2] != pattern.length:
+        raise ValueError(f"q has {q.shape[2]} tokens, but the pattern is made for {pattern.length}")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend == "reference":
+        return _reference(q, k, v, pattern, scale)
+    if backend in ("auto", "blocked"):
+        return _blocked(q, k, v, pattern, scale)
+    raise ValueError(f"backend: {backend!r} is not one of 'auto', 'reference', 'blocked'")
+
+
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """Attention without a mask: q [B, N, any, D], k and v [B, N, any other, D]."""
+    dtype = product_dtype(q)
+    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), scale=scale).to(q.dtype)
+
+
+def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    mask = pattern.mask_in_storage_order().to(q.device)
+    scores = (scale * q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def _blocked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    """Blocks with equally many queries and memory keys are computed together, so nothing is padded."""
+    given, dtype = q.dtype, product_dtype(q)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    plan = _plan(pattern, q.device)
+    outputs = []
+    for group in plan.groups:
+        queries = _gather(q, group.query_chunks, group)
+        keys, values = _gather(k, group.key_chunks, group), _gather(v, group.key_chunks, group)
+        output = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=group.mask, is_causal=group.is_causal, scale=scale
+        )
+        outputs.append(output.view(*q.shape[:2], -1, q.shape[-1]))
+    output = torch.cat(outputs, dim=2)
+    if plan.restore is not None:
+        output = _chunked(output, plan.chunk).index_select(2, plan.restore).flatten(2, 3)
+    return output.to(given)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Blocks with the same numbers of queries and memory keys. Index tensors count chunks of `chunk`
+    slots."""
+
+    num_blocks: int
+    chunk: int
+    query_chunks: Tensor
+    """int64 [G * Q / chunk]."""
+    key_chunks: Tensor
+    """int64 [G * (M + Q) / chunk], for each block its memory and then itself."""
+    mask: Tensor | None
+    """bool [Q, M + Q], or None where is_causal says it all or everything is visible."""
+    is_causal: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    groups: tuple[_Group, ...]
+    chunk: int
+    restore: Tensor | None
+    """int64: chunks of the concatenated groups in storage order; None if they are in order already."""
+
+
+@lru_cache(maxsize=64)
+def _plan(pattern: Pattern, device: torch.device) -> _Plan:
+    kinds: dict[tuple[int, int], list[QueryBlock]] = {}
+    for block in pattern.blocks:
+        kinds.setdefault((block.num_queries, block.num_memory_keys), []).append(block)
+    groups = tuple(_group(pattern, blocks, device) for blocks in kinds.values())
+
+    computed = [(block.start, block.stop) for blocks in kinds.values() for block in blocks]
+    chunk = math.gcd(*(bound for range_ in computed for bound in range_))
+    order = _chunk_indices(computed, chunk, torch.device("cpu"))
+    in_order = bool((order == torch.arange(len(order))).all())
+    return _Plan(groups, chunk, None if in_order else torch.argsort(order).to(device))
+
+
+def _group(pattern: Pattern, blocks: list[QueryBlock], device: torch.device) -> _Group:
+    own = [(block.start, block.stop) for block in blocks]
+    seen = [range_ for block in blocks for range_ in (*block.memory, (block.start, block.stop))]
+    chunk = math.gcd(*(bound for range_ in seen for bound in range_))
+
+    # Blocks of one size have one order of generation inside, so one mask serves the group.
+    own_mask, num_memory_keys = pattern.own_block_mask(blocks[0]), blocks[0].num_memory_keys
+    is_causal = num_memory_keys == 0 and bool((own_mask == torch.ones_like(own_mask).tril()).all())
+    mask = None
+    if pattern.causal and not is_causal:
+        memory_mask = torch.ones(len(own_mask), num_memory_keys, dtype=torch.bool)
+        mask = torch.cat([memory_mask, own_mask], dim=1).to(device)
+    return _Group(
+        num_blocks=len(blocks),
+        chunk=chunk,
+        query_chunks=_chunk_indices(own, chunk, device),
+        key_chunks=_chunk_indices(seen, chunk, device),
+        mask=mask,
+        is_causal=is_causal,
+    )
+
+
+def _chunk_indices(ranges: list[tuple[int, int]], chunk: int, device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(start // chunk, stop // chunk) for start, stop in ranges]).to(device)
+
+
+def _chunked(x: Tensor, chunk: int) -> Tensor:
+    """[B, N, L, D] -> [B, N, L / chunk, chunk, D], without the slots after the last whole chunk."""
+    whole = x.shape[2] // chunk * chunk
+    return x[:, :, :whole].unflatten(2, (-1, chunk))
+
+
+def _gather(x: Tensor, chunks: Tensor, group: _Group) -> Tensor:
+    """[B, N, L, D] -> [B * N, G, rows of a block, D]."""
+    batch, heads, _, depth = x.shape
+    # index_select and not unfold: compiled for the CPU, unfold gives wrong gradients of k (torch 2.13).
+    return _chunked(x, group.chunk).index_select(2, chunks).view(batch * heads, group.num_blocks, -1, depth)
