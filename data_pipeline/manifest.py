@@ -1,0 +1,213 @@
+"""What is in a set of shards: names, sizes, checksums, classes, and how the pixels came about.
+
+The manifest is written last, so its presence means that the set is complete. Everything in it is checked when
+it is read, because it decides how many bytes are fetched and how they are cut.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from data_pipeline.shard_format import SampleLayout
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, read_json
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+LARGEST_MANIFEST_BYTES = 256 << 20
+LARGEST_IMAGE_SIZE = 4096
+LARGEST_BLOCK_BYTES = 1 << 30
+SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.tar")
+HEX_64, HEX_256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file."""
+
+    name: str
+    bytes: int
+    count: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of samples inside a shard: what is fetched and checked in one piece."""
+
+    shard: int
+    """Index into the manifest's shards."""
+    begin: int
+    """First byte in the shard."""
+    end: int
+    """One past the last byte."""
+    count: int
+    xxh3: str
+    """XXH3-64 of these bytes, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of one packed split."""
+
+    name: str
+    """The data set with resolution and protocol: the words a bits/dim figure should be quoted with."""
+    split: str
+    count: int
+    image_size: int
+    """Edge of the square RGB images in pixels."""
+    protocol: Mapping[str, Any]
+    """How images were brought to that size, with the versions of what did it."""
+    source: Mapping[str, Any]
+    """What was packed: form, digests and counts of oddities."""
+    classes: tuple[str, ...]
+    """Names of the labels 0, 1, ...; empty when there are none."""
+    seed: int
+    """Seed of the global shuffle at packing time."""
+    pixel_mean: tuple[float, ...]
+    """Per channel R, G, B, in levels 0 to 255."""
+    pixel_std: tuple[float, ...]
+    shards: tuple[Shard, ...]
+    blocks: tuple[Block, ...]
+
+    @property
+    def layout(self) -> SampleLayout:
+        return SampleLayout(self.image_size)
+
+    @property
+    def block_counts(self) -> list[int]:
+        return [block.count for block in self.blocks]
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as the JSON document that is stored, with its digest."""
+    layout = manifest.layout
+    document: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": manifest.name,
+        "split": manifest.split,
+        "count": manifest.count,
+        "image": {
+            "size": manifest.image_size,
+            "channels": 3,
+            "dtype": "uint8",
+            "layout": "HWC",
+            "sample_bytes": layout.stride,
+            "label_offset": layout.label_offset,
+            "pixels_offset": layout.pixels_offset,
+        },
+        "protocol": dict(manifest.protocol),
+        "source": dict(manifest.source),
+        "classes": list(manifest.classes),
+        "seed": manifest.seed,
+        "pixel_mean": list(manifest.pixel_mean),
+        "pixel_std": list(manifest.pixel_std),
+        "shards": [{"name": s.name, "bytes": s.bytes, "count": s.count, "sha256": s.sha256} for s in manifest.shards],
+        "blocks": [[b.shard, b.begin, b.end, b.count, b.xxh3] for b in manifest.blocks],
+    }
+    return document | {"digest": digest_of(document)}
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON document in its one canonical spelling, ``digest`` itself left out."""
+    content = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """Publish a complete set of shards. One object, so another reader sees all of it or nothing."""
+    document = to_json(manifest)
+    blocks = ",\n  ".join(json.dumps(block) for block in document.pop("blocks"))  # one line each
+    text = json.dumps(document, indent=1).removesuffix("\n}")
+    store.write(MANIFEST_NAME, f'{text},\n "blocks": [\n  {blocks}\n ]\n}}\n'.encode())
+
+
+def read_manifest(store: Store) -> tuple[Manifest, str]:
+    """The manifest below a URL and its digest; ``DataError`` says what is missing or wrong."""
+    url = store.url_of(MANIFEST_NAME)
+    if not store.exists(MANIFEST_NAME):
+        shards = [name for name in store.names() if name.endswith(".tar")]
+        if shards:
+            raise DataError(
+                f"{store.url} holds {len(shards)} shards but no {MANIFEST_NAME}, so it is not complete: "
+                "let the packing command that makes it finish"
+            )
+        raise DataError(f"no shards at {store.url} (there is no {MANIFEST_NAME}); pack them first or correct the URL")
+    document = read_json(store, MANIFEST_NAME, LARGEST_MANIFEST_BYTES)
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{url} has format version {version!r} and this program reads version {FORMAT_VERSION}; pack the data again"
+        )
+    if document.get("digest") != digest_of(document):
+        raise DataError(f"{url} does not match its own digest: it was edited or damaged; pack again", EXIT_CORRUPT)
+    try:
+        manifest = from_json(document)
+        check(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{url} is not a valid manifest: {type(error).__name__}: {error}", EXIT_CORRUPT) from error
+    if manifest.count == 0:
+        raise DataError(f"{store.url} holds no images (count 0)")
+    return manifest, str(document["digest"])
+
+
+def from_json(document: Mapping[str, Any]) -> Manifest:
+    """The inverse of ``to_json``; raises KeyError, TypeError or ValueError for another shape of document."""
+    return Manifest(
+        name=str(document["name"]),
+        split=str(document["split"]),
+        count=int(document["count"]),
+        image_size=int(document["image"]["size"]),
+        protocol=dict(document["protocol"]),
+        source=dict(document["source"]),
+        classes=tuple(str(name) for name in document["classes"]),
+        seed=int(document["seed"]),
+        pixel_mean=tuple(float(x) for x in document["pixel_mean"]),
+        pixel_std=tuple(float(x) for x in document["pixel_std"]),
+        shards=tuple(
+            Shard(str(s["name"]), int(s["bytes"]), int(s["count"]), str(s["sha256"])) for s in document["shards"]
+        ),
+        blocks=tuple(Block(int(s), int(b), int(e), int(n), str(x)) for s, b, e, n, x in document["blocks"]),
+    )
+
+
+def check(manifest: Manifest) -> None:
+    """Raise ValueError unless shards and blocks fit together and stay inside their bounds."""
+    if not 1 <= manifest.image_size <= LARGEST_IMAGE_SIZE:
+        raise ValueError(f"image size {manifest.image_size} is not in 1..{LARGEST_IMAGE_SIZE}")
+    for shard in manifest.shards:
+        if not SHARD_NAME.fullmatch(shard.name):
+            raise ValueError(f"{shard.name!r} is not a name for a shard")
+        if not HEX_256.fullmatch(shard.sha256):
+            raise ValueError(f"shard {shard.name} has no SHA-256")
+    stride = manifest.layout.stride
+    counted = [0] * len(manifest.shards)
+    for number, block in enumerate(manifest.blocks):
+        if not 0 <= block.shard < len(manifest.shards):
+            raise ValueError(f"block {number} refers to shard {block.shard} of {len(manifest.shards)}")
+        shard = manifest.shards[block.shard]
+        if not (block.count >= 1 and block.begin >= 0 and block.end <= shard.bytes):
+            raise ValueError(f"block {number} is outside its shard {shard.name}")
+        if block.end - block.begin != block.count * stride or block.end - block.begin > LARGEST_BLOCK_BYTES:
+            raise ValueError(
+                f"block {number} has {block.end - block.begin} bytes for {block.count} samples of {stride}"
+            )
+        if not HEX_64.fullmatch(block.xxh3):
+            raise ValueError(f"block {number} has no checksum")
+        counted[block.shard] += block.count
+    for before, after in pairwise(manifest.blocks):
+        if (before.shard, before.end) != (after.shard, after.begin) and (before.shard + 1, 0) != (
+            after.shard,
+            after.begin,
+        ):
+            raise ValueError("the blocks do not follow each other")
+    if counted != [shard.count for shard in manifest.shards] or sum(counted) != manifest.count:
+        raise ValueError(f"the blocks hold {sum(counted)} samples, the manifest says {manifest.count}")
+
+
+def open_store(url: str, deadline_seconds: float) -> Store:
+    """The folder of a data set at a URL."""
+    return Store(normalised(url), deadline_seconds)

@@ -1,0 +1,127 @@
+"""How does a run of images become the bytes of a WebDataset shard, and back?
+
+One image is one WebDataset sample of two members, ``KEY.cls`` (the label in decimal) and ``KEY.npy`` (uint8,
+uncompressed). All images of a shard have one size and all keys one length, so every sample takes the same
+number of bytes and a run of samples is a strided array: no tar header is parsed on the way to training.
+"""
+
+import io
+import tarfile
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import webdataset
+
+KEY_DIGITS = 9
+LABEL_DIGITS = 8
+TAR_BLOCK = tarfile.BLOCKSIZE
+CHECKSUM = slice(148, 156)
+SIZE = slice(124, 136)
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """Where things are inside one sample of square RGB images; all in bytes."""
+
+    image_size: int
+    """Edge in pixels."""
+
+    @property
+    def pixel_bytes(self) -> int:
+        return self.image_size * self.image_size * 3
+
+    @property
+    def label_offset(self) -> int:
+        """The decimal digits of the label, ended by a zero byte."""
+        return TAR_BLOCK
+
+    @property
+    def pixels_offset(self) -> int:
+        """Behind two tar headers, the label's block and the header of the npy file."""
+        return 3 * TAR_BLOCK + len(npy_header(self.image_size))
+
+    @property
+    def stride(self) -> int:
+        """From one sample to the next."""
+        return -(-(self.pixels_offset + self.pixel_bytes) // TAR_BLOCK) * TAR_BLOCK
+
+
+def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """The bytes of samples, uint8 [n, stride], exactly as ``webdataset.TarWriter`` writes them.
+
+    keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. The writer of webdataset makes one sample; its keys,
+    labels and header checksums are then replaced for all samples at once, 50 times faster than one by one.
+    """
+    count, size = images.shape[0], images.shape[1]
+    layout = SampleLayout(size)
+    digits = decimal_digits(labels)
+    samples = np.empty((count, layout.stride), np.uint8)
+    for length in np.unique(digits).tolist():
+        here = digits == length
+        samples[here] = np.frombuffer(template(size, 10 ** (length - 1)), np.uint8)
+        samples[np.flatnonzero(here)[:, None], layout.label_offset + np.arange(length)] = decimals(labels[here], length)
+    for header in (0, 2 * TAR_BLOCK):
+        samples[:, header : header + KEY_DIGITS] = decimals(keys, KEY_DIGITS)
+        samples[:, header + CHECKSUM.start : header + CHECKSUM.stop] = ord(" ")
+        sums = samples[:, header : header + TAR_BLOCK].sum(axis=1, dtype=np.int64)
+        samples[:, header + CHECKSUM.start : header + CHECKSUM.start + 6] = octals(sums, 6)
+        samples[:, header + CHECKSUM.start + 6] = 0
+    samples[:, layout.pixels_offset : layout.pixels_offset + layout.pixel_bytes] = images.reshape(count, -1)
+    return samples
+
+
+def decode(data: bytes, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [n, S * S * 3] and labels int64 [n] of a run of samples; the images are a view of ``data``."""
+    layout = SampleLayout(image_size)
+    samples = np.frombuffer(data, np.uint8).reshape(-1, layout.stride)
+    images = samples[:, layout.pixels_offset : layout.pixels_offset + layout.pixel_bytes]
+    text = samples[:, layout.label_offset : layout.label_offset + LABEL_DIGITS].astype(np.int64)
+    labels = np.zeros(len(samples), np.int64)
+    for column in text.T:
+        labels = np.where(column == 0, labels, labels * 10 + (column - ord("0")))
+    return images, labels
+
+
+def end_of_shard(sample_bytes: int) -> bytes:
+    """What follows the samples of a tar file: two empty blocks, filled up to a whole record."""
+    total = -(-(sample_bytes + 2 * TAR_BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
+    return bytes(total - sample_bytes)
+
+
+@lru_cache(maxsize=32)
+def template(image_size: int, label: int) -> bytes:
+    """One black sample with key 0 and the given label, written by webdataset itself."""
+    stream = io.BytesIO()
+    with webdataset.TarWriter(stream, user="root", group="root", mtime=0) as writer:
+        image = np.zeros((image_size, image_size, 3), np.uint8)
+        writer.write({"__key__": "0" * KEY_DIGITS, "npy": image, "cls": label})
+    return stream.getvalue()[: SampleLayout(image_size).stride]
+
+
+@lru_cache(maxsize=32)
+def npy_header(image_size: int) -> bytes:
+    """The header numpy puts before the pixels of one image."""
+    stream = io.BytesIO()
+    np.save(stream, np.zeros((image_size, image_size, 3), np.uint8), allow_pickle=False)
+    return stream.getvalue()[: -image_size * image_size * 3]
+
+
+def decimal_digits(values: np.ndarray) -> np.ndarray:
+    """How many decimal digits each value has."""
+    digits = np.ones(len(values), np.int64)
+    for power in range(1, LABEL_DIGITS):
+        digits += values >= 10**power
+    return digits
+
+
+def decimals(values: np.ndarray, length: int) -> np.ndarray:
+    """ASCII decimals with leading zeros, uint8 [n, length]."""
+    powers = 10 ** np.arange(length - 1, -1, -1, dtype=np.int64)
+    return (values[:, None] // powers % 10 + ord("0")).astype(np.uint8)
+
+
+def octals(values: np.ndarray, length: int) -> np.ndarray:
+    """ASCII octals with leading zeros, uint8 [n, length]."""
+    shifts = 3 * np.arange(length - 1, -1, -1, dtype=np.int64)
+    return (((values[:, None] >> shifts) & 7) + ord("0")).astype(np.uint8)

@@ -1,0 +1,302 @@
+"""How are bytes at a URL opened, read by range, checked, retried and written whole?
+
+Every access of this package to a disk or an object store goes through this file, so that each failure is
+worded once, names the URL and the byte range, and ends in the exit code the trainer reports.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import fsspec
+import xxhash
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+EXIT_USAGE = 2
+EXIT_CORRUPT = 65
+EXIT_UNREACHABLE = 69
+EXIT_CANNOT_WRITE = 73
+EXIT_REFUSED = 77
+
+SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "http", "https", "memory")
+
+# One attempt of one request; our own loop below retries on top of it until the deadline, with every block
+# checked. s3fs multiplies its own two loops, so its defaults would hang for half an hour on a stalled server.
+S3_SETTINGS: dict[str, Any] = {
+    "use_listings_cache": False,
+    "config_kwargs": {
+        "connect_timeout": 5,
+        "read_timeout": 30,
+        "s3": {"addressing_style": "path"},
+        "retries": {"total_max_attempts": 2, "mode": "standard"},
+    },
+}
+
+TORN_FILE = ".unfinished-"  # in the name of a local file while it is written
+
+FIRST_DELAY_SECONDS = 0.2
+LONGEST_DELAY_SECONDS = 30.0
+PERMANENT_ATTEMPTS = 2
+
+
+class DataError(ValueError):
+    """Something is wrong with the data or its storage; the message is one sentence for the user."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_USAGE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.exit_code)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder on some filesystem, and how patiently it is asked.
+
+    ``read`` and ``write`` retry with a jittered back-off until ``deadline_seconds`` have passed, then raise
+    ``DataError`` with exit code 69. An answer that will not change (no such object, access denied) is asked
+    for once more and then raised at once.
+    """
+
+    url: str
+    deadline_seconds: float
+
+    def url_of(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def read(
+        self,
+        name: str,
+        begin: int | None = None,
+        end: int | None = None,
+        *,
+        xxh3: str | None = None,
+        stop: threading.Event | None = None,
+    ) -> bytes:
+        """The bytes ``[begin, end)`` of an object (all of it by default), checked for length and checksum."""
+        path = self._path(name)
+
+        def attempt() -> bytes:
+            data = bytes_of(open_filesystem(self.url), path, begin, end)
+            if begin is not None and end is not None and len(data) != end - begin:
+                raise CorruptRead(f"{len(data)} bytes came instead of {end - begin}")
+            if xxh3 is not None and xxhash.xxh3_64_hexdigest(data) != xxh3:
+                raise CorruptRead(f"the checksum is {xxhash.xxh3_64_hexdigest(data)} instead of {xxh3}")
+            return data
+
+        where = self.url_of(name) + ("" if begin is None else f" (bytes {begin}-{end})")
+        return with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put an object in one piece: it appears whole or not at all, also when the writer is killed."""
+        filesystem, path = open_filesystem(self.url), self._path(name)
+
+        def attempt() -> None:
+            if self.is_local:
+                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+                write_atomically(path, data)
+            else:
+                filesystem.pipe_file(path, data)
+                size = filesystem.info(path)["size"]
+                if size != len(data):
+                    raise CorruptRead(f"the store kept {size} of {len(data)} bytes")
+
+        with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)
+
+    def exists(self, name: str) -> bool:
+        filesystem, path = open_filesystem(self.url), self._path(name)
+        what = f"look for {self.url_of(name)}"
+        return with_retries(lambda: bool(filesystem.exists(path)), what, self.deadline_seconds, None)
+
+    def names(self, below: str = "") -> list[str]:
+        """Names of the objects directly in the folder (or one below it), sorted; empty when there is none."""
+        filesystem, path = open_filesystem(self.url), self._path(below)
+
+        def attempt() -> list[str]:
+            try:
+                found = filesystem.ls(path, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in found)
+
+        return with_retries(attempt, f"list {self.url_of(below)}", self.deadline_seconds, None)
+
+    def walk(self) -> dict[str, int]:
+        """Size in bytes of every object below the folder, at any depth, by its name relative to the folder."""
+        filesystem, path = open_filesystem(self.url), self._path("")
+
+        def attempt() -> dict[str, int]:
+            found = filesystem.find(path, detail=True)
+            return {name[len(path) :].lstrip("/"): int(info["size"] or 0) for name, info in found.items()}
+
+        return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
+
+    def remove(self, name: str) -> None:
+        filesystem, path = open_filesystem(self.url), self._path(name)
+        if filesystem.exists(path):
+            filesystem.rm(path, recursive=True)
+
+    @property
+    def is_local(self) -> bool:
+        return scheme_of(self.url) == "file"
+
+    @property
+    def local_path(self) -> str:
+        """The folder as a path of this machine's filesystem; only for local stores."""
+        assert self.is_local, self.url
+        return self._path("")
+
+    def _path(self, name: str) -> str:
+        root = path_of(self.url)
+        return f"{root}/{name}" if name else root
+
+
+class CorruptRead(Exception):
+    """A read returned the wrong bytes; worth another try, and an error of the data when it stays so."""
+
+
+def scheme_of(url: str) -> str:
+    """The filesystem a URL names; ``DataError`` for one that is not for data, or that carries a secret."""
+    if not url.strip():
+        raise DataError("the URL of the data is empty: give a folder or something like s3://bucket/prefix")
+    scheme, separator, rest = url.partition("://")
+    if url.startswith(("pipe:", "cmd:")) or "::" in url or "|" in url:
+        raise DataError(f"{url} would start a program or chain filesystems; only plain folders are read", EXIT_REFUSED)
+    if not separator:
+        return "file"
+    if scheme not in SCHEMES:
+        raise DataError(f"{url}: {scheme}:// is not a known storage; use a folder or one of {', '.join(SCHEMES)}")
+    if "@" in rest.partition("/")[0]:
+        raise DataError(
+            f"{scheme}://{rest.rpartition('@')[2]} came with a password in the URL: give it in the environment instead",
+            EXIT_REFUSED,
+        )
+    return scheme
+
+
+def normalised(url: str) -> str:
+    """The URL without trailing slashes, as it appears in messages and is compared."""
+    scheme_of(url)
+    return url.rstrip("/") or "/"
+
+
+def path_of(url: str) -> str:
+    """The path a filesystem object of fsspec takes for a URL."""
+    scheme = scheme_of(url)
+    return str(fsspec.get_filesystem_class(scheme)._strip_protocol(url)).rstrip("/")
+
+
+def open_filesystem(url: str) -> Any:
+    """The fsspec filesystem of a URL: one per process and scheme, so never inherited over a fork."""
+    return _filesystem(scheme_of(url))
+
+
+@cache
+def _filesystem(scheme: str) -> Any:
+    try:
+        if scheme in ("s3", "s3a"):
+            filesystem = fsspec.filesystem(scheme, **S3_SETTINGS)
+            filesystem.retries = 1
+            return filesystem
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        raise DataError(f"{scheme}:// needs another package: {error}") from error
+
+
+def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> bytes:
+    """One read of fsspec; a single request on object stores when the range is given."""
+    return bytes(filesystem.cat_file(path, start=begin, end=end))
+
+
+def write_atomically(path: str, data: bytes | memoryview) -> None:
+    """Write a local file so that it is there whole or not at all."""
+    temporary = f"{path}{TORN_FILE}{random.getrandbits(64):016x}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def with_retries(
+    attempt: Callable[[], Result], what: str, deadline_seconds: float, stop: threading.Event | None
+) -> Result:
+    """Call ``attempt`` until it succeeds; ``what`` completes the sentence "cannot ...".
+
+    Waits between tries with full jitter, doubling from 0.2 s to 30 s, and gives up at the deadline.
+    """
+    started = time.monotonic()
+    tries = 0
+    while True:
+        try:
+            return attempt()
+        except DataError:
+            raise
+        # s3fs lets through the errors of botocore and aiohttp, which share no base class with OSError.
+        except Exception as error:  # noqa: BLE001
+            tries += 1
+            elapsed = time.monotonic() - started
+            final = classify(error)
+            if final is not None and tries >= PERMANENT_ATTEMPTS:
+                raise DataError(f"cannot {what}: {final[0]}", final[1]) from error
+            if elapsed >= deadline_seconds or (stop is not None and stop.is_set()):
+                code = EXIT_CORRUPT if isinstance(error, CorruptRead) else EXIT_UNREACHABLE
+                raise DataError(
+                    f"cannot {what}: gave up after {elapsed:.0f} s and {tries} tries; last: {reason_of(error)}", code
+                ) from error
+            ceiling = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(tries, 10))
+            delay = min(random.uniform(0, ceiling), max(0.0, deadline_seconds - elapsed))
+            log.warning("cannot %s (%s); trying again in %.1f s", what, reason_of(error), delay)
+        if stop is None:
+            time.sleep(delay)
+        else:
+            stop.wait(delay)
+
+
+def classify(error: Exception) -> tuple[str, int] | None:
+    """Why asking again is pointless and the exit code for it, or None when the failure may pass."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such bucket, folder or object", EXIT_USAGE
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"the disk is full or not writable ({reason_of(error)})", EXIT_CANNOT_WRITE
+    if isinstance(error, PermissionError):
+        return f"access is denied ({reason_of(error)})", EXIT_USAGE
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        return "it is not a file in a folder", EXIT_USAGE
+    if type(error).__name__ == "NoCredentialsError":
+        return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", EXIT_USAGE
+    return None
+
+
+def reason_of(error: Exception) -> str:
+    """The error on one line, never empty."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def read_json(store: Store, name: str, limit_bytes: int) -> Any:
+    """A JSON object of bounded size; ``DataError`` when it does not parse."""
+    data = store.read(name)
+    if len(data) > limit_bytes:
+        raise DataError(f"{store.url_of(name)} has {len(data)} bytes, more than {limit_bytes}", EXIT_CORRUPT)
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        raise DataError(f"{store.url_of(name)} is not JSON: {error}", EXIT_CORRUPT) from error

@@ -1,0 +1,187 @@
+"""Does every rank get its batches, exactly and in order, and does every failure end in one sentence?"""
+
+import gc
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.batch import Batch
+from data_pipeline.loader import DataConfig, Shards, evaluation_batches, open_shards, train_batches
+from data_pipeline.order import TrainingOrder
+from data_pipeline.shard_format import decode
+from data_pipeline.storage import DataError
+from tests.conftest import pack_photographs
+
+GLOBAL_BATCH = 48
+CONFIG = {
+    "train_url": "a",
+    "validation_url": "b",
+    "lanes": 240,
+    "fetch_threads": 4,
+    "prefetch_batches": 2,
+    "read_deadline_seconds": 600.0,
+}
+
+
+def all_images(shards: Shards) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels as they lie in the shards, read block by block."""
+    parts = []
+    for block in shards.manifest.blocks:
+        data = (Path(shards.url) / shards.manifest.shards[block.shard].name).read_bytes()[block.begin : block.end]
+        parts.append(decode(data, shards.image_size))
+    images = np.concatenate([images for images, _ in parts])
+    shape = (-1, shards.image_size, shards.image_size, 3)
+    return images.reshape(shape), np.concatenate([labels for _, labels in parts])
+
+
+def steps(shards: Shards, *, ranks: int, micro: int, consumed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of ``count`` global batches, put together from all ranks."""
+    iterators = [
+        train_batches(
+            shards,
+            seed=3,
+            lanes=12,
+            consumed_samples=consumed,
+            rank=rank,
+            world_size=ranks,
+            global_batch_images=GLOBAL_BATCH,
+            micro_batch_images=micro,
+            fetch_threads=2,
+            prefetch_batches=2,
+        )
+        for rank in range(ranks)
+    ]
+    size = shards.image_size
+    images = np.empty((count, GLOBAL_BATCH, size, size, 3), np.uint8)
+    labels = np.empty((count, GLOBAL_BATCH), np.int64)
+    for step in range(count):
+        for rank, iterator in enumerate(iterators):
+            for part in range(GLOBAL_BATCH // (ranks * micro)):
+                batch = next(iterator)
+                assert batch.position == consumed + (step + 1) * GLOBAL_BATCH
+                assert batch.labels is not None and batch.valid is None
+                images[step, rank::ranks][part * micro : (part + 1) * micro] = batch.images.numpy()
+                labels[step, rank::ranks][part * micro : (part + 1) * micro] = batch.labels.numpy()
+    for iterator in iterators:
+        iterator.close()
+    return images.reshape(-1, size, size, 3), labels.reshape(-1)
+
+
+def test_global_batches_are_the_order_applied_to_the_shards(shards: Shards) -> None:
+    images, labels = all_images(shards)
+    starts = np.cumsum([0, *shards.manifest.block_counts])
+    order = TrainingOrder(shards.manifest.block_counts, seed=3, lanes=12)
+    count = 2 * shards.count // GLOBAL_BATCH
+    got_images, got_labels = steps(shards, ranks=1, micro=GLOBAL_BATCH, consumed=0, count=count)
+    windows = {}
+    for window in order.windows(0, 1):
+        if window.first >= count * GLOBAL_BATCH:
+            break
+        windows[window.key] = window
+    for position in range(0, count * GLOBAL_BATCH, 11):
+        keys, places = order.locate(np.array([position]))
+        window = windows[int(keys[0])]
+        sample = starts[window.block] + order.rows(window)[places[0]]
+        assert (got_images[position] == images[sample]).all() and got_labels[position] == labels[sample]
+
+
+def test_an_epoch_holds_every_image_once(shards: Shards) -> None:
+    images, _ = all_images(shards)
+    got, _ = steps(shards, ranks=1, micro=24, consumed=0, count=shards.count // GLOBAL_BATCH + 1)
+    assert Counter(x.tobytes() for x in got[: shards.count]) == Counter(x.tobytes() for x in images)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(2, 12), (3, 16), (4, 3), (6, 8), (16, 3)])
+def test_ranks_and_accumulation_do_not_change_the_global_batches(shards: Shards, ranks: int, micro: int) -> None:
+    # The start is a few batches before the end of the first epoch.
+    consumed = GLOBAL_BATCH * (shards.count // GLOBAL_BATCH - 3)
+    expected = steps(shards, ranks=1, micro=GLOBAL_BATCH, consumed=0, count=shards.count // GLOBAL_BATCH + 3)
+    got = steps(shards, ranks=ranks, micro=micro, consumed=consumed, count=6)
+    assert (got[0] == expected[0][consumed:]).all() and (got[1] == expected[1][consumed:]).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 7, 64])
+@pytest.mark.parametrize("limit", [None, 1, 5, 700, 10**9])
+def test_evaluation_sees_each_image_once_in_equally_many_batches(shards: Shards, ranks: int, limit: int | None) -> None:
+    images, labels = all_images(shards)
+    count = min(limit or shards.count, shards.count)
+    seen_images, seen_labels, lengths = [], [], set()
+    for rank in range(ranks):
+        batches = list(evaluation_batches(shards, rank=rank, world_size=ranks, batch_images=100, limit=limit))
+        lengths.add(len(batches))
+        for index, batch in enumerate(batches):
+            assert batch.valid is not None and batch.labels is not None
+            assert batch.position == index and len(batch.images) == 100
+            seen_images.append(batch.images[batch.valid].numpy())
+            seen_labels.append(batch.labels[batch.valid].numpy())
+    assert len(lengths) == 1
+    assert (np.concatenate(seen_images) == images[:count]).all()
+    assert (np.concatenate(seen_labels) == labels[:count]).all()
+
+
+def test_threads_end_when_the_iterator_is_closed_or_forgotten(shards: Shards) -> None:
+    before = threading.active_count()
+    for close in (True, False):
+        iterator = evaluation_batches(shards, rank=0, world_size=1, batch_images=10, limit=None)
+        next(iterator)
+        assert threading.active_count() > before
+        if close:
+            iterator.close()
+        del iterator
+        gc.collect()
+        for _ in range(100):
+            if threading.active_count() == before:
+                break
+            threading.Event().wait(0.05)
+        assert threading.active_count() == before
+
+
+def test_damage_is_found_named_and_ends_with_code_65(tmp_path: Path) -> None:
+    pack_photographs(str(tmp_path / "d"), images=1200)
+    shards = open_shards(str(tmp_path / "d"), read_deadline_seconds=0.3)
+    path = tmp_path / "d" / shards.manifest.shards[0].name
+    data = bytearray(path.read_bytes())
+    data[shards.manifest.blocks[1].begin + 5000] ^= 1
+    path.write_bytes(data)
+    batches = evaluation_batches(shards, rank=0, world_size=1, batch_images=256, limit=None)
+    assert next(batches).position == 0  # the first block is whole
+    with pytest.raises(DataError, match=r"train-000000.tar \(bytes .*checksum") as caught:
+        list(batches)
+    assert caught.value.exit_code == 65
+
+
+def test_a_data_set_smaller_than_a_global_batch_is_refused(shards: Shards) -> None:
+    with pytest.raises(DataError, match="3000 images, fewer than one global batch of 4096") as caught:
+        train_batches(
+            shards,
+            seed=0,
+            lanes=1,
+            consumed_samples=0,
+            rank=0,
+            world_size=1,
+            global_batch_images=4096,
+            micro_batch_images=4096,
+            fetch_threads=1,
+            prefetch_batches=1,
+        )
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("train_url", " "), ("lanes", 0), ("fetch_threads", 0), ("prefetch_batches", -1), ("read_deadline_seconds", 0.0)],
+)
+def test_config_names_the_field_that_is_wrong(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=field):
+        DataConfig(**(CONFIG | {field: value}))  # type: ignore[arg-type]
+
+
+def test_a_batch_moves_to_a_device_with_everything_in_it(shards: Shards) -> None:
+    batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=4, limit=None))
+    moved = batch.to("meta")
+    assert isinstance(moved, Batch) and moved.position == batch.position
+    assert moved.labels is not None and moved.valid is not None
+    assert {moved.images.device.type, moved.labels.device.type, moved.valid.device.type} == {"meta"}
