@@ -1,0 +1,51 @@
+# Two commands on a fresh machine: `make quickstart` does the main job, `make test` runs the tests.
+# Needed before: Linux, Python 3.11 or 3.12 with venv, g++. A GPU is used if there is one.
+
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
+RANKS := $(if $(filter 0,$(GPUS)),2,$(GPUS))
+ifeq ($(GPUS),0)
+# Says what DeepSpeed would find out by itself, with a warning from every process.
+export DS_ACCELERATOR := cpu
+endif
+
+DATA := data/quickstart
+RUN := runs/quickstart
+
+.PHONY: quickstart test check install clean
+
+quickstart: install
+	@echo "== 1/5 Pack photographs into WebDataset shards: $(DATA)"
+	python -m data_pipeline.pack --source photographs --dest $(DATA)/train --size 32 --split train --images 12000
+	python -m data_pipeline.pack --source photographs --dest $(DATA)/validation --size 32 --split validation --images 512
+	@echo "== 2/5 Train with DeepSpeed on $(RANKS) $(if $(filter 0,$(GPUS)),CPU processes,GPUs): configs/quickstart.yaml"
+	deepspeed --quiet --num_accelerators $(RANKS) trainer/run.py --config configs/quickstart.yaml
+	@echo "== 3/5 Score all validation photographs, beside lossless image formats"
+	python -m trainer.evaluate --run $(RUN) --weights ema
+	@echo "== 4/5 Draw new images"
+	python -m trainer.sample --run $(RUN) --weights ema --n 36
+	@echo "== 5/5 Complete the lower half of unseen photographs"
+	python -m trainer.sample --run $(RUN) --weights ema --n 16 --complete-half
+	@echo "Done. Shards: $(DATA)   Run, checkpoints, metrics: $(RUN)   Pictures: $(RUN)/samples"
+	@echo "Look at the run in MLflow: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"
+
+test: install check
+	pytest
+
+check: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "== Install into $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) data/quickstart runs/quickstart

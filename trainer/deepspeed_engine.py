@@ -1,0 +1,165 @@
+"""How does our config become a DeepSpeed engine, and which of DeepSpeed's traps are worked round?"""
+
+import importlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from trainer.config import ConfigError, RunConfig
+from trainer.engine import State
+from trainer.model_inputs import blank_inputs
+from trainer.optimizer import build_optimizer
+from trainer.ranks import Ranks
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The one place where DeepSpeed's configuration is written; raises ConfigError if the batch does not divide."""
+    train = config.train
+    on_gpu = get_accelerator().device_name() == "cuda"
+    dictionary: dict[str, Any] = {
+        "train_batch_size": train.global_batch_images,
+        "train_micro_batch_size_per_gpu": train.micro_batch_images,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "steps_per_print": 2**62,  # our own progress line replaces DeepSpeed's
+        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": on_gpu and train.zero_stage >= 2},
+    }
+    if train.precision == "bf16":
+        # Micro-batch gradients are added in fp32: in bf16, 8 bits of mantissa lose the small ones.
+        dictionary |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    if train.precision == "fp16":
+        dictionary |= {"fp16": {"enabled": True, "loss_scale": 0}}  # 0: dynamic
+    return dictionary
+
+
+def accumulation_steps(config: RunConfig, world_size: int) -> int:
+    """Micro-batches per rank and update; raises ConfigError naming batch sizes that would divide."""
+    train = config.train
+    images = train.micro_batch_images * world_size
+    if train.global_batch_images % images == 0:
+        return train.global_batch_images // images
+    below = train.global_batch_images // images * images
+    choices = " or ".join(str(choice) for choice in (below, below + images) if choice)
+    raise ConfigError(
+        f"train.global_batch_images: {train.global_batch_images} is not a multiple of {world_size} ranks x "
+        f"train.micro_batch_images {train.micro_batch_images} = {images}; {choices} would be"
+    )
+
+
+def init_distributed(timeout_seconds: float) -> torch.device:
+    """Join the other ranks and return this rank's device; after `timeout_seconds` without an answer, raise.
+
+    Works round three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given, so a lost rank would
+    be noticed after 30 minutes. On CPU it compiles an inference operator at start, which takes minutes, which
+    training never uses, and which waits for ever on the lock of a build that was killed. And it logs each step of it.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # torch's own deprecations inside DeepSpeed's collectives: nothing that a user of the trainer can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
+    # By its full name: `import deepspeed.comm.torch as ...` yields torch itself, which that package re-exports.
+    backend = importlib.import_module("deepspeed.comm.torch")
+    timeout = timedelta(seconds=timeout_seconds)
+    backend.TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
+    if get_accelerator().device_name() == "cpu":
+        backend.build_shm_op = lambda: None
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    return torch.device(get_accelerator().current_device_name())
+
+
+class DeepSpeedEngine:
+    """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: it fits any stage and world size."""
+
+    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
+        self.device = device
+        self.accumulation_steps = accumulation_steps(config, ranks.world_size)
+        self._optimizer = build_optimizer(model, config.optimizer)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
+        )
+        self._sharded = config.train.zero_stage > 0
+        self._blank = blank_inputs(config.model, device)
+
+    def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        parameters: Tensor = self._engine(images, labels, condition)
+        return parameters
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, learning_rate: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def gradient_norm(self) -> float | None:
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def train(self, mode: bool) -> None:
+        self._engine.train(mode)
+
+    def state(self) -> Iterator[tuple[str, State]]:
+        self._link_optimizer_state()
+        for name, parameter in self._engine.module.named_parameters():
+            if self._sharded:
+                state = {"weight": safe_get_full_fp32_param(parameter)}
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments()}
+            else:
+                stored = self._optimizer.state[parameter]
+                state = {"weight": parameter.detach()} | {key: stored[key] for key in self._moments()}
+            yield name, state
+
+    def load_state(self, states: Iterable[tuple[str, State]], updates: int) -> None:
+        self._create_optimizer_state()
+        parameters = dict(self._engine.module.named_parameters())
+        for name, state in states:
+            parameter = parameters[name]
+            state = {key: value.to(self.device) for key, value in state.items()}
+            weight = state.pop("weight")
+            # The weights that the model computes with; `safe_set_full_fp32_param` touches the master copy alone.
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                parameter.copy_(weight)
+            if self._sharded:
+                safe_set_full_fp32_param(parameter, weight)
+            for key, value in state.items():
+                if self._sharded:
+                    safe_set_full_optimizer_state(parameter, value, key)
+                else:
+                    self._optimizer.state[parameter][key].copy_(value)
+        for stored in self._optimizer.state.values():
+            stored["step"].fill_(updates)
+
+    def _moments(self) -> list[str]:
+        """Names of the optimizer's tensors; there are none before the first update."""
+        stored = next(iter(self._optimizer.state.values()), {})
+        return [key for key in stored if key != "step"]
+
+    def _create_optimizer_state(self) -> None:
+        """One update on a blank image at learning rate 0: DeepSpeed makes optimizer state in its first update only."""
+        for _ in range(self.accumulation_steps):
+            self.backward(self.forward(*self._blank).sum() * 0.0)
+            self.step(0.0)
+        self._link_optimizer_state()
+
+    def _link_optimizer_state(self) -> None:
+        """Let the `safe_*` functions find the optimizer state of every parameter group.
+
+        DeepSpeed 0.19 maps all groups after the update of the first one, when the others have no state yet.
+        """
+        zero = self._engine.optimizer
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()

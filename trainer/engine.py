@@ -1,0 +1,99 @@
+"""What does the training loop need of an engine, and what is the plainest one?"""
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config import RunConfig
+from trainer.optimizer import build_optimizer
+
+State = dict[str, Tensor]
+"""fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq`,
+and `ema` where an average of the weights is kept."""
+
+
+class Engine(Protocol):
+    """A model with its optimizer. Calls marked collective must be made by all ranks in the same order."""
+
+    device: torch.device
+    accumulation_steps: int
+
+    def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        """Parameters of the output distribution (collective under ZeRO-3)."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's mean loss; collective."""
+        ...
+
+    def step(self, learning_rate: float) -> None:
+        """Call after each backward; updates the weights after every `accumulation_steps` of them; collective."""
+        ...
+
+    def gradient_norm(self) -> float | None:
+        """Global gradient norm before clipping of the last update, None where the engine does not know it."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Switch dropout and activation checkpointing on or off."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, State]]:
+        """Every parameter's name and full state, gathered one at a time; collective."""
+        ...
+
+    def load_state(self, states: Iterable[tuple[str, State]], updates: int) -> None:
+        """Continue from what `state` gave after `updates` updates, on any number of ranks; collective."""
+        ...
+
+
+class TorchEngine:
+    """One process, fp32, no DeepSpeed: the oracle that DeepSpeed's losses are compared with."""
+
+    def __init__(self, model: nn.Module, config: RunConfig) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.accumulation_steps = config.train.global_batch_images // config.train.micro_batch_images
+        self._model = model.to(self.device)
+        self._optimizer = build_optimizer(model, config.optimizer)
+        self._clip = config.optimizer.clip_grad_norm
+        self._micro_steps = 0
+        self._gradient_norm: float | None = None
+
+    def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+        parameters: Tensor = self._model(images, labels, condition)
+        return parameters
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self.accumulation_steps).backward()
+
+    def step(self, learning_rate: float) -> None:
+        self._micro_steps += 1
+        if self._micro_steps % self.accumulation_steps:
+            return
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf"))
+        self._gradient_norm = float(norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def gradient_norm(self) -> float | None:
+        return self._gradient_norm
+
+    def train(self, mode: bool) -> None:
+        self._model.train(mode)
+
+    def state(self) -> Iterator[tuple[str, State]]:
+        for name, parameter in self._model.named_parameters():
+            moments = {key: value for key, value in self._optimizer.state[parameter].items() if key != "step"}
+            yield name, {"weight": parameter.detach(), **moments}
+
+    def load_state(self, states: Iterable[tuple[str, State]], updates: int) -> None:
+        parameters = dict(self._model.named_parameters())
+        for name, state in states:
+            moments = {key: value.to(self.device) for key, value in state.items() if key != "weight"}
+            with torch.no_grad():
+                parameters[name].copy_(state["weight"])
+            self._optimizer.state[parameters[name]] = {"step": torch.tensor(float(updates)), **moments}

@@ -1,0 +1,59 @@
+"""Which exit code does each way of ending have, and what does the user read?
+
+0 finished · 2 usage or config · 65 bad data · 69 a service is missing · 70 our bug · 74 checkpoint I/O ·
+75 stopped on request, run the same command to go on · 76 diverged. The launcher loses exit codes and signals, so
+`run_state.json` in the run's folder says the same.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+from data_pipeline.storage import DataError
+from trainer.checkpoint import CheckpointError
+from trainer.config import ConfigError
+
+FINISHED, USAGE, BUG, CHECKPOINT, STOPPED, DIVERGED = 0, 2, 70, 74, 75, 76
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done here; the text is one sentence."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an error; BUG for one that nobody foresaw."""
+    match error:
+        case ConfigError() | UsageError():
+            return USAGE
+        case DataError():
+            return error.exit_code
+        case CheckpointError():
+            return CHECKPOINT
+        case Diverged():
+            return DIVERGED
+    return BUG
+
+
+def report(error: BaseException, code: int) -> None:
+    """Print an error on stderr: its sentence, or the traceback of a bug."""
+    if code == BUG:
+        traceback.print_exception(error)
+    else:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+
+
+def run_tool(tool: Callable[[], None]) -> int:
+    """Run a command-line tool of one process and return its exit code."""
+    try:
+        tool()
+    except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
+        code = code_of(error)
+        # A tool that cannot find its run was called with the wrong folder.
+        code = USAGE if code == CHECKPOINT else code
+        report(error, code)
+        return code
+    return FINISHED

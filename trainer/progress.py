@@ -1,0 +1,50 @@
+"""What does a person watching the terminal see? One live line, on rank 0 only."""
+
+import sys
+import time
+
+
+class Progress:
+    """A line rewritten in place on a terminal; elsewhere (a log file) a line of its own every ten seconds."""
+
+    def __init__(self, *, enabled: bool, total_steps: int) -> None:
+        self._enabled = enabled
+        self._total = total_steps
+        self._live = sys.stderr.isatty()
+        self._last_print = 0.0
+        self._seconds_per_step = 0.0
+        self._last = (0.0, 0)
+
+    def start(self, step: int) -> None:
+        """Begin to measure the rate, at `step` updates done."""
+        self._last = (time.monotonic(), step)
+
+    def update(self, step: int, bits_per_dim: float, images_per_s: float) -> None:
+        """Show the state after `step` updates. Time left counts evaluation and checkpoints, as the clock does."""
+        now = time.monotonic()
+        rate = (now - self._last[0]) / max(1, step - self._last[1])
+        # A running mean: responsive, yet calm.
+        self._seconds_per_step = 0.8 * self._seconds_per_step + 0.2 * rate if self._seconds_per_step else rate
+        self._last = (now, step)
+        left = _duration(self._seconds_per_step * (self._total - step))
+        line = f"step {step}/{self._total} | {bits_per_dim:.3f} bits/dim | {images_per_s:,.0f} images/s | {left} left"
+        if not self._enabled:
+            return
+        if self._live:
+            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+        elif now - self._last_print > 10 or step == self._total:
+            print(line, file=sys.stderr, flush=True)
+            self._last_print = now
+
+    def note(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._enabled:
+            print(f"\r\x1b[K{text}" if self._live else text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d{hours % 24:02d}h"
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
