@@ -10,6 +10,7 @@ Shapes: B batch, L positions, C values per position, N heads, K head width.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from models.image_transformer import ImageTransformer
@@ -48,6 +49,8 @@ def generate(
         raise ValueError(f"keep: {keep} positions, but no prefix is given to take them from")
     if temperature <= 0:
         raise ValueError(f"temperature: {temperature} is not positive")
+    if prefix is not None and len(prefix) != num_images:
+        raise ValueError(f"prefix: {len(prefix)} images, but {num_images} are to be drawn")
     device = model.positions.device
     size = config.image_size
     if prefix is None:
@@ -82,6 +85,15 @@ def generate(
                 progress(rank + 1, pattern.length)
     model.train(was_training)
     return to_images(values, size)
+
+
+def consistency(images: Tensor, condition: Tensor) -> Tensor:
+    """How far each super-resolved image, averaged over areas of the small image's size, is from the small image: [B].
+
+    Root mean square difference, intensities on [0, 1]; 0 is perfect. images uint8 [B, H, W, 3], condition [B, h, w, 3].
+    """
+    small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), condition.shape[1]).permute(0, 2, 3, 1)
+    return ((small - condition) / 255).square().mean((1, 2, 3)).sqrt()
 
 
 def _draw_position(model: ImageTransformer, hidden: Tensor, noise: Tensor, temperature: float) -> Tensor:

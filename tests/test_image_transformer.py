@@ -1,0 +1,349 @@
+"""Does every variant of the model see all of the past, none of the future, have the right size, and learn?"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.image_transformer import ImageTransformer, ImageTransformerConfig, forward_flops, num_parameters
+from models.likelihood import bits_per_dim, nats
+from models.local_attention import local_attention
+from tests.tiny_model import (
+    BLOCKS,
+    CONDITIONS,
+    HEADS,
+    MIXTURE,
+    MODERN,
+    PATTERNS,
+    PIXELS,
+    random_conditions,
+    random_images,
+    tiny_config,
+)
+
+
+def build(seed: int = 0, **changes: Any) -> ImageTransformer:
+    torch.manual_seed(seed)
+    return ImageTransformer(tiny_config(**changes)).eval()
+
+
+def by_position(parameters: Tensor, num_positions: int) -> Tensor:
+    """[B, H, W, ...] -> [B, L, everything predicted at a position]."""
+    return parameters.reshape(len(parameters), num_positions, -1)
+
+
+def lost_ranks(model: ImageTransformer) -> set[int]:
+    """Generation ranks whose value no later position sees: the last, with the shift inside blocks each block's last."""
+    length = model.pattern.length
+    if model.config.shift == "generation":
+        return {length - 1}
+    return {block.stop - 1 for block in model.pattern.blocks}
+
+
+@pytest.mark.parametrize("backend", ["reference", "blocked"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_value_changes_nothing_generated_before_it_or_with_it_and_something_after(
+    pattern: str, head: str, block: str, backend: str
+) -> None:
+    model = build(**PATTERNS[pattern], **HEADS[head], **BLOCKS[block])
+    model.attend = lambda q, k, v: local_attention(q, k, v, model.pattern, backend=backend)
+    length, rank_of_position = model.pattern.length, model.pattern.rank[model.pattern.slot_of_position]
+    image = random_images(1, 4)
+    # One image for each sub-pixel, which is changed in it.
+    changed = image.flatten().repeat(image.numel(), 1)
+    changed.diagonal().add_(128)
+    with torch.no_grad():
+        outputs = by_position(model(torch.cat([image, changed.view(-1, 4, 4, 3)])), length)
+    difference = (outputs[1:] - outputs[:1]).abs().amax(-1)
+
+    values_per_position = image.numel() // length
+    for subpixel in range(image.numel()):
+        rank = rank_of_position[subpixel // values_per_position]
+        later = rank_of_position > rank
+        assert difference[subpixel][~later].max() < 1e-6
+        if int(rank) not in lost_ranks(model):
+            assert difference[subpixel][later].max() > 1e-4
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("condition", ["classes", "super-resolution"])
+def test_every_position_depends_on_the_condition(condition: str, block: str) -> None:
+    model = build(**CONDITIONS[condition], **BLOCKS[block])
+    images, inputs = random_images(1, 4), random_conditions(model.config, 1)
+    changed = {name: (value + 1) % 5 if name == "labels" else value + 100 for name, value in inputs.items()}
+    with torch.no_grad():
+        difference = (model(images, **inputs) - model(images, **changed)).abs()
+    assert by_position(difference, 48).amax(-1).min() > 1e-5
+
+
+def test_every_value_of_the_small_image_is_seen() -> None:
+    model = build(**CONDITIONS["super-resolution"])
+    images, small = random_images(1, 4), random_images(1, 2)
+    changed = small.flatten().repeat(12, 1)
+    changed.diagonal().add_(128)
+    with torch.no_grad():
+        outputs = model(images.expand(13, -1, -1, -1), condition=torch.cat([small, changed.view(12, 2, 2, 3)]))
+    assert (outputs[1:] - outputs[:1]).abs().flatten(1).amax(1).min() > 1e-5
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_both_backends_give_the_same_model(pattern: str, block: str) -> None:
+    images = random_images(2, 4)
+    gradients = []
+    for backend in ("reference", "blocked"):
+        model = build(**PATTERNS[pattern], **BLOCKS[block])
+        model.attend = lambda q, k, v, model=model, backend=backend: local_attention(
+            q, k, v, model.pattern, backend=backend
+        )
+        nats("categorical", model(images), images).mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert expected.abs().max() > 0, f"{name} does nothing"
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_recomputed_activations_give_the_same_gradients(head: str, condition: str, block: str) -> None:
+    config = tiny_config(**HEADS[head], **CONDITIONS[condition], **BLOCKS[block], dropout=0.2, layers=3)
+    images, inputs = random_images(2, 4), random_conditions(config, 2)
+    gradients = []
+    for every in (0, 1, 2):
+        torch.manual_seed(0)
+        model = ImageTransformer(config, checkpoint_every_layers=every)
+        torch.manual_seed(1)  # of dropout
+        nats(config.output, model(images, **inputs), images).mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for recomputed in gradients[1:]:
+        for one, other in zip(recomputed, gradients[0], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_dropout_changes_training_and_not_evaluation() -> None:
+    model = build(dropout=0.5)
+    images = random_images(1, 4)
+    assert torch.equal(model(images), model(images))
+    model.train()
+    assert not torch.equal(model(images), model(images))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_bf16_weights_give_nearly_the_same_fp32_output(block: str, condition: str) -> None:
+    model = build(**CONDITIONS[condition], **BLOCKS[block])
+    images, inputs = random_images(2, 4), random_conditions(model.config, 2)
+    expected = model(images, **inputs)
+    actual = model.bfloat16()(images, **inputs)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.1 * expected.std().item())
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head", ["sub-pixels", "pixels"])
+def test_an_untrained_categorical_model_costs_eight_bits(head: str, block: str) -> None:
+    images = random_images(8, 4)
+    total = nats("categorical", build(**HEADS[head], **BLOCKS[block])(images), images).sum().item()
+    assert bits_per_dim(total, images.numel()) == pytest.approx(8, abs=0.05)
+
+
+def test_a_whole_image_of_two_by_two_pixels_has_the_probability_of_its_parts() -> None:
+    """Summed over the last sub-pixel, p(image) is the probability of all the others: no probability is lost or made."""
+    model = build(image_size=2, query_block=4, memory=4)
+    image = random_images(1, 2)
+    with torch.no_grad():
+        cost = nats("categorical", model(image), image).flatten()
+        last = image.flatten().repeat(256, 1)
+        last[:, -1] = torch.arange(256)
+        last = last.view(256, 2, 2, 3)
+        summed = torch.logsumexp(-nats("categorical", model(last), last).flatten(1).double().sum(1), 0)
+    assert summed.item() == pytest.approx(-cost[:-1].double().sum().item(), abs=1e-4)
+
+
+# Published sizes, computed from the shapes in the original code, without its embedding of positions and end token.
+PAPER = {
+    "image_size": 32,
+    "query_block": 256,
+    "memory": 256,
+    "heads": 8,
+    "width": 512,
+    "attention_width": 512,
+    "ff_width": 2048,
+}
+PAPER_MIXTURE = {
+    **PAPER,
+    **MIXTURE,
+    "mixtures": 10,
+    "width": 256,
+    "ff_width": 512,
+    "position": "learned",
+}
+
+
+@pytest.mark.parametrize(
+    "millions, changes",
+    [
+        (38.3, {**PAPER, "layers": 12, "heads": 4}),
+        (17.3, {**PAPER, "layers": 8, "ff_width": 1024}),
+        (25.7, {**PAPER, "layers": 8}),
+        (11.1, {**PAPER_MIXTURE, "layers": 14}),
+        (9.5, {**PAPER_MIXTURE, "layers": 12}),
+        (127, {**PAPER, "layers": 10, "width": 1024, "attention_width": 1024, "ff_width": 4096}),
+        (202.5, {**PAPER, "image_size": 64, "layers": 24, "width": 1024, "attention_width": 1024}),
+        (151.7, {**PAPER, "image_size": 64, "layers": 48}),
+    ],
+)
+def test_the_models_of_the_paper_have_their_published_sizes(millions: float, changes: dict[str, Any]) -> None:
+    assert num_parameters(tiny_config(**changes)) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "giga, changes",
+    [
+        (233 + 27, {**PAPER, "layers": 12}),
+        (931 + 115, {**PAPER, "layers": 12, "image_size": 64}),
+        (
+            4954 + 903,
+            {**PAPER, "layers": 24, "image_size": 64, "width": 1024, "attention_width": 1024}
+            | {"query_block": 512, "memory": 512},
+        ),
+    ],
+)
+def test_the_models_of_the_paper_take_their_known_flops(giga: float, changes: dict[str, Any]) -> None:
+    assert forward_flops(tiny_config(**changes)) / 1e9 == pytest.approx(giga, rel=0.01)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("head", HEADS)
+def test_flops_are_those_that_torch_counts_with_only_visible_pairs_of_attention(head, condition, block) -> None:
+    model = build(**HEADS[head], **CONDITIONS[condition], **BLOCKS[block])
+    config, length = model.config, model.pattern.length
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(random_images(1, 4), **random_conditions(config, 1))
+    by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+    matrices = sum(flops for name, flops in by_operator.items() if name in ("aten.mm", "aten.addmm"))
+    encoder_length = 3 * config.condition_size**2
+    pairs = config.layers * (int(model.pattern.mask().sum()) + length * encoder_length)
+    pairs += config.encoder_layers * encoder_length**2
+    assert forward_flops(config) == matrices + 4 * config.attention_width * pairs
+
+
+def smooth_images(num_images: int, size: int) -> Tensor:
+    """Images that differ from each other and, as photographs, little between neighbours."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = 255 * torch.rand(num_images, 3, 3, 3, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
+    return fine.permute(0, 2, 3, 1).round().to(torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"query_block": 48, "memory": 48}, id="1d"),
+        pytest.param({"attention": "local_2d", "query_block": (4, 12), "memory": (4, 6)}, id="2d"),
+        pytest.param({"query_block": 48, "memory": 48, "num_classes": 8}, id="classes"),
+        pytest.param(
+            {"query_block": 48, "memory": 48, "condition_size": 4, "encoder_layers": 1}, id="super-resolution"
+        ),
+    ],
+)
+def test_eight_images_can_be_learnt_by_heart(changes: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    config = tiny_config(
+        image_size=8, layers=2, width=64, heads=4, attention_width=64, ff_width=128, **MODERN, **changes
+    )
+    model = ImageTransformer(config)
+    images, inputs = smooth_images(8, 8), random_conditions(config, 8)
+    if config.condition_size:
+        inputs["condition"] = images[:, ::2, ::2]
+    steps = 300
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20, 2 * (1 - step / steps))
+    )
+    for _ in range(steps):
+        total = nats("categorical", model(images, **inputs), images).sum()
+        optimizer.zero_grad()
+        (total / images.numel()).backward()
+        optimizer.step()
+        schedule.step()
+        if bits_per_dim(total.item(), images.numel()) < 0.1:
+            return
+    pytest.fail(f"{bits_per_dim(total.item(), images.numel()):.3f} bits/dim after {steps} steps")
+
+
+BAD = [
+    ({"heads": 3}, "heads: 3 does not divide attention_width 16"),
+    ({"query_block": 7}, "query_block: 7 does not divide the image's 48 positions; choose e.g. one of .*8"),
+    (
+        {"attention": "local_2d", "query_block": (3, 2), "memory": (1, 1)},
+        "query_block: 3 does not divide the image's 4 rows",
+    ),
+    (
+        {"attention": "local_2d", "query_block": (2, 5), "memory": (1, 1)},
+        "query_block: 5 does not divide the image's 12 columns",
+    ),
+    ({"attention": "local_2d"}, r"local_2d attention takes \[rows, columns\]"),
+    ({"query_block": (2, 2)}, "local_1d attention takes numbers"),
+    ({"memory": 100}, "memory: reaches 100 positions beyond a block of 8, but the image has 48 in all; choose 0 to 40"),
+    ({"memory": -1}, "memory: reaches -1"),
+    ({"query_block": 0}, "query_block: 0 does not divide"),
+    ({"attention": "full"}, "full attention has neither; set both to 0"),
+    ({"attention": "dilated_1d"}, "dilated_1d attention needs at least 1 of each"),
+    ({"attention": "dilated_1d", "dilation_blocks": 9, "memory": 8}, "memory: reaches 72"),
+    ({"dilation_gap": 2}, "only dilated_1d attention has them"),
+    ({"shift": "block"}, "shift: 'block' is for local_2d attention only"),
+    ({"output": "mixture", "mixtures": 10}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
+    ({**PIXELS, "mixtures": 10}, "mixtures: 10 with output 'categorical'"),
+    ({**MIXTURE, "mixtures": 0}, "mixtures: 0 with output 'mixture'"),
+    ({**MODERN, "norm": "post"}, "the modern block is made for 'pre'"),
+    ({"width": 18}, "width: 18 is not a multiple of 4"),
+    ({"position": "rotary", "heads": 8}, "rotary needs attention_width / heads, 2, to be a multiple of 4"),
+    ({"condition_size": 2}, "encoder_layers: 0 with condition_size 2"),
+    ({"encoder_layers": 2}, "encoder_layers: 2 with condition_size 0"),
+    ({"condition_size": 3, "encoder_layers": 1}, "condition_size: 3 is not a proper divisor of image_size 4"),
+    ({"condition_size": 4, "encoder_layers": 1}, "condition_size: 4 is not a proper divisor of image_size 4"),
+    ({"dropout": 1.0}, r"dropout: 1.0 is not in \[0, 1\)"),
+    ({"layers": 0}, "layers: 0 is not positive"),
+    ({"num_classes": -1}, "num_classes: -1 is negative"),
+]
+
+
+@pytest.mark.parametrize("changes, message", BAD, ids=[message[:40] for _, message in BAD])
+def test_a_bad_config_is_refused_with_the_reason(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**changes)
+
+
+def test_all_problems_of_a_config_are_named_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        tiny_config(heads=3, query_block=7, output="mixture")
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "query_block",
+        "heads",
+        "output",
+        "mixtures",
+    ]
+
+
+def test_inputs_that_do_not_fit_the_model_are_refused() -> None:
+    images = random_images(2, 4)
+    with pytest.raises(ValueError, match=r"images: shape \(2, 8, 8, 3\), but the model reads \[B, 4, 4, 3\]"):
+        build()(random_images(2, 8))
+    with pytest.raises(ValueError, match="labels: missing, but num_classes is 5"):
+        build(num_classes=5)(images)
+    with pytest.raises(ValueError, match="labels: given, but num_classes is 0"):
+        build()(images, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="condition: missing, but its size in the config is 2"):
+        build(**CONDITIONS["super-resolution"])(images)
+
+
+def test_a_config_holds_all_fields_and_no_defaults() -> None:
+    with pytest.raises(TypeError, match="missing 22 required keyword-only arguments"):
+        ImageTransformerConfig()  # type: ignore[call-arg]
