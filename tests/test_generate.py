@@ -101,7 +101,7 @@ def entropy_of(head: str, parameters: Tensor, images: Tensor) -> Tensor:
 @pytest.mark.parametrize("pattern", ["1d", "2d"])
 @pytest.mark.parametrize("head", HEADS)
 def test_samples_cost_what_the_entropy_of_the_model_says(head: str, pattern: str) -> None:
-    """The mean over samples of -log p(x) - sum_t H(x_t | x_<t) is zero if (and in practice only if) x is drawn from p."""
+    """The mean over samples of -log p(x) - sum_t H(x_t | x_<t) is zero if x is drawn from p."""
     model = opinionated(build(**HEADS[head], **PATTERNS[pattern]))
     num = 256
     images = generate(model, num, seed=0)
