@@ -6,13 +6,15 @@ finished batches; the training loop takes them from a short queue. Threads, not 
 batch from a process to the trainer costs several times what making it costs.
 """
 
+import atexit
 import heapq
 import math
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ from data_pipeline.shard_format import decode
 from data_pipeline.storage import DataError, Store
 
 OPENING_DEADLINE_SECONDS = 60.0
+CLOSING_SECONDS = 5.0  # a read that hangs may outlive its iterator, but not hold up the program for longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,13 @@ def stream(
             hand_over(error)
 
     thread = threading.Thread(target=produce, name="assemble batches", daemon=True)
+
+    def end() -> None:
+        stop.set()
+        thread.join(CLOSING_SECONDS)
+
+    # A daemon thread that is still inside torch when the interpreter goes down would abort the process.
+    atexit.register(end)
     thread.start()
     try:
         while True:
@@ -237,8 +247,8 @@ def stream(
                 raise item
             yield item
     finally:
-        stop.set()
-        thread.join()
+        end()
+        atexit.unregister(end)
 
 
 def assemble(
@@ -266,8 +276,12 @@ def assemble(
             ahead.append((window, Future()))
             requests.put(ahead[-1])
 
-    for _ in range(fetch_threads):
-        threading.Thread(target=fetch, args=(shards, order, requests, stop), daemon=True).start()
+    threads = [
+        threading.Thread(target=fetch, args=(shards, order, requests, stop), name="fetch blocks", daemon=True)
+        for _ in range(fetch_threads)
+    ]
+    for thread in threads:
+        thread.start()
     try:
         read_ahead()
         for planned in plan:
@@ -275,7 +289,7 @@ def assemble(
             while ahead and ahead[0][0].first <= until:
                 window, future = ahead.popleft()
                 read_ahead()
-                opened[window.key] = future.result()
+                opened[window.key] = result_of(future, stop)
                 heapq.heappush(closing, (window.last, window.key))
 
             images = torch.empty((len(planned.positions), size, size, 3), dtype=torch.uint8, pin_memory=pinned)
@@ -297,8 +311,21 @@ def assemble(
             while closing and closing[0][0] <= until:
                 del opened[heapq.heappop(closing)[1]]
     finally:
-        for _ in range(fetch_threads):
+        for _ in threads:
             requests.put(None)
+        deadline = time.monotonic() + CLOSING_SECONDS / 2
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def result_of(future: Future[OpenWindow], stop: threading.Event) -> OpenWindow:
+    """The window, or the error that fetching it ended in; CancelledError as soon as a stop is requested."""
+    while True:
+        try:
+            return future.result(timeout=0.2)
+        except TimeoutError:
+            if stop.is_set():
+                raise CancelledError from None
 
 
 def fetch(
@@ -308,8 +335,11 @@ def fetch(
     stop: threading.Event,
 ) -> None:
     """What a fetch thread does until it is told to end: read the blocks of windows, checked and retried."""
-    while (request := requests.get()) is not None and not stop.is_set():
+    while (request := requests.get()) is not None:
         window, future = request
+        if stop.is_set():
+            future.cancel()
+            continue
         block = shards.manifest.blocks[window.block]
         try:
             name = shards.manifest.shards[block.shard].name

@@ -135,7 +135,8 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
                 f"{store.url} holds {len(shards)} shards but no {MANIFEST_NAME}, so it is not complete: "
                 "let the packing command that makes it finish"
             )
-        raise DataError(f"no shards at {store.url} (there is no {MANIFEST_NAME}); pack them first or correct the URL")
+        missing = store.missing_part() or f"there is no {MANIFEST_NAME}"
+        raise DataError(f"no shards at {store.url}: {missing}; pack them first or correct the URL")
     document = read_json(store, MANIFEST_NAME, LARGEST_MANIFEST_BYTES)
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:

@@ -153,8 +153,11 @@ def run_all(tasks: Sequence[Task], workers: int, progress: Any) -> Iterator[tupl
     """
     if workers <= 1:
         set_progress(progress)
-        for index, task in enumerate(tasks):
-            yield index, task.run()
+        try:
+            for index, task in enumerate(tasks):
+                yield index, task.run()
+        finally:
+            set_progress(None)
         return
     # Not fork: a filesystem of s3fs must not be inherited. The fork server imports everything once.
     context = multiprocessing.get_context("forkserver")

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import xxhash
+from fsspec.asyn import sync
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ S3_SETTINGS: dict[str, Any] = {
 
 TORN_FILE = ".unfinished-"  # in the name of a local file while it is written
 
+REQUEST_SECONDS = 120.0  # for one request, however long the deadline; a block is a few megabytes
 FIRST_DELAY_SECONDS = 0.2
 LONGEST_DELAY_SECONDS = 30.0
 PERMANENT_ATTEMPTS = 2
@@ -98,7 +100,13 @@ class Store:
             return data
 
         where = self.url_of(name) + ("" if begin is None else f" (bytes {begin}-{end})")
-        return with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
+        try:
+            return with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
+        except DataError as error:
+            if xxh3 is not None and isinstance(error.__cause__, FileNotFoundError):
+                # Its checksum is known, so it was there once: the data set is damaged, the URL is right.
+                raise DataError(f"{error}, although the manifest lists it; pack again", EXIT_CORRUPT) from error
+            raise
 
     def write(self, name: str, data: bytes) -> None:
         """Put an object in one piece: it appears whole or not at all, also when the writer is killed."""
@@ -145,9 +153,22 @@ class Store:
         return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
 
     def remove(self, name: str) -> None:
+        """Remove an object, or a folder with everything in it; content that is gone already is fine."""
         filesystem, path = open_filesystem(self.url), self._path(name)
-        if filesystem.exists(path):
-            filesystem.rm(path, recursive=True)
+
+        def attempt() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                filesystem.rm(path, recursive=True)
+
+        with_retries(attempt, f"remove {self.url_of(name)}", self.deadline_seconds, None)
+
+    def missing_part(self) -> str | None:
+        """The bucket or folder of this URL that does not exist, as a phrase for a message; None if all is there."""
+        filesystem, path = open_filesystem(self.url), self._path("")
+        if scheme_of(self.url) in ("s3", "s3a", "gs", "gcs"):
+            bucket = path.partition("/")[0]
+            return None if filesystem.exists(bucket) else f"there is no bucket {bucket}, or no access to it"
+        return None if filesystem.exists(path) else "there is no such folder"
 
     @property
     def is_local(self) -> bool:
@@ -201,11 +222,12 @@ def path_of(url: str) -> str:
 
 def open_filesystem(url: str) -> Any:
     """The fsspec filesystem of a URL: one per process and scheme, so never inherited over a fork."""
-    return _filesystem(scheme_of(url))
+    return filesystem_of(scheme_of(url), os.getpid())
 
 
 @cache
-def _filesystem(scheme: str) -> Any:
+def filesystem_of(scheme: str, process: int) -> Any:
+    """``process`` only keeps a forked child from using its parent's connections."""
     try:
         if scheme in ("s3", "s3a"):
             filesystem = fsspec.filesystem(scheme, **S3_SETTINGS)
@@ -218,6 +240,10 @@ def _filesystem(scheme: str) -> Any:
 
 def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> bytes:
     """One read of fsspec; a single request on object stores when the range is given."""
+    if filesystem.async_impl:
+        # A socket's read timeout never strikes while a dying server trickles bytes; this limit does.
+        read = filesystem._cat_file
+        return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
     return bytes(filesystem.cat_file(path, start=begin, end=end))
 
 

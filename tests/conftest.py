@@ -1,11 +1,15 @@
 """What do many tests need: a small packed data set of real photographs, and a real S3 server."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import s3fs
 
+from data_pipeline import storage
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.pack import main as pack_main
+from tests.s3_server import S3Server
 
 
 def pack_photographs(dest: str, *, images: int, size: int = 8, split: str = "train", seed: int = 0) -> None:
@@ -25,3 +29,28 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shards(packed: Path) -> Shards:
     return open_shards(str(packed))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A running S3 server. Its ``environment`` is for child processes; in this one, use the fixture ``s3_bucket``."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a new bucket of the server, which the environment of this process points at."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    forget_filesystems()
+    yield s3_server.make_bucket()
+    forget_filesystems()
+
+
+def forget_filesystems() -> None:
+    """Let the next access read the environment again; s3fs and this project keep one client per process."""
+    storage.filesystem_of.cache_clear()
+    s3fs.S3FileSystem.clear_instance_cache()

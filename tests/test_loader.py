@@ -1,19 +1,27 @@
 """Does every rank get its batches, exactly and in order, and does every failure end in one sentence?"""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from data_pipeline import storage
 from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig, Shards, evaluation_batches, open_shards, train_batches
 from data_pipeline.order import TrainingOrder
 from data_pipeline.shard_format import decode
 from data_pipeline.storage import DataError
 from tests.conftest import pack_photographs
+from tests.faulty_filesystem import FAULTS, FaultyFilesystem
+from tests.s3_server import S3Server
 
 GLOBAL_BATCH = 48
 CONFIG = {
@@ -139,18 +147,117 @@ def test_threads_end_when_the_iterator_is_closed_or_forgotten(shards: Shards) ->
         assert threading.active_count() == before
 
 
-def test_damage_is_found_named_and_ends_with_code_65(tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(tmp_path: Path) -> Shards:
+    """A data set of its own, to be damaged; failing reads are given up soon."""
     pack_photographs(str(tmp_path / "d"), images=1200)
-    shards = open_shards(str(tmp_path / "d"), read_deadline_seconds=0.3)
-    path = tmp_path / "d" / shards.manifest.shards[0].name
-    data = bytearray(path.read_bytes())
-    data[shards.manifest.blocks[1].begin + 5000] ^= 1
-    path.write_bytes(data)
-    batches = evaluation_batches(shards, rank=0, world_size=1, batch_images=256, limit=None)
-    assert next(batches).position == 0  # the first block is whole
-    with pytest.raises(DataError, match=r"train-000000.tar \(bytes .*checksum") as caught:
-        list(batches)
+    return open_shards(str(tmp_path / "d"), read_deadline_seconds=0.3)
+
+
+def flip_a_bit(shard: Path, place: int) -> None:
+    data = bytearray(shard.read_bytes())
+    data[place] ^= 1
+    shard.write_bytes(data)
+
+
+def cut(shard: Path, place: int) -> None:
+    shard.write_bytes(shard.read_bytes()[:place])
+
+
+def remove(shard: Path, place: int) -> None:
+    shard.unlink()
+
+
+def replace_by_web_page(shard: Path, place: int) -> None:
+    shard.write_bytes(b"<html>502 Bad Gateway</html>")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "the checksum is"),
+        (cut, "bytes came instead of"),
+        (remove, "there is no such .* object, although the manifest lists it"),
+        (replace_by_web_page, "bytes came instead of"),
+    ],
+)
+def test_damage_is_found_named_and_ends_with_code_65(
+    damaged: Shards, damage: Callable[[Path, int], None], message: str
+) -> None:
+    block = damaged.manifest.blocks[1]
+    damage(Path(damaged.url) / damaged.manifest.shards[0].name, block.begin + 5000)
+    batches = evaluation_batches(damaged, rank=0, world_size=1, batch_images=256, limit=None)
+    with pytest.raises(DataError, match=rf"cannot read .*train-000000.tar \(bytes \d+-\d+\).*{message}") as caught:
+        for batch in batches:
+            assert batch.position < 2, "nothing of the damaged block is handed out"
     assert caught.value.exit_code == 65
+
+
+def test_faulty_storage_changes_no_byte_of_an_epoch(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = shards.count // GLOBAL_BATCH + 1
+    expected = steps(shards, ranks=2, micro=24, consumed=0, count=count)
+    faulty = FaultyFilesystem(share=0.4, seed=1)
+    monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
+    monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.01)
+    got = steps(shards, ranks=2, micro=24, consumed=0, count=count)
+    assert (got[0] == expected[0]).all() and (got[1] == expected[1]).all()
+    assert sum(faulty.counts[fault] for fault in FAULTS) > 3
+
+
+def test_s3_gives_the_same_batches_as_the_local_disk(shards: Shards, s3_bucket: str) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=3000)
+    remote = open_shards(f"s3://{s3_bucket}/train")
+    assert remote.digest == shards.digest
+    expected = steps(shards, ranks=1, micro=48, consumed=960, count=20)
+    got = steps(remote, ranks=3, micro=8, consumed=960, count=20)
+    assert (got[0] == expected[0]).all() and (got[1] == expected[1]).all()
+
+
+def test_a_server_killed_in_the_middle_of_an_epoch_changes_nothing(
+    shards: Shards, s3_bucket: str, s3_server: S3Server
+) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=3000)
+    remote = open_shards(f"s3://{s3_bucket}/train", read_deadline_seconds=120.0)
+    expected = list(evaluation_batches(shards, rank=0, world_size=1, batch_images=64, limit=None))
+    got = []
+    for number, batch in enumerate(evaluation_batches(remote, rank=0, world_size=1, batch_images=64, limit=None)):
+        got.append(batch)
+        if number == 2:
+            s3_server.kill()
+            threading.Timer(2.0, s3_server.start).start()
+    assert len(got) == len(expected)
+    assert all(torch.equal(a.images, b.images) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_server_away_for_longer_than_the_deadline_is_one_sentence(s3_bucket: str, s3_server: S3Server) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=3000)
+    remote = open_shards(f"s3://{s3_bucket}/train", read_deadline_seconds=2.0)
+    s3_server.kill()
+    try:
+        with pytest.raises(DataError, match=rf"cannot read s3://{s3_bucket}/train/.* gave up after \d+ s") as caught:
+            list(evaluation_batches(remote, rank=0, world_size=1, batch_images=64, limit=None))
+    finally:
+        s3_server.start()
+    assert caught.value.exit_code == 69
+
+
+def test_a_program_that_ends_without_closing_the_iterator_ends_at_once(shards: Shards) -> None:
+    code = (
+        "import sys; from data_pipeline.loader import *;"
+        "batches = evaluation_batches(open_shards(sys.argv[1]), rank=0, world_size=1, batch_images=8, limit=None);"
+        "next(batches)"
+    )
+    subprocess.run([sys.executable, "-c", code, shards.url], check=True, timeout=60)
+
+
+def test_a_forked_process_reads_with_connections_of_its_own(shards: Shards, s3_bucket: str) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=600)
+    remote = open_shards(f"s3://{s3_bucket}/train")
+    child = os.fork()
+    if child == 0:
+        batches = list(evaluation_batches(remote, rank=0, world_size=1, batch_images=100, limit=None))
+        os._exit(0 if len(batches) == 6 else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_data_set_smaller_than_a_global_batch_is_refused(shards: Shards) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from PIL import Image
 
 from data_pipeline.loader import open_shards
 from data_pipeline.pack import main, shard_bounds
+from data_pipeline.storage import Store
 from tests.conftest import pack_photographs
+from tests.s3_server import S3Server
 
 PHOTOGRAPHS = ["--source", "photographs", "--size", "8", "--split", "train", "--images", "3000", "--workers", "1"]
 
@@ -139,6 +142,62 @@ def test_no_permission_to_write_is_one_sentence(tmp_path: Path, capsys: pytest.C
     (tmp_path / "file").write_text("in the way")
     assert main([*PHOTOGRAPHS, "--dest", str(tmp_path / "file" / "d")]) in (2, 73)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_s3_holds_the_same_bytes_as_the_local_disk(packed: Path, s3_bucket: str, s3_server: S3Server) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=3000)
+    filesystem = s3_server.filesystem()
+    objects = {path.rpartition("/")[2]: filesystem.cat_file(path) for path in filesystem.find(s3_bucket)}
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in objects.items()} == contents(packed)
+
+
+def test_stock_webdataset_reads_from_s3(packed: Path, s3_bucket: str, s3_server: S3Server) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=3000)
+    filesystem = s3_server.filesystem()
+    webdataset.gopen_schemes["s3"] = lambda url, mode="rb", bufsize=8192, **_: filesystem.open(url, mode)
+    try:
+        read = [
+            [
+                (s["__key__"], s["cls"], s["npy"].tobytes())
+                for s in webdataset.WebDataset(url, shardshuffle=False).decode()
+            ]
+            for url in (f"s3://{s3_bucket}/train/train-000000.tar", str(packed / "train-000000.tar"))
+        ]
+    finally:
+        del webdataset.gopen_schemes["s3"]
+    assert len(read[0]) == 3000 and read[0] == read[1]
+
+
+def test_a_server_killed_while_shards_are_uploaded_changes_nothing(
+    s3_bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    arguments = [*PHOTOGRAPHS, "--shard-images", "512"]  # six shards
+    assert main([*arguments, "--dest", str(tmp_path / "local")]) == 0
+    written: list[str] = []
+    write = Store.write
+
+    def write_and_kill(self: Store, name: str, data: bytes) -> None:
+        written.append(name)
+        if name == "train-000002.tar":
+            threading.Timer(0.02, s3_server.kill).start()
+            threading.Timer(3.0, s3_server.start).start()
+        write(self, name, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "write", write_and_kill)
+        assert main([*arguments, "--dest", f"s3://{s3_bucket}/train"]) == 0
+    filesystem = s3_server.filesystem()
+    objects = {path.rpartition("/")[2]: filesystem.cat_file(path) for path in filesystem.find(s3_bucket)}
+    assert {name: hashlib.sha256(data).hexdigest() for name, data in objects.items()} == contents(tmp_path / "local")
+    assert len([name for name in written if name.endswith(".tar")]) == 6, "no shard was packed twice"
+
+
+def test_packing_to_a_bucket_that_does_not_exist_is_one_sentence(
+    s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*PHOTOGRAPHS, "--dest", "s3://no-such-bucket/train"]) == 2
+    error = capsys.readouterr().err
+    assert "s3://no-such-bucket" in error and "no such bucket" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("count", "limit"), [(1, 8192), (512, 1), (513, 512), (12000, 8192), (100_000, 8192)])

@@ -1,0 +1,213 @@
+"""Do reads and writes survive what storage does, and do failures name the URL, the range and the reason?"""
+
+import pickle
+import re
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from data_pipeline import storage
+from data_pipeline.storage import DataError, Store, normalised, open_filesystem, path_of, read_json, with_retries
+from tests.conftest import forget_filesystems
+from tests.faulty_filesystem import FAULTS, FaultyFilesystem
+from tests.s3_server import S3Server
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.001)
+
+
+def failing(error: Exception, times: int) -> Callable[[], str]:
+    """Fails so many times, then answers."""
+    left = [times]
+
+    def attempt() -> str:
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return "answer"
+
+    return attempt
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("error", [OSError("x"), TimeoutError(), ConnectionResetError(), TypeError("s3fs bug")])
+def test_passing_failures_are_tried_again_until_they_pass(error: Exception) -> None:
+    assert with_retries(failing(error, 20), "read u", 60.0, None) == "answer"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("x"), PermissionError("x"), IsADirectoryError("x")])
+def test_permanent_failures_are_tried_once_more_and_reported_at_once(error: Exception) -> None:
+    assert with_retries(failing(error, 1), "read u", 60.0, None) == "answer"
+    started = time.monotonic()
+    with pytest.raises(DataError, match="^cannot read u: ") as caught:
+        with_retries(failing(error, 2), "read u", 60.0, None)
+    assert caught.value.exit_code == 2 and time.monotonic() - started < 5
+
+
+def test_the_deadline_ends_it_with_how_long_and_why() -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"^cannot read u: gave up after [01] s and \d+ tries; last: OSError: why$"
+    ) as caught:
+        with_retries(failing(OSError("why"), 10**9), "read u", 0.5, None)
+    assert caught.value.exit_code == 69
+    assert 0.4 < time.monotonic() - started < 5
+
+
+def test_a_stop_request_ends_the_waiting() -> None:
+    stop = threading.Event()
+    threading.Timer(0.2, stop.set).start()
+    started = time.monotonic()
+    with pytest.raises(DataError):
+        with_retries(failing(OSError("x"), 10**9), "read u", 600.0, stop)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_reads_through_faults_give_the_right_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytes(range(256)) * 40
+    (tmp_path / "x").write_bytes(data)
+    faulty = FaultyFilesystem(share=0.9, seed=0)
+    monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
+    store = Store(str(tmp_path), 60.0)
+    for begin in range(0, len(data), 512):
+        piece = data[begin : begin + 512]
+        assert store.read("x", begin, begin + 512, xxh3=xxhash.xxh3_64_hexdigest(piece)) == piece
+    assert all(faulty.counts[fault] for fault in FAULTS), "every kind of fault struck"
+
+
+def test_a_wrong_checksum_names_object_and_range_and_is_corruption(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(100))
+    where = re.escape(f"{tmp_path}/x (bytes 10-20)")
+    with pytest.raises(DataError, match=f"cannot read {where}: .*checksum") as caught:
+        Store(str(tmp_path), 0.0).read("x", 10, 20, xxh3="0" * 16)
+    assert caught.value.exit_code == 65
+    with pytest.raises(DataError, match="cannot read .*10 bytes came instead of 20") as caught:
+        Store(str(tmp_path), 0.0).read("x", 90, 110)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize(
+    ("url", "message", "code"),
+    [
+        ("pipe:cat x.tar", "start a program", 77),
+        ("cmd:cat x.tar", "start a program", 77),
+        ("filecache::s3://a/b", "chain filesystems", 77),
+        ("s3://user:secret@bucket/x", "password in the URL", 77),
+        ("ftp://host/x", "not a known storage", 2),
+        ("", "is empty", 2),
+    ],
+)
+def test_urls_that_are_not_for_data_are_refused(url: str, message: str, code: int) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        normalised(url)
+    assert caught.value.exit_code == code
+    assert "secret" not in str(caught.value)
+
+
+def test_paths_follow_fsspec() -> None:
+    assert path_of("s3://bucket/a/b/") == "bucket/a/b"
+    assert path_of("relative") == f"{Path.cwd()}/relative"
+    assert normalised("s3://bucket/a/") == "s3://bucket/a"
+
+
+def test_local_objects_are_written_whole_listed_and_removed(tmp_path: Path) -> None:
+    store = Store(f"{tmp_path}/new/folder", 0.0)
+    assert store.names() == [] and not store.exists("x")
+    store.write("deep/x", b"12345")
+    store.write("y", b"")
+    assert store.names() == ["deep", "y"] and store.exists("deep/x")
+    assert store.walk() == {"deep/x": 5, "y": 0}
+    assert store.read("deep/x") == b"12345" and store.read("deep/x", 1, 3) == b"23"
+    store.remove("deep")
+    store.remove("deep")
+    assert store.names() == ["y"]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DataError, match="cannot write .*disk is full") as caught:
+        Store(str(tmp_path), 60.0).write("x", b"data")
+    assert caught.value.exit_code == 73
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_cross_processes_unharmed() -> None:
+    error = pickle.loads(pickle.dumps(DataError("sentence", 65)))
+    assert (str(error), error.exit_code) == ("sentence", 65)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"<html>"])
+def test_what_is_not_json_is_corrupt(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DataError, match="is not JSON") as caught:
+        read_json(Store(str(tmp_path), 0.0), "x.json", 100)
+    assert caught.value.exit_code == 65
+    with pytest.raises(DataError, match="more than 0"):
+        read_json(Store(str(tmp_path), 0.0), "x.json", 0)
+
+
+def test_s3_objects_are_written_read_by_range_listed_and_removed(s3_bucket: str) -> None:
+    store = Store(f"s3://{s3_bucket}/prefix", 30.0)
+    assert store.names() == [] and not store.exists("x")
+    store.write("deep/x", b"12345")
+    assert store.names() == ["deep"] and store.exists("deep/x"), "listings are not cached"
+    assert store.walk() == {"deep/x": 5}
+    assert store.read("deep/x", 1, 3) == b"23" and store.read("deep/x") == b"12345"
+    store.remove("deep")
+    assert store.names() == []
+
+
+def test_a_missing_bucket_is_named(s3_bucket: str) -> None:
+    assert Store(f"s3://{s3_bucket}/nothing", 30.0).missing_part() is None
+    assert (
+        Store("s3://no-such-bucket/x", 30.0).missing_part() == "there is no bucket no-such-bucket, or no access to it"
+    )
+    with pytest.raises(DataError, match="cannot write s3://no-such-bucket/x/y: there is no such bucket") as caught:
+        Store("s3://no-such-bucket/x", 30.0).write("y", b"1")
+    assert caught.value.exit_code == 2
+
+
+def test_wrong_credentials_are_reported_at_once(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    forget_filesystems()
+    store = Store(f"s3://{s3_bucket}/x", 600.0)
+    for action in (lambda: store.exists("y"), lambda: store.read("y", 0, 1), lambda: store.write("y", b"1")):
+        with pytest.raises(DataError, match=f"cannot [a-z ]* s3://{s3_bucket}/x/y.*access is denied") as caught:
+            action()
+        assert caught.value.exit_code == 2
+
+
+def test_a_server_that_is_away_too_long_is_one_sentence(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    forget_filesystems()
+    with pytest.raises(
+        DataError, match=rf"cannot read s3://{s3_bucket}/x \(bytes 0-1\): gave up after \d+ s"
+    ) as caught:
+        Store(f"s3://{s3_bucket}", 1.0).read("x", 0, 1)
+    assert caught.value.exit_code == 69
+
+
+def test_a_trickling_read_is_cut_off(s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One request has its own limit: a server that stands still does not use up the whole deadline."""
+    Store(f"s3://{s3_bucket}", 30.0).write("x", bytes(1000))
+    filesystem = open_filesystem(f"s3://{s3_bucket}")
+    monkeypatch.setattr(storage, "REQUEST_SECONDS", 1.0)
+    s3_server.pause()
+    try:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            storage.bytes_of(filesystem, f"{s3_bucket}/x", 0, 1000)
+        assert time.monotonic() - started < 10
+    finally:
+        s3_server.resume()
+    assert storage.bytes_of(filesystem, f"{s3_bucket}/x", 0, 1000) == bytes(1000)
