@@ -11,6 +11,9 @@ ifeq ($(GPUS),0)
 export DS_ACCELERATOR := cpu
 endif
 
+# Threads that wait sleep instead of spinning: on a shared machine, spinning makes everything four times slower.
+export OMP_WAIT_POLICY := PASSIVE
+
 DATA := data/quickstart
 RUN := runs/quickstart
 

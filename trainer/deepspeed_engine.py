@@ -70,7 +70,7 @@ def init_distributed(timeout_seconds: float) -> torch.device:
     # torch's own deprecations inside DeepSpeed's collectives: nothing that a user of the trainer can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     # By its full name: `import deepspeed.comm.torch as ...` yields torch itself, which that package re-exports.
-    backend = importlib.import_module("deepspeed.comm.torch")
+    backend: Any = importlib.import_module("deepspeed.comm.torch")
     timeout = timedelta(seconds=timeout_seconds)
     backend.TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
     if get_accelerator().device_name() == "cpu":
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
 
     def _moments(self) -> list[str]:
         """Names of the optimizer's tensors; there are none before the first update."""
-        stored = next(iter(self._optimizer.state.values()), {})
+        stored: dict[str, Tensor] = next(iter(self._optimizer.state.values()), {})
         return [key for key in stored if key != "step"]
 
     def _create_optimizer_state(self) -> None:

@@ -16,8 +16,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import evaluation_batches, open_shards
 from models.image_transformer import ImageTransformerConfig
 from models.likelihood import nats
-from trainer.codecs import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.exit_codes import run_tool
+from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.model_inputs import model_inputs
 from trainer.ranks import all_sum
 from trainer.run_folder import load_trained_model

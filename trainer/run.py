@@ -11,11 +11,16 @@ from pathlib import Path
 # belongs there, so that `models` and `data_pipeline` are found and no file of ours can shadow a library.
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import os  # noqa: E402
+
+# Read when torch is loaded: CPU threads that wait for each other sleep instead of spinning. On a machine that other
+# processes use too, spinning made steps seven times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
-import os  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed  # noqa: E402

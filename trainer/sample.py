@@ -98,9 +98,11 @@ def _completions(trained: TrainedModel, arguments: argparse.Namespace) -> Image.
         trained.model,
         len(originals),
         seed=arguments.seed,
-        labels=None if batch.labels is None else batch.labels.to(trained.device),
+        labels=batch.labels.to(trained.device)
+        if batch.labels is not None and trained.config.model.num_classes
+        else None,
         prefix=originals,
-        keep=trained.model.num_positions // 2,
+        keep=trained.model.pattern.length // 2,
         temperature=arguments.temperature,
         progress=_show_progress,
     )

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mlflow
+from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
-from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_USER
@@ -151,7 +151,7 @@ class Tracker:
             tags=[RunTag(key, value) for key, value in tags.items()],
         )
         client.log_artifact(run_id, str(files.config))
-        if not run.inputs.dataset_inputs:
+        if not (run.inputs and run.inputs.dataset_inputs):
             client.log_inputs(run_id, datasets=[_dataset_input(c, s) for c, s in datasets.items()])
         return run_id
 
@@ -217,6 +217,6 @@ def _points(step: int, metrics: dict[str, float], now: float) -> list[Metric]:
 
 def _dataset_input(context: str, shards: Any) -> DatasetInput:
     """MLflow's record of one data set: where it is, and the digest of its manifest (36 characters at most)."""
-    source = LocalArtifactDatasetSource(shards.url)
-    dataset = MetaDataset(source, name=shards.manifest.name, digest=shards.digest[:32])
+    source = resolve_dataset_source(shards.url)
+    dataset = MetaDataset(source, name=shards.manifest.name, digest=shards.digest[:32])  # type: ignore[abstract]
     return DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])

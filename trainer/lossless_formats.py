@@ -14,7 +14,7 @@ UNIFORM_BITS_PER_DIM = 8.0
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "PNG": ("PNG", {"optimize": True}),
-    "WebP lossless": ("WEBP", {"lossless": True, "quality": 100, "method": 6}),
+    "WebP lossless": ("WEBP", {"lossless": True}),
     "JPEG-XL lossless": ("JXL", {"lossless": True, "effort": 9}),
 }
 

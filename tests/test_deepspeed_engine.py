@@ -1,0 +1,155 @@
+"""Does DeepSpeed compute what plain torch computes, at every stage, and does its state move between stages?"""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from models.image_transformer import ImageTransformer
+from models.likelihood import nats
+from tests.launch import QUICKSTART, TINY_MODEL
+from trainer.config import ConfigError, RunConfig, load_config
+from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config, init_distributed
+from trainer.engine import Engine, TorchEngine
+from trainer.ranks import Ranks, ranks_from_environment
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+
+
+@pytest.fixture(scope="module")
+def device() -> Iterator[torch.device]:
+    ranks_from_environment()
+    yield init_distributed(60)
+    torch.distributed.destroy_process_group()
+
+
+def tiny(stage: int, precision: str, **changes: object) -> RunConfig:
+    values = TINY_MODEL | {
+        "train.zero_stage": stage,
+        "train.precision": precision,
+        "train.global_batch_images": 8,
+        "train.micro_batch_images": 4,
+        "optimizer.weight_decay": 0.1,
+        "optimizer.ema_decay": 0.9,
+        **changes,
+    }
+    return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
+
+
+def new_model(config: RunConfig) -> ImageTransformer:
+    torch.manual_seed(1)
+    return ImageTransformer(config.model, checkpoint_every_layers=config.train.activation_checkpoint_every_layers)
+
+
+def losses(engine: Engine, steps: range) -> list[float]:
+    """The loss of each step on batches that are a function of the step."""
+    engine.train(True)
+    result = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randint(0, 256, (8, 8, 8, 3), generator=generator, dtype=torch.uint8) // 2
+        total = 0.0
+        for images in batch.chunk(2):
+            loss = nats("mixture", engine.forward(images, None, None), images).sum() / images.numel()
+            engine.backward(loss)
+            engine.step(0.003)
+            total += loss.item() / 2
+        result.append(total)
+    return result
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")])
+def test_every_stage_gives_the_losses_of_plain_torch(device: torch.device, stage: int, precision: str) -> None:
+    config = tiny(stage, precision)
+    oracle = losses(TorchEngine(new_model(config), config), range(8))
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    assert losses(engine, range(8)) == pytest.approx(oracle, abs=1e-5)
+    assert oracle[-1] < oracle[0] - 0.05  # the weights do move
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_fp32_within_its_precision(device: torch.device, stage: int) -> None:
+    config = tiny(stage, "bf16")
+    oracle = losses(TorchEngine(new_model(config), config), range(8))
+    assert losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(8)) == pytest.approx(
+        oracle, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("saved", "precision", "loaded"),
+    [(0, "fp32", 2), (2, "fp32", 0), (1, "bf16", 1), (2, "bf16", 3), (3, "bf16", 1), (3, "fp32", 3)],
+)
+def test_state_goes_on_exactly_at_the_same_and_at_another_stage(
+    device: torch.device, saved: int, precision: str, loaded: int
+) -> None:
+    first = DeepSpeedEngine(new_model(tiny(saved, precision)), tiny(saved, precision), ALONE, device)
+    losses(first, range(4))
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in first.state()]
+    rest = losses(first, range(4, 8))
+
+    torch.manual_seed(99)  # other first weights, which loading must replace
+    config = tiny(loaded, precision)
+    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second.load_state(states, updates=4)
+    for (name, before), (_, after) in zip(states, second.state(), strict=True):
+        assert before.keys() == after.keys() == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+        for key in before:
+            assert torch.equal(before[key], after[key]), (name, key)
+    # Another stage adds gradients in another order, which bf16 rounds now and then to the other side.
+    assert losses(second, range(4, 8)) == pytest.approx(
+        rest, abs=1e-6 if precision == "fp32" or saved == loaded else 1e-3
+    )
+
+
+def test_plain_torch_goes_on_from_deepspeeds_state(device: torch.device) -> None:
+    config = tiny(2, "fp32")
+    first = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(first, range(4))
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in first.state()]
+    second = TorchEngine(ImageTransformer(config.model), config)
+    second.load_state(states, updates=4)
+    assert losses(second, range(4, 8)) == pytest.approx(losses(first, range(4, 8)), abs=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_average_of_the_weights_is_that_of_torch(device: torch.device, stage: int) -> None:
+    config = tiny(stage, "fp32")
+    model = new_model(config)
+    oracle = AveragedModel(copy.deepcopy(model), multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    plain = new_model(config)
+    torch_engine = TorchEngine(plain, config)
+    engine = DeepSpeedEngine(model, config, ALONE, device)
+    for step in range(5):
+        losses(torch_engine, range(step, step + 1))
+        oracle.update_parameters(plain)
+        losses(engine, range(step, step + 1))
+    expected = dict(oracle.module.named_parameters())
+    for name, state in engine.state():
+        torch.testing.assert_close(state["ema"], expected[name].detach(), atol=1e-5, rtol=0)
+
+
+def test_the_gradient_norm_is_that_of_plain_torch(device: torch.device) -> None:
+    config = tiny(2, "fp32")
+    oracle, engine = TorchEngine(new_model(config), config), DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(oracle, range(2))
+    losses(engine, range(2))
+    assert engine.gradient_norm() == pytest.approx(oracle.gradient_norm(), rel=1e-4)
+
+
+def test_one_function_writes_deepspeeds_configuration() -> None:
+    written = deepspeed_config(tiny(2, "bf16"), world_size=2)
+    assert written["train_batch_size"] == 8
+    assert written["train_micro_batch_size_per_gpu"] * written["gradient_accumulation_steps"] * 2 == 8
+    assert written["bf16"] == {"enabled": True}
+    assert written["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert "bf16" not in deepspeed_config(tiny(0, "fp32"), world_size=1)
+    assert deepspeed_config(tiny(1, "fp16"), world_size=1)["fp16"]["loss_scale"] == 0
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_batches_that_would() -> None:
+    with pytest.raises(ConfigError, match=r"8 is not a multiple of 3 ranks x .* 4 = 12; 12 would be"):
+        accumulation_steps(tiny(1, "fp32"), world_size=3)
