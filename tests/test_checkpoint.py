@@ -14,7 +14,7 @@ import torch
 
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, ROOT, TINY_MODEL
-from trainer.checkpoint import CheckpointError, Checkpoints, list_complete, newest_of_run, read_weights
+from trainer.checkpoint import CheckpointError, Checkpoints, intact_of_run, list_complete, read_weights
 from trainer.config import RunConfig, load_config
 from trainer.engine import TorchEngine
 from trainer.ranks import Ranks
@@ -48,10 +48,10 @@ def silent(text: str) -> None:
 
 def test_what_was_saved_is_what_is_read(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 3)
-    fs, checkpoint = newest_of_run(str(tmp_path))
+    fs, (checkpoint,) = intact_of_run(str(tmp_path), 1)
     assert (checkpoint.step, checkpoint.samples, checkpoint.data_digest) == (3, 24, "d")
     assert checkpoint.config["model"]["layers"] == config.model.layers
-    weights = read_weights(fs, checkpoint, "weight")
+    weights = read_weights(fs, [checkpoint], "raw")
     expected = engine._model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -89,14 +89,14 @@ def test_a_damaged_checkpoint_is_passed_over(
     said: list[str] = []
     newest = checkpoints.newest(said.append)
     assert newest is not None and newest.step == 1
-    assert newest_of_run(str(tmp_path))[1].step == 1
+    assert intact_of_run(str(tmp_path), 1)[1][0].step == 1
     assert ("step-000000002 is damaged" in "".join(said)) == (damage not in ("no manifest", "half a manifest"))
 
 
 def test_a_run_without_checkpoints_is_told_so(tmp_path: Path) -> None:
     assert checkpoints_in(tmp_path).newest(silent) is None
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        newest_of_run(str(tmp_path))
+        intact_of_run(str(tmp_path), 1)
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
@@ -104,13 +104,27 @@ def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEn
     path = tmp_path / "checkpoints/step-000000001/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
     with pytest.raises(CheckpointError, match="checkpoint format 7; this version reads 1"):
-        newest_of_run(str(tmp_path))
+        intact_of_run(str(tmp_path), 1)
+
+
+def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    checkpoints = checkpoints_in(tmp_path, keep_last=5)
+    name, parameter = next(iter(engine._model.named_parameters()))
+    for step, value in ((1, 9.0), (2, 1.0), (3, 3.0)):
+        with torch.no_grad():
+            parameter.fill_(value)
+        save(checkpoints, engine, config, step)
+    for count, mean in ((1, 3.0), (2, 2.0), (5, 13 / 3)):
+        weights = read_weights(*intact_of_run(str(tmp_path), count), "avg")
+        torch.testing.assert_close(weights[name], torch.full_like(parameter, mean).detach())
 
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     with pytest.raises(CheckpointError, match=r"optimizer.ema_decay was 0"):
-        read_weights(*newest_of_run(str(tmp_path)), "ema")
+        read_weights(*intact_of_run(str(tmp_path), 1), "ema")
 
 
 def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Path) -> None:
@@ -135,11 +149,11 @@ def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Pa
     for wait in range(20):
         time.sleep(0.003 * wait)
         process.send_signal(signal.SIGSTOP)  # as if killed here: what is on the disk now is what a restart finds
-        fs, checkpoint = newest_of_run(str(tmp_path))
-        assert read_weights(fs, checkpoint, "weight")
+        fs, (checkpoint,) = intact_of_run(str(tmp_path), 1)
+        assert read_weights(fs, [checkpoint], "raw")
         assert len(list_complete(fs, f"{tmp_path}/checkpoints")) >= 1
         process.send_signal(signal.SIGCONT)
     process.kill()
     process.wait()
     os.sync()
-    assert newest_of_run(str(tmp_path))[1].step >= 1
+    assert intact_of_run(str(tmp_path), 1)[1][0].step >= 1

@@ -7,6 +7,7 @@ manifest, or whose files differ from it, is not a checkpoint.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from trainer.ranks import Ranks, all_sum, barrier, from_rank_0
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+Weights = Literal["raw", "ema", "avg"]
 
 
 class CheckpointError(RuntimeError):
@@ -129,12 +131,19 @@ def list_complete(fs: fsspec.AbstractFileSystem, root: str) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def newest_of_run(run_dir: str) -> tuple[fsspec.AbstractFileSystem, Checkpoint]:
-    """The newest complete checkpoint of a run, for tools of one process; raises CheckpointError if there is none."""
+def intact_of_run(run_dir: str, count: int) -> tuple[fsspec.AbstractFileSystem, list[Checkpoint]]:
+    """The newest `count` complete and undamaged checkpoints of a run, newest first, for tools of one process.
+
+    Raises CheckpointError if there is none.
+    """
     fs, root = fsspec.core.url_to_fs(f"{run_dir}/checkpoints")
-    for checkpoint in reversed(list_complete(fs, root)):
-        if all(_is_intact(fs, checkpoint.folder, file) for file in checkpoint.files):
-            return fs, checkpoint
+    intact = (
+        checkpoint
+        for checkpoint in reversed(list_complete(fs, root))
+        if all(_is_intact(fs, checkpoint.folder, file) for file in checkpoint.files)
+    )
+    if found := list(itertools.islice(intact, count)):
+        return fs, found
     raise CheckpointError(
         f"{run_dir}: holds no complete checkpoint; is it the folder of a run (run.dir of its config)?"
     )
@@ -151,13 +160,22 @@ def read_states(fs: fsspec.AbstractFileSystem, checkpoint: Checkpoint) -> Iterat
         yield from states.items()
 
 
-def read_weights(
-    fs: fsspec.AbstractFileSystem, checkpoint: Checkpoint, kind: Literal["weight", "ema"]
-) -> dict[str, Tensor]:
-    """A model's `state_dict`: the weights, or their moving average. Raises CheckpointError if it was not kept."""
-    states = dict(read_states(fs, checkpoint))
+def read_weights(fs: fsspec.AbstractFileSystem, checkpoints: list[Checkpoint], weights: Weights) -> dict[str, Tensor]:
+    """A model's `state_dict` from a run's checkpoints, newest first.
+
+    raw: the newest weights. ema: their moving average; raises CheckpointError if none was kept. avg: the mean of the
+    weights of all checkpoints given (the paper's checkpoint averaging).
+    """
+    if weights == "avg":
+        sums: dict[str, Tensor] = {}
+        for checkpoint in checkpoints:
+            for name, state in read_states(fs, checkpoint):
+                sums[name] = sums[name] + state["weight"] if name in sums else state["weight"]
+        return {name: total / len(checkpoints) for name, total in sums.items()}
+    kind = "ema" if weights == "ema" else "weight"
+    states = dict(read_states(fs, checkpoints[0]))
     if any(kind not in state for state in states.values()):
-        raise CheckpointError(f"{checkpoint.folder}: holds no average of the weights (optimizer.ema_decay was 0)")
+        raise CheckpointError(f"{checkpoints[0].folder}: holds no average of the weights (optimizer.ema_decay was 0)")
     return {name: state[kind] for name, state in states.items()}
 
 

@@ -20,7 +20,7 @@ from trainer.exit_codes import run_tool
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.model_inputs import model_inputs
 from trainer.ranks import all_sum
-from trainer.run_folder import load_trained_model
+from trainer.run_folder import add_run_arguments, load_trained_model
 from trainer.tracking import record_results
 
 Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
@@ -58,14 +58,14 @@ def evaluate(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="folder of a run (run.dir of its config)")
-    parser.add_argument("--weights", choices=["raw", "ema"], default="raw", help="the weights, or their moving average")
+    add_run_arguments(parser)
     arguments = parser.parse_args()
-    return run_tool(lambda: _evaluate_run(arguments.run, arguments.weights))
+    return run_tool(lambda: _evaluate_run(arguments))
 
 
-def _evaluate_run(run_dir: str, weights: str) -> None:
-    trained = load_trained_model(run_dir, weights)  # type: ignore[arg-type]
+def _evaluate_run(arguments: argparse.Namespace) -> None:
+    weights = arguments.weights
+    trained = load_trained_model(arguments.run, weights, arguments.last)
     config = trained.config
     shards = open_shards(config.data.validation_url)
 

@@ -1,19 +1,17 @@
 """How do the tools (evaluate, sample) get a trained model out of a run's folder, without DeepSpeed?"""
 
+import argparse
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from models.image_transformer import ImageTransformer
-from trainer.checkpoint import newest_of_run, read_weights
+from trainer.checkpoint import Weights, intact_of_run, read_weights
 from trainer.config import RunConfig, load_config
 from trainer.exit_codes import UsageError
 from trainer.tracking import RunFiles
-
-Weights = Literal["raw", "ema"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +25,31 @@ class TrainedModel:
     device: torch.device
 
 
-def load_trained_model(run_dir: str, weights: Weights) -> TrainedModel:
-    """Load a run's newest checkpoint; UsageError for a folder without a run, CheckpointError without a checkpoint."""
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options by which every tool names a run and its weights."""
+    parser.add_argument("--run", required=True, help="folder of a run (run.dir of its config)")
+    parser.add_argument(
+        "--weights",
+        choices=["raw", "ema", "avg"],
+        default="raw",
+        help="raw: the newest weights (default); ema: their moving average; avg: the mean of the last checkpoints",
+    )
+    parser.add_argument("--last", type=int, default=5, help="avg: over so many checkpoints, if that many are kept (5)")
+
+
+def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> TrainedModel:
+    """Load a run's newest checkpoint, or with weights `avg` the mean of its `last` ones.
+
+    Raises UsageError for a folder without a run, CheckpointError for a run without a checkpoint.
+    """
     files = RunFiles(Path(run_dir))
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
     config = load_config(files.config, [])
-    fs, checkpoint = newest_of_run(run_dir)
+    fs, checkpoints = intact_of_run(run_dir, last if weights == "avg" else 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     model = ImageTransformer(config.model)
-    model.load_state_dict(read_weights(fs, checkpoint, "weight" if weights == "raw" else "ema"))
-    return TrainedModel(model.to(device).eval(), config, checkpoint.step, files, device)
+    model.load_state_dict(read_weights(fs, checkpoints, weights))
+    return TrainedModel(model.to(device).eval(), config, checkpoints[0].step, files, device)
