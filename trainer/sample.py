@@ -115,7 +115,7 @@ def _completions(trained: TrainedModel, arguments: argparse.Namespace) -> Image.
 
 
 def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace) -> Image.Image:
-    """Three columns: the small image that the model is given, what it draws, and the image the small one was made of."""
+    """Three columns: the small image that the model is given, what it draws, and the original of the small one."""
     originals, labels, condition = _validation_images(trained, arguments.n)
     assert condition is not None
     images = generate(
