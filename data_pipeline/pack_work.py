@@ -19,13 +19,15 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_pipeline.decode import decode
 from data_pipeline.resize import to_pixels
 from data_pipeline.shard_format import SampleLayout, encode, end_of_shard
-from data_pipeline.sources import Group
-from data_pipeline.storage import EXIT_UNREACHABLE, DataError, Store, write_atomically
+from data_pipeline.sources import Group, Item
+from data_pipeline.storage import EXIT_CANNOT_WRITE, EXIT_CORRUPT, EXIT_UNREACHABLE, DataError, Store, atomic_file
 
 JOURNAL = "_packing"
 BLOCK_IMAGES = 512
+CHUNK_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -37,20 +39,45 @@ class StageTask:
     group: Group
     size: int
     protocol: str
+    may_skip: bool
+    """Whether an image that cannot be decoded is left out and listed, instead of ending the packing."""
 
     def run(self) -> "Staged":
-        images, labels = [], []
-        for item in self.group.read():
-            images.append(to_pixels(item.image, self.protocol, self.size))
-            labels.append(item.label)
-            count_progress(1)
-        pixels = np.stack(images) if images else np.empty((0, self.size, self.size, 3), np.uint8)
-        wide = pixels.reshape(-1, 3).astype(np.int64)
-        staged = Staged(labels, wide.sum(axis=0).tolist(), (wide * wide).sum(axis=0).tolist())
-        write_atomically(f"{staged_path(self.scratch, self.number)}.raw", pixels.reshape(-1).data)
-        # The record comes second: where it is, the pixels are complete.
-        write_atomically(f"{staged_path(self.scratch, self.number)}.json", json.dumps(asdict(staged)).encode())
+        staged = Staged([], [0, 0, 0], [0, 0, 0], {}, [])
+        path = staged_path(self.scratch, self.number)
+        try:
+            with atomic_file(f"{path}.raw") as file:
+                for images in self._chunks(staged):
+                    file.write(images.data)
+                    staged.add_statistics(images)
+                    count_progress(len(images))
+            # The record comes second: where it is, the pixels are complete.
+            with atomic_file(f"{path}.json") as file:
+                file.write(json.dumps(asdict(staged)).encode())
+        except OSError as error:
+            raise DataError(f"cannot write to the scratch folder {self.scratch}: {error}", EXIT_CANNOT_WRITE) from error
         return staged
+
+    def _chunks(self, staged: "Staged") -> Iterator[np.ndarray]:
+        """uint8 [up to 64, S, S, 3] at a time; labels and notes are added to the record."""
+        chunk = np.empty((CHUNK_IMAGES, self.size, self.size, 3), np.uint8)
+        filled = 0
+        for item in self.group.read():
+            try:
+                chunk[filled], notes = pixels_of(item, self.protocol, self.size)
+            except DataError:
+                if not self.may_skip:
+                    raise
+                staged.skipped.append(item.name)
+                continue
+            staged.labels.append(item.label)
+            for note in notes:
+                staged.notes[note] = staged.notes.get(note, 0) + 1
+            filled += 1
+            if filled == CHUNK_IMAGES:
+                yield chunk
+                filled = 0
+        yield chunk[:filled]
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,26 @@ class Staged:
     labels: list[int]
     sums: list[int]
     squares: list[int]
+    notes: dict[str, int]
+    """How many files were odd in which way."""
+    skipped: list[str]
+    """Names of the images that were left out."""
+
+    def add_statistics(self, images: np.ndarray) -> None:
+        levels = np.arange(256, dtype=np.int64)
+        for channel in range(3):
+            histogram = np.bincount(images[..., channel].ravel(), minlength=256)
+            self.sums[channel] += int(histogram @ levels)
+            self.squares[channel] += int(histogram @ levels**2)
+
+
+def pixels_of(item: Item, protocol: str, size: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """uint8 [size, size, 3] of an item, and what was odd about its file."""
+    image, notes = decode(item.image, item.name) if isinstance(item.image, bytes) else (item.image, ())
+    try:
+        return to_pixels(image, protocol, size), notes
+    except ValueError as error:
+        raise DataError(f"{item.name} does not fit: {error}", EXIT_CORRUPT) from error
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ again gives the same samples in the same order.
 
 import hashlib
 import importlib.util
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,14 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from data_pipeline.decode import decode
 from data_pipeline.order import hash_of, mix
-from data_pipeline.storage import DataError, Store, bytes_of, normalised, open_filesystem, path_of
+from data_pipeline.storage import DataError, Store, normalised
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 GROUP_IMAGES = 512
-LARGEST_IMAGE_PIXELS = 200_000_000
+READ_DEADLINE_SECONDS = 600.0
 
 # Real RGB photographs inside packages that are installed anyway: class name -> (package, path, split).
 # The split is by photograph, so that validation shows scenes that training never saw; the two views of the
@@ -52,7 +52,8 @@ class Item:
     name: str
     """What an error message calls it."""
     label: int
-    image: Image.Image
+    image: bytes | Image.Image | np.ndarray
+    """The bytes of an image file, or an RGB image, or uint8 [S, S, 3] that has its final size already."""
 
 
 class Group(Protocol):
@@ -76,6 +77,8 @@ class Source:
     """Number of images, when it is known before reading."""
     origin: Mapping[str, Any]
     """What identifies the data; goes into the manifest. Equal origins mean equal images."""
+    protocol: str | None = None
+    """How the images came to their size, when the source holds them at that size; None when they are resized here."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,9 @@ class Files:
         return f"{self.names[0]} and {len(self.names) - 1} more"
 
     def read(self) -> Iterator[Item]:
-        filesystem, root = open_filesystem(self.url), path_of(self.url)
+        store = Store(self.url, READ_DEADLINE_SECONDS)
         for name, label in zip(self.names, self.labels, strict=True):
-            where = f"{self.url}/{name}"
-            yield Item(where, label, decode(bytes_of(filesystem, f"{root}/{name}", None, None), where))
+            yield Item(f"{self.url}/{name}", label, store.read(name))
 
 
 def photographs(*, split: str, size: int, images: int, seed: int) -> Source:
@@ -163,16 +165,14 @@ def locate(package: str, path: str) -> Path:
 @lru_cache(maxsize=16)
 def photograph_at(path: str) -> Image.Image:
     """A decoded photograph; a few dozen megabytes for all of them."""
-    return decode(Path(path).read_bytes(), path)
+    return decode(Path(path).read_bytes(), path)[0]
 
 
 def folder(url: str) -> Source:
     """Every image below a folder; the first level of subfolders, if there is one, names the classes."""
     url = normalised(url)
-    found = Store(url, 60.0).walk()
-    names = sorted(name for name in found if name.lower().endswith(IMAGE_SUFFIXES))
-    if not names:
-        raise DataError(f"no images at {url}: looked for files ending in {', '.join(IMAGE_SUFFIXES)}")
+    found = image_names(url)
+    names = sorted(found)
     loose = [name for name in names if "/" not in name]
     classes = tuple(sorted({name.partition("/")[0] for name in names if "/" in name}))
     if loose and classes:
@@ -188,14 +188,10 @@ def folder(url: str) -> Source:
     return Source("folder", classes, groups, len(names), origin)
 
 
-def decode(data: bytes, name: str) -> Image.Image:
-    """An RGB image from the bytes of a file in any format Pillow knows."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > LARGEST_IMAGE_PIXELS:
-            raise DataError(f"{name} has {image.width} x {image.height} pixels, more than a photograph; remove it")
-        return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} cannot be decoded ({type(error).__name__}: {error}); replace or remove it", 65
-        ) from error
+def image_names(url: str) -> dict[str, int]:
+    """Size in bytes of every image below a folder by its name; DataError when there is none."""
+    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
+    if not images:
+        raise DataError(f"no images at {url}: looked for files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return images

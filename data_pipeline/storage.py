@@ -12,10 +12,10 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import xxhash
@@ -115,7 +115,8 @@ class Store:
         def attempt() -> None:
             if self.is_local:
                 filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
-                write_atomically(path, data)
+                with atomic_file(path) as file:
+                    file.write(data)
             else:
                 filesystem.pipe_file(path, data)
                 size = filesystem.info(path)["size"]
@@ -128,6 +129,12 @@ class Store:
         filesystem, path = open_filesystem(self.url), self._path(name)
         what = f"look for {self.url_of(name)}"
         return with_retries(lambda: bool(filesystem.exists(path)), what, self.deadline_seconds, None)
+
+    def size(self, name: str) -> int:
+        """Bytes of an object."""
+        filesystem, path = open_filesystem(self.url), self._path(name)
+        what = f"look for {self.url_of(name)}"
+        return with_retries(lambda: int(filesystem.info(path)["size"]), what, self.deadline_seconds, None)
 
     def names(self, below: str = "") -> list[str]:
         """Names of the objects directly in the folder (or one below it), sorted; empty when there is none."""
@@ -214,6 +221,12 @@ def normalised(url: str) -> str:
     return url.rstrip("/") or "/"
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """The folder and the name of the object at a URL."""
+    folder, _, name = normalised(url).rpartition("/")
+    return folder or ".", name
+
+
 def path_of(url: str) -> str:
     """The path a filesystem object of fsspec takes for a URL."""
     scheme = scheme_of(url)
@@ -247,12 +260,13 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
     return bytes(filesystem.cat_file(path, start=begin, end=end))
 
 
-def write_atomically(path: str, data: bytes | memoryview) -> None:
-    """Write a local file so that it is there whole or not at all."""
+@contextlib.contextmanager
+def atomic_file(path: str) -> Iterator[BinaryIO]:
+    """A local file to write that appears whole when the block ends, or not at all when it fails."""
     temporary = f"{path}{TORN_FILE}{random.getrandbits(64):016x}"
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

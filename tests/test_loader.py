@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from data_pipeline import storage
-from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig, Shards, evaluation_batches, open_shards, train_batches
 from data_pipeline.order import TrainingOrder
 from data_pipeline.shard_format import decode
@@ -284,11 +283,3 @@ def test_a_data_set_smaller_than_a_global_batch_is_refused(shards: Shards) -> No
 def test_config_names_the_field_that_is_wrong(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         DataConfig(**(CONFIG | {field: value}))  # type: ignore[arg-type]
-
-
-def test_a_batch_moves_to_a_device_with_everything_in_it(shards: Shards) -> None:
-    batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=4, limit=None))
-    moved = batch.to("meta")
-    assert isinstance(moved, Batch) and moved.position == batch.position
-    assert moved.labels is not None and moved.valid is not None
-    assert {moved.images.device.type, moved.labels.device.type, moved.valid.device.type} == {"meta"}

@@ -16,7 +16,7 @@ import webdataset
 from PIL import Image
 
 from data_pipeline.loader import open_shards
-from data_pipeline.pack import main, shard_bounds
+from data_pipeline.pack import main
 from data_pipeline.storage import Store
 from tests.conftest import pack_photographs
 from tests.s3_server import S3Server
@@ -35,7 +35,7 @@ def test_packing_twice_gives_the_same_bytes(packed: Path, tmp_path: Path) -> Non
 
 
 def test_more_processes_give_the_same_bytes(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.pack.GROUPS_PER_WORKER", 1)
+    monkeypatch.setattr("data_pipeline.packing.GROUPS_PER_WORKER", 1)
     assert main([*PHOTOGRAPHS[:-1], "2", "--dest", str(tmp_path / "two")]) == 0
     assert contents(tmp_path / "two") == contents(packed)
 
@@ -125,9 +125,9 @@ def test_a_folder_of_images_is_packed_with_its_subfolders_as_classes(tmp_path: P
         (["--size", "0"], "--size 0"),
         (["--images", "0"], "--images 0"),
         (["--split", "test"], "divided into train and validation"),
-        (["--input", "x"], "no --input"),
+        (["--input", "x"], "takes no --input"),
         (["--size", "500"], "is smaller"),
-        (["--source", "folder"], "takes --input"),
+        (["--source", "folder"], "needs --input"),
     ],
 )
 def test_wrong_arguments_end_in_one_sentence_and_code_2(
@@ -200,19 +200,10 @@ def test_packing_to_a_bucket_that_does_not_exist_is_one_sentence(
     assert "s3://no-such-bucket" in error and "no such bucket" in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("count", "limit"), [(1, 8192), (512, 1), (513, 512), (12000, 8192), (100_000, 8192)])
-def test_shards_are_whole_blocks_of_about_equal_number(count: int, limit: int) -> None:
-    bounds = shard_bounds(count, limit)
-    assert bounds[0][0] == 0 and bounds[-1][1] == count
-    assert all(end == begin for (_, end), (begin, _) in zip(bounds, bounds[1:], strict=False))
-    assert all(begin % 512 == 0 for begin, _ in bounds)
-    assert all(0 < end - begin <= max(limit, 512) for begin, end in bounds)
-
-
 def test_packing_processes_end_with_their_parent(tmp_path: Path) -> None:
     """kill -9 of the command leaves no process behind that holds memory and writes."""
     code = (
-        "import sys, data_pipeline.pack as p; p.GROUPS_PER_WORKER = 1;"
+        "import sys, data_pipeline.packing as q, data_pipeline.pack as p; q.GROUPS_PER_WORKER = 1;"
         "sys.exit(p.main(sys.argv[1:])) if __name__ == '__main__' else None"
     )
     arguments = [*PHOTOGRAPHS[:-1], "2", "--dest", str(tmp_path / "d"), "--images", "40000"]

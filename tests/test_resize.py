@@ -64,15 +64,38 @@ def test_adm_keeps_the_centre_and_drops_the_sides() -> None:
     assert (to_pixels(Image.fromarray(pixels), "adm", 32)[:, 2:-2] == 255).all()
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1"])
-def test_every_mode_becomes_rgb_as_pillow_converts_it(protocol: str, mode: str) -> None:
-    image = random_image(40, 40).convert(mode)
-    assert (to_pixels(image, protocol, 16) == to_pixels(image.convert("RGB"), protocol, 16)).all()
+@pytest.mark.parametrize("size", [8, 32, 46, 64])
+def test_celeba_averages_areas_of_the_cropped_face(size: int) -> None:
+    image = random_image(178, 218)
+    # Oracle: blow every pixel up size times; an output pixel is then the mean of 138 x 138 whole pixels.
+    face = np.asarray(image)[40:178, 20:158].astype(np.int64)
+    rows = face.repeat(size, 0).reshape(size, 138, 138, 3).sum(1)
+    sums = rows.repeat(size, 1).reshape(size, size, 138, 3).sum(2)
+    assert (to_pixels(image, "celeba", size) == sums // 138**2).all()
+
+
+def test_images_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="178 x 218 pixels, this one 100 x 100"):
+        to_pixels(random_image(100, 100), "celeba", 8)
+    with pytest.raises(ValueError, match=r"of shape \(65, 63, 3\), not uint8 of 64 x 64 x 3"):
+        to_pixels(random_image(63, 65), "oord", 64)
+    with pytest.raises(ValueError, match="float32"):
+        to_pixels(np.zeros((8, 8, 3), np.float32), "cifar10", 8)
+
+
+def test_images_published_at_their_size_pass_unchanged() -> None:
+    pixels = np.asarray(random_image(8, 8))
+    assert (to_pixels(pixels, "chrabaszcz", 8) == pixels).all()
+    assert (to_pixels(Image.fromarray(pixels), "oord", 8) == pixels).all()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_manifest_says_which_protocol_and_which_pillow(protocol: str) -> None:
-    described = describe(protocol)
-    assert described["name"] == protocol and described["pillow_version"] == PIL.__version__
-    assert described["exif_orientation"] == "ignored"
+    described = describe(protocol, resized_here=True, imagenet=False)
+    assert described["name"] == protocol and described["applied_by"] == f"Pillow {PIL.__version__}"
+    assert described["exif_orientation"] == "ignored" and "imagenet_version" not in described
+
+
+def test_the_three_imagenets_are_told_apart() -> None:
+    for name, version in {"oord": "A", "chrabaszcz": "B", "adm": "C"}.items():
+        assert describe(name, resized_here=False, imagenet=True)["imagenet_version"] == version

@@ -1,0 +1,68 @@
+"""How do the bytes of an image file become an RGB image, and what was odd about them?
+
+Nothing is rotated and nothing repaired, as in the published small versions of ImageNet; what is unusual is
+counted, so that the manifest can say how often it happened.
+"""
+
+import io
+import warnings
+
+from PIL import Image, UnidentifiedImageError
+
+from data_pipeline.storage import EXIT_CORRUPT, DataError
+
+LARGEST_IMAGE_PIXELS = 200_000_000
+EXIF_ORIENTATION = 0x0112
+UNUSUAL_MODES = {
+    "CMYK": "cmyk",
+    "L": "gray",
+    "LA": "gray",
+    "1": "gray",
+    "P": "palette",
+    "RGBA": "alpha",
+    "PA": "palette",
+}
+SUFFIXES = {"JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "TIFF": ("tif", "tiff")}
+
+
+def decode(data: bytes, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """The RGB image in a file of any format of ``SUFFIXES``, and notes on what was odd about the file.
+
+    DataError (exit code 65) names the file when it is damaged, absurdly large, or of a kind without an obvious
+    conversion to 8-bit RGB.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of EXIF that does not parse: a few files of ImageNet have such
+            image = Image.open(io.BytesIO(data), formats=tuple(SUFFIXES))
+            if image.width * image.height > LARGEST_IMAGE_PIXELS:
+                raise DataError(f"{name} has {image.width} x {image.height} pixels: remove it", EXIT_CORRUPT)
+            notes = tuple(oddities(image, name))
+            return image.convert("RGB"), notes
+    except DataError:
+        raise
+    # Pillow's decoders raise nearly anything for damaged files (struct.error, SyntaxError, IndexError, ...).
+    except Exception as error:  # noqa: BLE001
+        kind = "is not an image" if isinstance(error, UnidentifiedImageError) else "is damaged"
+        raise DataError(
+            f"{name} {kind} ({type(error).__name__}: {error}); replace or remove it", EXIT_CORRUPT
+        ) from error
+
+
+def oddities(image: Image.Image, name: str) -> list[str]:
+    """What is worth counting about an opened file; DataError for what has no obvious 8-bit RGB."""
+    if image.mode.startswith(("I", "F")):
+        raise DataError(
+            f"{name} has {image.mode} pixels, more than 8 bits of gray: convert it to 8 bits first", EXIT_CORRUPT
+        )
+    notes = []
+    if image.mode in UNUSUAL_MODES:
+        notes.append(UNUSUAL_MODES[image.mode])
+    suffix = name.lower().rpartition(".")[2]
+    if suffix in sum(SUFFIXES.values(), ()) and suffix not in SUFFIXES[str(image.format)]:
+        notes.append(f"{str(image.format).lower()}_named_{suffix}")
+    if "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        notes.append("exif_rotation_ignored")
+    if getattr(image, "n_frames", 1) > 1:
+        notes.append("first_frame_of_several")
+    return notes

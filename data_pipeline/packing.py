@@ -1,0 +1,338 @@
+"""In which steps does a source become a complete set of shards, whatever was done before and by whom?
+
+Stage every group of images into scratch space, write the shards in one global random order, write the manifest.
+Each step finds out what is there already, so an interrupted or shared packing goes on where it is.
+"""
+
+import getpass
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.manifest import (
+    MANIFEST_NAME,
+    Block,
+    Manifest,
+    Shard,
+    digest_of,
+    open_store,
+    read_manifest,
+    write_manifest,
+)
+from data_pipeline.order import permutation
+from data_pipeline.pack_work import (
+    BLOCK_IMAGES,
+    JOURNAL,
+    ShardRecord,
+    ShardTask,
+    Staged,
+    StageTask,
+    read_staged,
+    record_name,
+    run_all,
+)
+from data_pipeline.packing_progress import PackingProgress
+from data_pipeline.resize import IMAGENET_VERSIONS, PROTOCOLS, describe
+from data_pipeline.sources import Source
+from data_pipeline.storage import (
+    EXIT_CANNOT_WRITE,
+    EXIT_CORRUPT,
+    EXIT_REFUSED,
+    TORN_FILE,
+    DataError,
+    Store,
+    read_json,
+)
+
+EXIT_COME_AGAIN = 75
+LARGEST_IMAGE_SIZE = 1024
+GROUPS_PER_WORKER = 16  # fewer are done sooner than another process starts
+SHARDS_PER_WORKER = 2
+WRITE_DEADLINE_SECONDS = 600.0
+PLAN_NAME = f"{JOURNAL}/plan.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything besides the source that decides the bytes of the result."""
+
+    split: str
+    size: int
+    protocol: str
+    seed: int
+    shard_images: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= LARGEST_IMAGE_SIZE:
+            raise ValueError(f"--size {self.size}: the edge in pixels must be 1 to {LARGEST_IMAGE_SIZE}")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed}: must not be negative")
+        if self.shard_images < 1:
+            raise ValueError(f"--shard-images {self.shard_images}: must be at least 1")
+        if not self.split.isidentifier():
+            raise ValueError(f"--split {self.split!r}: use a word like train or validation")
+
+
+@dataclass(frozen=True)
+class Workforce:
+    """Who packs, where the unfinished work lies, and how much may be left out; decides nothing about the bytes."""
+
+    workers: int
+    """Processes on this machine."""
+    scratch: str | None
+    """Folder for unfinished work; None for one that the same command finds again."""
+    task_index: int
+    """Which part of the work this command does ..."""
+    task_count: int
+    """... of how many, on machines that share the scratch folder."""
+    max_skipped: int
+    """How many images that cannot be decoded may be left out."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.task_index < self.task_count:
+            raise ValueError(f"--task-index {self.task_index}: must be 0 to {self.task_count - 1} (--task-count - 1)")
+        if self.workers < 1:
+            raise ValueError(f"--workers {self.workers}: must be at least 1")
+        if self.max_skipped < 0:
+            raise ValueError(f"--max-skipped {self.max_skipped}: must not be negative")
+
+    def owns(self, number: int) -> bool:
+        return number % self.task_count == self.task_index
+
+
+def pack(source: Source, settings: Settings, dest: str, workforce: Workforce) -> tuple[Manifest, bool]:
+    """Make ``dest`` a complete set of shards; returns its manifest, and False if it was complete already.
+
+    Shards that are missing from a finished set, or have another size than they should, are written again.
+    Raises DataError when ``dest`` holds something else, an image cannot be read, storage fails, or the parts of
+    other tasks are not there yet (exit code 75).
+    """
+    store = open_store(dest, WRITE_DEADLINE_SECONDS)
+    plan = plan_of(source, settings)
+    digest = digest_of(plan)
+    finished = find_finished(store, digest)
+    if finished is not None and not (damaged := damaged_shards(store, finished)):
+        store.remove(JOURNAL)
+        return finished, False
+    if finished is None:
+        claim(store, plan)
+    else:
+        for number in damaged:
+            store.remove(record_name(number))
+    workspace = Path(workforce.scratch or default_scratch(store, digest, workforce))
+    prepare_scratch(workspace)
+    staged = stage(source, settings, workspace, workforce)
+    if finished is None:
+        records = write_shards(settings, staged, store, workspace, workforce, None)
+        manifest = manifest_of(source, settings, digest, staged, records)
+        write_manifest(store, manifest)
+    else:
+        manifest = finished
+        records = write_shards(settings, staged, store, workspace, workforce, damaged)
+        for number, record in zip(damaged, records, strict=True):
+            if record.sha256 != manifest.shards[number].sha256:
+                raise DataError(
+                    f"{store.url_of(record.name)} came out different from what the manifest says: the source or the "
+                    "software changed; pack everything again to another --dest",
+                    EXIT_CORRUPT,
+                )
+    clean_up(store, workspace)
+    return manifest, True
+
+
+def plan_of(source: Source, settings: Settings) -> dict[str, Any]:
+    """What decides the bytes of the result, as JSON; its digest is the identity of the data set."""
+    return {
+        "source": {"form": source.form, **source.origin},
+        "classes": list(source.classes),
+        "protocol": protocol_of(source, settings),
+        **{key: value for key, value in asdict(settings).items() if key != "protocol"},
+    }
+
+
+def protocol_of(source: Source, settings: Settings) -> dict[str, Any]:
+    """How the images come to their size; DataError for a combination that has no name."""
+    name = source.protocol or settings.protocol
+    imagenet = source.form == "imagenet"
+    known = IMAGENET_VERSIONS if imagenet else PROTOCOLS
+    if source.protocol is None and name not in known:
+        raise DataError(f"--protocol {name}: images of {source.form} are resized by {' or '.join(sorted(known))}")
+    return describe(name, resized_here=source.protocol is None, imagenet=imagenet)
+
+
+def find_finished(store: Store, digest: str) -> Manifest | None:
+    """The manifest at the destination if it was packed by the same plan; DataError if by another one."""
+    if not store.exists(MANIFEST_NAME):
+        return None
+    manifest, _ = read_manifest(store)
+    if manifest.source.get("plan_sha256") != digest:
+        raise DataError(
+            f"{store.url} already holds another data set: {manifest.count} images of {manifest.name}, split "
+            f"{manifest.split}, seed {manifest.seed}; choose another --dest or remove it"
+        )
+    return manifest
+
+
+def damaged_shards(store: Store, manifest: Manifest) -> list[int]:
+    """Numbers of the shards that are missing or have a wrong size; contents are for ``verify``."""
+    sizes = store.walk()
+    return [number for number, shard in enumerate(manifest.shards) if sizes.get(shard.name) != shard.bytes]
+
+
+def claim(store: Store, plan: dict[str, Any]) -> None:
+    """Write the plan to the destination; DataError if another plan, or something else, is there."""
+    if store.exists(PLAN_NAME):
+        if digest_of(read_json(store, PLAN_NAME, 1 << 26)) != digest_of(plan):
+            raise DataError(
+                f"{store.url} holds the unfinished packing of another data set or of other settings; "
+                "finish that one, choose another --dest, or remove it"
+            )
+        return
+    others = [name for name in store.names() if name != JOURNAL]
+    if others:
+        raise DataError(f"{store.url} is not empty (it holds {others[0]}); choose another --dest or remove it")
+    store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())
+
+
+def default_scratch(store: Store, digest: str, workforce: Workforce) -> str:
+    """Beside the shards when they are local; otherwise a folder that the same command finds again."""
+    if store.is_local:
+        return f"{store.local_path}/{JOURNAL}/scratch"
+    if workforce.task_count > 1:
+        raise DataError("tasks that share the work need a --scratch folder that all machines see")
+    return f"{tempfile.gettempdir()}/pack-{getpass.getuser()}-{digest[:16]}"
+
+
+def prepare_scratch(workspace: Path) -> None:
+    try:
+        workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise DataError(f"cannot make the scratch folder {workspace}: {error.strerror}", EXIT_CANNOT_WRITE) from error
+    if workspace.stat().st_uid != os.getuid():
+        raise DataError(
+            f"the scratch folder {workspace} belongs to another user; give one with --scratch", EXIT_REFUSED
+        )
+
+
+def stage(source: Source, settings: Settings, workspace: Path, workforce: Workforce) -> list[Staged]:
+    """Decode and resize every group that is not there yet; returns the records of all groups in order."""
+    records = [read_staged(str(workspace), number, settings.size) for number in range(len(source.groups))]
+    missing = [number for number, record in enumerate(records) if record is None and workforce.owns(number)]
+    protocol, may_skip = source.protocol or settings.protocol, workforce.max_skipped > 0
+    tasks = [
+        StageTask(str(workspace), number, source.groups[number], settings.size, protocol, may_skip)
+        for number in missing
+    ]
+    there = sum(len(record.labels) for record in records if record)
+    total = source.count - there if source.count and workforce.task_count == 1 else None
+    workers = max(1, min(workforce.workers, len(tasks) // GROUPS_PER_WORKER))
+    skipped = [name for record in records if record for name in record.skipped]
+    with PackingProgress("decoding and resizing", total) as progress:
+        for index, record in run_all(tasks, workers, progress.counter):
+            records[missing[index]] = record
+            skipped += record.skipped
+            if len(skipped) > workforce.max_skipped:
+                raise DataError(
+                    f"more images than --max-skipped {workforce.max_skipped} cannot be decoded, e.g. {skipped[0]}",
+                    EXIT_CORRUPT,
+                )
+    unfinished = records.count(None)
+    if unfinished:
+        raise DataError(f"{unfinished} groups of other tasks are not decoded yet; run this again", EXIT_COME_AGAIN)
+    return [record for record in records if record is not None]
+
+
+def write_shards(
+    settings: Settings,
+    staged: list[Staged],
+    store: Store,
+    workspace: Path,
+    workforce: Workforce,
+    only: list[int] | None,
+) -> list[ShardRecord]:
+    """Write every shard (or only some) that is not there yet; returns their records in order."""
+    starts = np.concatenate([[0], np.cumsum([len(record.labels) for record in staged])])
+    labels = np.concatenate([np.asarray(record.labels, np.int64) for record in staged])
+    count = int(starts[-1])
+    if count == 0:
+        raise DataError("the source holds no images")
+    order = permutation(count, settings.seed, 4)
+    written = {f"{JOURNAL}/{name}" for name in store.names(JOURNAL)}
+    records: dict[int, ShardRecord] = {}
+    tasks: list[ShardTask] = []
+    bounds = shard_bounds(count, settings.shard_images)
+    wanted = range(len(bounds)) if only is None else only
+    for number in wanted:
+        if record_name(number) in written:
+            records[number] = ShardRecord(**read_json(store, record_name(number), 1 << 24))
+        elif workforce.owns(number):
+            name = f"{settings.split}-{number:06d}.tar"
+            samples = order[slice(*bounds[number])]
+            where = (str(workspace), store.url, store.deadline_seconds)
+            tasks.append(ShardTask(*where, number, name, settings.size, samples, labels[samples], starts))
+    workers = max(1, min(workforce.workers, len(tasks) // SHARDS_PER_WORKER))
+    with PackingProgress("writing shards", sum(len(task.samples) for task in tasks)) as progress:
+        for index, record in run_all(tasks, workers, progress.counter):
+            records[tasks[index].number] = record
+    if unfinished := len(wanted) - len(records):
+        raise DataError(f"{unfinished} shards of other tasks are not written yet; run this again", EXIT_COME_AGAIN)
+    return [records[number] for number in sorted(records)]
+
+
+def shard_bounds(count: int, shard_images: int) -> list[tuple[int, int]]:
+    """First and last sample of each shard: whole blocks, dealt out so that shards are about equally long."""
+    blocks = -(-count // BLOCK_IMAGES)
+    shards = -(-count // max(BLOCK_IMAGES, shard_images))
+    edges = [min(count, BLOCK_IMAGES * (blocks * number // shards)) for number in range(shards + 1)]
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def manifest_of(
+    source: Source, settings: Settings, digest: str, staged: list[Staged], records: list[ShardRecord]
+) -> Manifest:
+    """The manifest of a finished packing."""
+    count = sum(record.count for record in records)
+    pixels = count * settings.size**2
+    sums = [sum(record.sums[channel] for record in staged) for channel in range(3)]
+    squares = [sum(record.squares[channel] for record in staged) for channel in range(3)]
+    # Exact integers up to here; n * sum(x^2) - sum(x)^2 does not cancel as floats would.
+    variances = [(pixels * squares[c] - sums[c] ** 2) / pixels**2 for c in range(3)]
+    protocol = protocol_of(source, settings)
+    oddities: Counter[str] = Counter()
+    for group in staged:
+        oddities.update(group.notes)
+    skipped = [name for group in staged for name in group.skipped]
+    report = {"oddities": dict(sorted(oddities.items())), "skipped": skipped}
+    return Manifest(
+        name=f"{source.form}-{settings.size}-{protocol['name']}",
+        split=settings.split,
+        count=count,
+        image_size=settings.size,
+        protocol=protocol,
+        source={"form": source.form, **source.origin, **report, "plan_sha256": digest},
+        classes=source.classes,
+        seed=settings.seed,
+        pixel_mean=tuple(total / pixels for total in sums),
+        pixel_std=tuple(variance**0.5 for variance in variances),
+        shards=tuple(Shard(record.name, record.bytes, record.count, record.sha256) for record in records),
+        blocks=tuple(
+            Block(number, begin, end, samples, xxh3)
+            for number, record in enumerate(records)
+            for begin, end, samples, xxh3 in record.blocks
+        ),
+    )
+
+
+def clean_up(store: Store, workspace: Path) -> None:
+    """Remove what only unfinished packing needs, and the torn files of writers that were killed."""
+    shutil.rmtree(workspace, ignore_errors=True)
+    for name in store.names():
+        if name == JOURNAL or TORN_FILE in name:
+            store.remove(name)

@@ -1,0 +1,83 @@
+"""Are tricky image files decoded as documented, counted, or refused by name?"""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipeline import decode as module
+from data_pipeline.decode import decode
+from data_pipeline.storage import DataError
+from tests.imagenet_forms import image_bytes, random_pixels
+
+PIXELS = random_pixels(9, 7, 0)
+
+
+def rotated_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return image_bytes(PIXELS, "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "notes"),
+    [
+        (image_bytes(PIXELS, "PNG"), "a.png", ()),
+        (image_bytes(PIXELS, "JPEG"), "a.JPEG", ()),
+        (image_bytes(PIXELS, "PNG"), "n02105855_2933.JPEG", ("png_named_jpeg",)),
+        (image_bytes(PIXELS, "JPEG", "CMYK"), "a.jpg", ("cmyk",)),
+        (image_bytes(PIXELS, "JPEG", "L"), "a.jpg", ("gray",)),
+        (image_bytes(PIXELS, "PNG", "RGBA"), "a.png", ("alpha",)),
+        (image_bytes(PIXELS, "PNG", "P"), "a.png", ("palette",)),
+        (image_bytes(PIXELS, "PNG", "1"), "a.png", ("gray",)),
+        (rotated_jpeg(), "a.jpg", ("exif_rotation_ignored",)),
+    ],
+)
+def test_odd_files_are_converted_as_pillow_does_and_noted(data: bytes, name: str, notes: tuple[str, ...]) -> None:
+    image, got = decode(data, name)
+    assert got == notes
+    assert (np.asarray(image) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
+    assert image.size == (7, 9), "not rotated"
+
+
+def test_an_animation_gives_its_first_frame() -> None:
+    stream = io.BytesIO()
+    frames = [Image.fromarray(random_pixels(9, 7, seed)) for seed in range(3)]
+    frames[0].save(stream, "PNG", save_all=True, append_images=frames[1:])
+    image, notes = decode(stream.getvalue(), "a.png")
+    assert notes == ("first_frame_of_several",) and (np.asarray(image) == np.asarray(frames[0])).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>no such image</html>", b"\xff\xd8\xff\xe0 cut", b"\0" * 5000])
+def test_what_is_no_image_is_named(content: bytes) -> None:
+    with pytest.raises(DataError, match=r"^a/b.jpg is (not an image|damaged) \(.+\)") as caught:
+        decode(content, "a/b.jpg")
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_file_that_is_cut_off_is_not_half_gray(kind: str) -> None:
+    data = image_bytes(random_pixels(64, 64, 0), kind)
+    for length in (len(data) // 4, len(data) // 2, len(data) - 60):
+        with pytest.raises(DataError, match="is damaged"):
+            decode(data[:length], "x")
+
+
+def test_sixteen_bit_gray_is_refused_instead_of_clipped() -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(stream, "PNG")
+    with pytest.raises(DataError, match="more than 8 bits"):
+        decode(stream.getvalue(), "x.png")
+
+
+def test_absurd_dimensions_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGEST_IMAGE_PIXELS", 62)
+    with pytest.raises(DataError, match="has 7 x 9 pixels"):
+        decode(image_bytes(PIXELS), "x")
+
+
+def test_formats_that_run_programs_are_not_opened() -> None:
+    """Pillow would hand PostScript to Ghostscript."""
+    with pytest.raises(DataError, match="is not an image"):
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 7 9\n%%EndComments\nshowpage\n", "x.eps")
