@@ -125,7 +125,7 @@ class _Cache:
 
     def enter(self, block: QueryBlock, num_generated: int) -> None:
         """Begin a block of which `num_generated` tokens are kept already."""
-        if self.generated is None:
+        if self.generated is None:  # the very first: nothing to see yet, and the shape of keys is not known
             self.block = block
             return
         device = self.generated.device

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.embedding import Embedding, InputEmbedding, Position
-from models.layer import Attend, Block, Layer, NormPlace, norm, rotary_angles
+from models.layer import Attend, Block, Layer, NormPlace, norm, rotary
 from models.likelihood import Output, initial_mixture
 from models.local_attention import attend_to_all, local_attention
 from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
@@ -157,14 +157,14 @@ class ImageTransformer(nn.Module):
         if labels is not None:
             x = x + self.embed_class(labels)[:, None]
         x = self.dropout(x)
-        angles = _angles(self.config, self.embed_input, positions)
+        rotation = _rotation(self.config, self.embed_input, positions)
         for index, (layer, attend, kv) in enumerate(zip(self.layers, attends, encoder_kv, strict=True)):
             every = self.checkpoint_every_layers
             if self.training and every and (index + 1) % every == 0:
                 keep_rng = self.config.dropout > 0
-                x = checkpoint(layer, x, attend, angles, kv, use_reentrant=False, preserve_rng_state=keep_rng)
+                x = checkpoint(layer, x, attend, rotation, kv, use_reentrant=False, preserve_rng_state=keep_rng)
             else:
-                x = layer(x, attend, angles, kv)
+                x = layer(x, attend, rotation, kv)
         return self.final_norm(x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -215,9 +215,9 @@ class Encoder(nn.Module):
         values = to_positions(condition, "categorical")
         positions = torch.arange(values.shape[1], device=condition.device)
         x = self.dropout(self.embed_input(values, positions, positions))
-        angles = _angles(self.config, self.embed_input, positions)
+        rotation = _rotation(self.config, self.embed_input, positions)
         for layer in self.layers:
-            x = layer(x, attend_to_all, angles, None)
+            x = layer(x, attend_to_all, rotation, None)
         return self.final_norm(x)
 
 
@@ -297,10 +297,10 @@ def _layer(config: ImageTransformerConfig, is_decoder: bool) -> Layer:
     )
 
 
-def _angles(config: ImageTransformerConfig, embed_input: InputEmbedding, positions: Tensor) -> Tensor | None:
+def _rotation(config: ImageTransformerConfig, embed_input: InputEmbedding, positions: Tensor) -> Tensor | None:
     if config.position != "rotary":
         return None
-    return rotary_angles(*embed_input.rows_and_columns(positions), config.attention_width // config.heads)
+    return rotary(*embed_input.rows_and_columns(positions), config.attention_width // config.heads)
 
 
 def _range_problems(config: ImageTransformerConfig) -> list[str]:

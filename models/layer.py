@@ -69,7 +69,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, attend: Attend, rotation: Tensor | None, encoder_kv: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """x and the result are [B, T, D]; rotation as of rotary_angles; encoder_kv as of
+        """x and the result are [B, T, D]; rotation as of rotary; encoder_kv as of
         EncoderAttention.keys_values."""
         x = self._add(x, self.attention_norm, lambda h: self.attention(h, attend, rotation))
         if encoder_kv is not None:
@@ -89,13 +89,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = Linear(width, 3 * attention_width, std=std_in(width, attention_width))
-        self.normalise = _QueryKeyNorm(attention_width // heads) if block == "modern" else None
+        self.q_norm, self.k_norm = (_head_norm(block, attention_width // heads) for _ in range(2))
         self.out = Linear(attention_width, width, std=std_out(attention_width, width))
 
     def forward(self, x: Tensor, attend: Attend, rotation: Tensor | None) -> Tensor:
         q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        if self.normalise is not None:
-            q, k = self.normalise(q, k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return self.out(_merge_heads(attend(q, k, v)))
@@ -109,19 +108,17 @@ class EncoderAttention(nn.Module):
         self.heads = heads
         self.q = Linear(width, attention_width, std=std_in(width, attention_width))
         self.kv = Linear(width, 2 * attention_width, std=std_in(width, attention_width))
-        self.normalise = _QueryKeyNorm(attention_width // heads) if block == "modern" else None
+        self.q_norm, self.k_norm = (_head_norm(block, attention_width // heads) for _ in range(2))
         self.out = Linear(attention_width, width, std=std_out(attention_width, width))
 
     def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder output [B, E, D] -> keys and values [B, N, E, K]; the same for every token that is
         decoded."""
         k, v = self.kv(encoded).chunk(2, dim=-1)
-        return _split_heads(k, self.heads), _split_heads(v, self.heads)
+        return self.k_norm(_split_heads(k, self.heads)), _split_heads(v, self.heads)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = _split_heads(self.q(x), self.heads)
-        if self.normalise is not None:
-            q, k = self.normalise(q, k)
+        q = self.q_norm(_split_heads(self.q(x), self.heads))
         return self.out(_merge_heads(attend_to_all(q, k, v)))
 
 
@@ -142,30 +139,21 @@ class FeedForward(nn.Module):
         return self.out(F.relu(self.hidden(x)))
 
 
-class _QueryKeyNorm(nn.Module):
-    """RMSNorm of queries and keys over the head width, which bounds the attention logits."""
+def rotary(rows: Tensor, columns: Tensor, head_width: int) -> Tensor:
+    """The rotation of each position for rotate, as cosines and sines [2, T, K / 2] of its angles.
 
-    def __init__(self, head_width: int) -> None:
-        super().__init__()
-        self.q = nn.RMSNorm(head_width, eps=NORM_EPSILON)
-        self.k = nn.RMSNorm(head_width, eps=NORM_EPSILON)
-
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.q(q), self.k(k)
-
-
-def rotary_angles(rows: Tensor, columns: Tensor, head_width: int) -> Tensor:
-    """Angles [T, K / 2] for rotate: a quarter of the head width turns with the row, a quarter with the
-    column."""
+    The first half of the pairs turns with the row, the second with the column.
+    """
     frequencies = ROTARY_LONGEST_WAVELENGTH ** -torch.linspace(0, 1, head_width // 4, device=rows.device)
-    return torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+    return torch.stack([angles.cos(), angles.sin()])
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) by its angle, so that products of queries and keys depend on
-    differences of positions only (rotary positions); x [B, N, T, K], computed in fp32."""
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + K/2}) by its angle, so that products of queries and keys depend on differences of
+    positions only (rotary positions); x [B, N, T, K], computed in fp32."""
     a, b = x.float().chunk(2, dim=-1)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = rotation
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
@@ -186,6 +174,11 @@ def _stds(block: Block, num_sublayers: int) -> tuple[Std, Std]:
         lambda fan_in, fan_out: 1 / math.sqrt(fan_in),
         lambda fan_in, fan_out: 1 / math.sqrt(fan_in * num_sublayers),
     )
+
+
+def _head_norm(block: Block, head_width: int) -> nn.Module:
+    """The modern block normalises queries and keys over the head width, which bounds the attention logits."""
+    return nn.RMSNorm(head_width, eps=NORM_EPSILON) if block == "modern" else nn.Identity()
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

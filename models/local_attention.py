@@ -24,9 +24,9 @@ def local_attention(
 ) -> Tensor:
     """softmax(scale q k^T) v over the keys that `pattern` lets each query see (equation 1 of the paper).
 
-    q, k, v and the result are [B, N, L, D] with tokens in pattern.storage_order; scale defaults to 1 /
-    sqrt(D). "reference" builds the dense mask: slow and obvious, for tests. "blocked" computes each block's
-    keys only.
+    q, k, v and the result are [B, N, L, D] with tokens in pattern.storage_order; scale defaults to 1 / sqrt(D).
+    "reference" builds the dense mask: slow and obvious, for tests. "blocked" computes each block's keys only; in fp32
+    the two differ by rounding, less than 2e-5 for inputs of unit variance. "auto" takes the fastest the device has.
     """
     if not q.shape == k.shape == v.shape:
         raise ValueError(f"q, k and v differ in shape: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")

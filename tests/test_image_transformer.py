@@ -246,6 +246,9 @@ def smooth_images(num_images: int, size: int) -> Tensor:
     "changes",
     [
         pytest.param({"query_block": 48, "memory": 48}, id="1d"),
+        pytest.param(
+            {"query_block": 48, "memory": 48, "block": "paper", "norm": "post", "position": "sine"}, id="1d paper"
+        ),
         pytest.param({"attention": "local_2d", "query_block": (4, 12), "memory": (4, 6)}, id="2d"),
         pytest.param({"query_block": 48, "memory": 48, "num_classes": 8}, id="classes"),
         pytest.param(
@@ -256,7 +259,7 @@ def smooth_images(num_images: int, size: int) -> Tensor:
 def test_eight_images_can_be_learnt_by_heart(changes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     config = tiny_config(
-        image_size=8, layers=2, width=64, heads=4, attention_width=64, ff_width=128, **MODERN, **changes
+        image_size=8, layers=2, width=64, heads=4, attention_width=64, ff_width=128, **{**MODERN, **changes}
     )
     model = ImageTransformer(config)
     images, inputs = smooth_images(8, 8), random_conditions(config, 8)

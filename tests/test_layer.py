@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layer import Layer, rotary_angles, rotate
+from models.layer import Layer, rotary, rotate
 from models.local_attention import attend_to_all
 
 WIDTH, HEADS, ATTENTION_WIDTH, FF_WIDTH = 8, 2, 12, 20
@@ -108,8 +108,8 @@ def test_products_of_rotated_vectors_depend_on_differences_of_rows_and_columns_o
     q, k = torch.randn(2, 1, 1, 1, 16).double().unbind(0)
 
     def product(query: tuple[int, int], key: tuple[int, int]) -> float:
-        angles = [rotary_angles(torch.tensor([row]), torch.tensor([column]), 16) for row, column in (query, key)]
-        return float((rotate(q, angles[0]) * rotate(k, angles[1])).sum())
+        rotations = [rotary(torch.tensor([row]), torch.tensor([column]), 16) for row, column in (query, key)]
+        return float((rotate(q, rotations[0]) * rotate(k, rotations[1])).sum())
 
     assert product((5, 9), (3, 2)) == pytest.approx(product((12, 20), (10, 13)), abs=1e-4)
     assert product((5, 9), (3, 2)) != pytest.approx(product((5, 9), (2, 2)), abs=1e-2)

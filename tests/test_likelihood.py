@@ -123,10 +123,13 @@ def test_probabilities_of_all_colours_sum_to_one() -> None:
     torch.testing.assert_close(summed.double(), of_pair.flatten(), rtol=1e-4, atol=1e-12)
 
 
-def test_drawn_colours_cost_what_the_entropy_says_and_follow_each_conditional() -> None:
+@pytest.mark.parametrize("narrower", [0.0, 4.0])
+def test_drawn_colours_cost_what_the_entropy_says_and_follow_each_conditional(narrower: float) -> None:
+    """With scales far below a level, it shows whether a channel is rounded before it conditions the next."""
     generator = torch.Generator().manual_seed(0)
     num = 4000
     parameters = initial_mixture(4) + 0.5 * torch.randn(40, generator=generator)
+    parameters[4 + 12 : 4 + 24] -= narrower  # log-scales
     parameters = parameters.expand(num, 40)
     uniforms = keyed_uniforms(7, torch.arange(num), torch.tensor([0]))[:, 0]
     colours = draw("mixture", parameters, uniforms)
