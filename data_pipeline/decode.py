@@ -38,7 +38,8 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, tuple[str, ...]]:
             if image.width * image.height > LARGEST_IMAGE_PIXELS:
                 raise DataError(f"{name} has {image.width} x {image.height} pixels: remove it", EXIT_CORRUPT)
             notes = tuple(oddities(image, name))
-            return image.convert("RGB"), notes
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB"), notes
     except DataError:
         raise
     # Pillow's decoders raise nearly anything for damaged files (struct.error, SyntaxError, IndexError, ...).

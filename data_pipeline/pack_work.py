@@ -136,7 +136,7 @@ class ShardTask:
         images = self._images()
         for first in range(0, count, BLOCK_IMAGES):
             rows = slice(first, min(first + BLOCK_IMAGES, count))
-            view[rows] = encode(self.samples[rows], self.labels[rows], images[rows])
+            encode(self.samples[rows], self.labels[rows], images[rows], out=view[rows])
             begin, end = rows.start * stride, rows.stop * stride
             blocks.append((begin, end, rows.stop - first, xxhash.xxh3_64_hexdigest(view[rows].data)))
             count_progress(rows.stop - first)

@@ -17,7 +17,6 @@ KEY_DIGITS = 9
 LABEL_DIGITS = 8
 TAR_BLOCK = tarfile.BLOCKSIZE
 CHECKSUM = slice(148, 156)
-SIZE = slice(124, 136)
 
 
 @dataclass(frozen=True)
@@ -47,27 +46,28 @@ class SampleLayout:
         return -(-(self.pixels_offset + self.pixel_bytes) // TAR_BLOCK) * TAR_BLOCK
 
 
-def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray) -> np.ndarray:
+def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The bytes of samples, uint8 [n, stride], exactly as ``webdataset.TarWriter`` writes them.
 
     keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. The writer of webdataset makes one sample; its keys,
-    labels and header checksums are then replaced for all samples at once, 50 times faster than one by one.
+    labels and header checksums are then replaced for all samples at once. ``out`` takes the result, if given.
     """
-    count, size = images.shape[0], images.shape[1]
-    layout = SampleLayout(size)
+    layout = SampleLayout(images.shape[1])
+    samples = np.empty((len(images), layout.stride), np.uint8) if out is None else out
+    headers, pixels_end = samples[:, : layout.pixels_offset], layout.pixels_offset + layout.pixel_bytes
     digits = decimal_digits(labels)
-    samples = np.empty((count, layout.stride), np.uint8)
     for length in np.unique(digits).tolist():
-        here = digits == length
-        samples[here] = np.frombuffer(template(size, 10 ** (length - 1)), np.uint8)
-        samples[np.flatnonzero(here)[:, None], layout.label_offset + np.arange(length)] = decimals(labels[here], length)
-    for header in (0, 2 * TAR_BLOCK):
-        samples[:, header : header + KEY_DIGITS] = decimals(keys, KEY_DIGITS)
-        samples[:, header + CHECKSUM.start : header + CHECKSUM.stop] = ord(" ")
-        sums = samples[:, header : header + TAR_BLOCK].sum(axis=1, dtype=np.int64)
-        samples[:, header + CHECKSUM.start : header + CHECKSUM.start + 6] = octals(sums, 6)
-        samples[:, header + CHECKSUM.start + 6] = 0
-    samples[:, layout.pixels_offset : layout.pixels_offset + layout.pixel_bytes] = images.reshape(count, -1)
+        here = np.flatnonzero(digits == length)
+        headers[here] = template(images.shape[1], 10 ** (length - 1))
+        headers[here[:, None], layout.label_offset + np.arange(length)] = decimals(labels[here], length)
+    for start in (0, 2 * TAR_BLOCK):
+        header = headers[:, start : start + TAR_BLOCK]
+        header[:, :KEY_DIGITS] = decimals(keys, KEY_DIGITS)
+        header[:, CHECKSUM] = ord(" ")
+        header[:, CHECKSUM.start : CHECKSUM.start + 6] = octals(header.sum(axis=1, dtype=np.int64), 6)
+        header[:, CHECKSUM.start + 6] = 0
+    samples[:, layout.pixels_offset : pixels_end] = images.reshape(len(images), -1)
+    samples[:, pixels_end:] = 0
     return samples
 
 
@@ -90,13 +90,13 @@ def end_of_shard(sample_bytes: int) -> bytes:
 
 
 @lru_cache(maxsize=32)
-def template(image_size: int, label: int) -> bytes:
-    """One black sample with key 0 and the given label, written by webdataset itself."""
+def template(image_size: int, label: int) -> np.ndarray:
+    """What comes before the pixels in a sample with key 0 and the given label, written by webdataset itself."""
     stream = io.BytesIO()
     with webdataset.TarWriter(stream, user="root", group="root", mtime=0) as writer:
         image = np.zeros((image_size, image_size, 3), np.uint8)
         writer.write({"__key__": "0" * KEY_DIGITS, "npy": image, "cls": label})
-    return stream.getvalue()[: SampleLayout(image_size).stride]
+    return np.frombuffer(stream.getvalue(), np.uint8)[: SampleLayout(image_size).pixels_offset]
 
 
 @lru_cache(maxsize=32)

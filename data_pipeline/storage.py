@@ -6,6 +6,7 @@ worded once, names the URL and the byte range, and ends in the exit code the tra
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -14,12 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 import xxhash
 from fsspec.asyn import sync
+from fsspec.implementations.local import LocalFileSystem
 
 log = logging.getLogger(__name__)
 
@@ -188,8 +190,11 @@ class Store:
         return self._path("")
 
     def _path(self, name: str) -> str:
-        root = path_of(self.url)
-        return f"{root}/{name}" if name else root
+        return f"{self._root}/{name}" if name else self._root
+
+    @cached_property
+    def _root(self) -> str:
+        return path_of(self.url)
 
 
 class CorruptRead(Exception):
@@ -257,7 +262,19 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
         # A socket's read timeout never strikes while a dying server trickles bytes; this limit does.
         read = filesystem._cat_file
         return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
+    if type(filesystem) is LocalFileSystem:  # what its cat_file does, in a third of the time
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin or 0)
+            return file.readall() if end is None else read_fully(file, end - (begin or 0))
     return bytes(filesystem.cat_file(path, start=begin, end=end))
+
+
+def read_fully(file: io.FileIO, size: int) -> bytes:
+    """Up to ``size`` bytes; fewer only at the end of the file."""
+    data = file.read(size)
+    while len(data) < size and (more := file.read(size - len(data))):
+        data += more
+    return data
 
 
 @contextlib.contextmanager
