@@ -80,7 +80,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("tracking.uri=ftp://x", "tracking.uri: must begin with sqlite:///, http:// or https://"),
         ("tracking.uri=http://me:secret@host", "tracking.uri: must not hold a password"),
         ("train.zero_stage=0", "train.zero_stage: bf16 needs stage 1 or higher"),
-        ("train.global_batch_images=33", "33 is not a multiple of train.micro_batch_images 16"),
+        ("train.global_batch_images=33", "33 is not a multiple of train.micro_batch_images 4"),
         ("train.activation_checkpoint_every_layers=9", "is more than model.layers 3"),
         ("model.heads=7", "model.heads: 7"),
         ("steps=3", "write it as section.key=value"),

@@ -179,7 +179,7 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "holds 3000 images, too few" in fail(train__global_batch_images=4096)
     assert "16 or 24 would be" in fail(train__global_batch_images=20, ranks=2)
     assert "wants 4 ranks (run.world_size) and was launched with 1" in fail(run__world_size=4)
-    assert "has 9 classes, and model.num_classes is 5" in fail(model__num_classes=5)
+    assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
 

@@ -207,19 +207,19 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     identity = json.loads(
         json.dumps({"model": dataclasses.asdict(config.model), "seed": config.run.seed, "data": train_shards.digest})
     )
-    known = RunFiles(folder).read_state().get("identity", identity)
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        known = RunFiles(folder).read_state().get("identity", identity)
+        if known == identity and ranks.rank == 0:
+            RunFiles(folder).write_state(identity=identity)
+    except OSError as error:
+        raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
     if known != identity:
         changed = [key for key in identity if known[key] != identity[key]]
         raise UsageError(
             f"run.dir: {folder} holds a run with another {' and '.join(changed)}; "
             "choose another run.dir, or delete that folder"
         )
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        if ranks.rank == 0:
-            RunFiles(folder).write_state(identity=identity)
-    except OSError as error:
-        raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
 
 
 def print_check(config: RunConfig, ranks: Ranks) -> None:
