@@ -12,11 +12,12 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from PIL import Image
 
 from tests.conftest import pack_photographs
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train
 from tests.s3_server import S3Server
-from trainer import run
+from trainer import evaluate, run, sample
 
 STEPS = 50
 
@@ -141,6 +142,62 @@ def test_the_hostfile_command_trains_the_big_config_shrunk_to_this_machine(tmp_p
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(curve(tmp_path / "run")) == 6
+
+
+CATEGORICAL = {"model.input": "categorical", "model.output": "categorical", "model.mixtures": 0}
+VARIANTS = {
+    "2D": CATEGORICAL | {"model.attention": "local_2d", "model.query_block": "[4, 12]", "model.memory": "[2, 6]"},
+    "class-conditional": {"model.num_classes": 12, "model.block": "paper", "model.norm": "post", "model.dropout": 0.1},
+    "super-resolution": CATEGORICAL | {"model.condition_size": 2, "model.encoder_layers": 1, "train.zero_stage": 3},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_model_is_trained_scored_and_sampled_by_the_commands(
+    variant: str, tmp_path: Path, splits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    train(
+        settings(folder, splits, train__steps=3, train__precision="bf16", optimizer__ema_decay=0.5, **VARIANTS[variant])
+    )
+    for weights in ("raw", "ema", "avg"):
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--run", str(folder), "--weights", weights])
+        assert evaluate.main() == 0
+    raw, ema = (curve(folder, f"final/{weights}_bits_per_dim")[0][1] for weights in ("raw", "ema"))
+    assert raw != ema
+    assert raw == pytest.approx(curve(folder, "val/bits_per_dim")[-1][1], rel=0.01)  # bf16 there, fp32 here
+
+    for arguments in ([], ["--complete-half"]):
+        monkeypatch.setattr(sys, "argv", ["sample", "--run", str(folder), "--n", "4", *arguments])
+        assert sample.main() == 0
+    pictures = sorted((folder / "samples").glob("*.png"))
+    assert len(pictures) == 2
+    for path in pictures:
+        with Image.open(path) as picture:
+            assert len(picture.getcolors(1 << 20) or []) > 50
+    state = json.loads((folder / "run_state.json").read_text())
+    artifacts = mlflow.MlflowClient(state["mlflow_uri"]).list_artifacts(state["mlflow_run_id"], "samples")
+    assert sorted(Path(artifact.path).name for artifact in artifacts) == [path.name for path in pictures]
+    assert ("consistency" in capsys.readouterr().out) == (variant == "super-resolution")
+
+
+def test_tools_say_what_is_wrong_with_what_they_are_given(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.yaml").write_text((reference / "config.yaml").read_text())
+    for tool, arguments, words in (
+        (sample, ["--run", str(tmp_path / "none")], "holds no run"),
+        (evaluate, ["--run", str(tmp_path / "empty")], "holds no complete checkpoint"),
+        (evaluate, ["--run", str(reference), "--weights", "avg", "--last", "0"], "--last: must be at least 1"),
+        (sample, ["--run", str(reference), "--n", "0"], "--n: must be at least 1"),
+        (sample, ["--run", str(reference), "--temperature", "0"], "--temperature: must be above 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["tool", *arguments])
+        assert tool.main() == 2
+        text = capsys.readouterr().err
+        assert words in text
+        assert len(text.splitlines()) == 1
 
 
 # What a newcomer gets wrong first. These fail before any process group exists, so they run in this process.

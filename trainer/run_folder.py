@@ -42,6 +42,8 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
 
     Raises UsageError for a folder without a run, CheckpointError for a run without a checkpoint.
     """
+    if last < 1:
+        raise UsageError(f"--last: must be at least 1, not {last}")
     files = RunFiles(Path(run_dir))
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
