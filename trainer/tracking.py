@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 MAX_PARAM_CHARACTERS = 6000
 State = Literal["running", "finished", "stopped", "failed"]
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the experiment's page on training runs; MLflow's default is the view for chat applications."""
 _MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
@@ -135,7 +137,9 @@ class Tracker:
         if run is None:
             experiment = client.get_experiment_by_name(config.tracking.experiment)
             experiment_id = (
-                experiment.experiment_id if experiment else client.create_experiment(config.tracking.experiment)
+                experiment.experiment_id
+                if experiment
+                else client.create_experiment(config.tracking.experiment, tags=_EXPERIMENT_TAGS)
             )
             run = client.create_run(experiment_id, tags=tags | {MLFLOW_RUN_NAME: config.run.name})
         else:
