@@ -22,7 +22,7 @@ ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 @pytest.fixture(scope="module")
 def device() -> Iterator[torch.device]:
     ranks_from_environment()
-    yield init_distributed(60)
+    yield init_distributed(60, local_rank=0)
     torch.distributed.destroy_process_group()
 
 

@@ -59,7 +59,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     )
 
 
-def init_distributed(timeout_seconds: float) -> torch.device:
+def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
     """Join the other ranks and return this rank's device; after `timeout_seconds` without an answer, raise.
 
     Works round three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given, so a lost rank would
@@ -73,10 +73,11 @@ def init_distributed(timeout_seconds: float) -> torch.device:
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     timeout = timedelta(seconds=timeout_seconds)
     backend.TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
+    get_accelerator().set_device(local_rank)
     if get_accelerator().device_name() == "cpu":
         backend.build_shm_op = lambda: None
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
-    return torch.device(get_accelerator().current_device_name())
+    return torch.device(get_accelerator().device_name(local_rank))
 
 
 class DeepSpeedEngine:

@@ -83,7 +83,7 @@ def run(config: RunConfig, ranks: Ranks, train_shards: Shards, validation_shards
     """Build the parts, train, close down; returns the exit code."""
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
-    device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS)
+    device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
     torch.manual_seed(config.run.seed)  # the same first weights on every rank
     model = ImageTransformer(config.model, checkpoint_every_layers=config.train.activation_checkpoint_every_layers)
     engine = DeepSpeedEngine(model, config, ranks, device)
