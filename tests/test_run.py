@@ -20,6 +20,8 @@ from tests.s3_server import S3Server
 from trainer import evaluate, run, sample
 
 STEPS = 50
+LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
+LAUNCHER_ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +128,24 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint_and_exit_code_
     assert int(checkpoint.name.removeprefix("step-")) == state["step"]
 
 
+def test_ctrl_c_on_the_launcher_ends_with_a_checkpoint(tmp_path: Path, splits: Path) -> None:
+    arguments = settings(tmp_path / "run", splits, train__steps=100_000, checkpoint__every_steps=100_000)
+    launcher = [*LAUNCHER, "--num_accelerators", "2", "--master_port", str(free_port())]
+    command = [*launcher, "trainer/run.py", "--config", str(QUICKSTART), *arguments]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=LAUNCHER_ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    wait_for_step(tmp_path / "run", 3, [process])
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60  # the launcher may end before its ranks do
+    while (state := json.loads((tmp_path / "run/run_state.json").read_text()))["state"] == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert (state["state"], state["code"]) == ("stopped", 75)
+    assert (tmp_path / f"run/checkpoints/step-{state['step']:09d}/manifest.json").exists()
+
+
 def test_the_hostfile_command_trains_the_big_config_shrunk_to_this_machine(tmp_path: Path, splits: Path) -> None:
     big = [
         "model.input=ordinal",
@@ -133,12 +153,11 @@ def test_the_hostfile_command_trains_the_big_config_shrunk_to_this_machine(tmp_p
         "train.activation_checkpoint_every_layers=1",
         "run.world_size=1",
     ]
-    command = ["deepspeed", "--hostfile", "cluster/hosts", "--no_ssh_check", "--master_addr", "127.0.0.1"]
+    command = [*LAUNCHER, "--hostfile", "cluster/hosts", "--no_ssh_check", "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(free_port()), "trainer/run.py", "--config", "configs/imagenet64_big.yaml"]
     command += settings(tmp_path / "run", splits) + [a for setting in big for a in ("--set", setting)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command, cwd=ROOT, env=LAUNCHER_ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert len(curve(tmp_path / "run")) == 6

@@ -1,7 +1,7 @@
 """Which exit code does each way of ending have, and what does the user read?
 
 0 finished · 2 usage or config · 65 bad data · 69 a service is missing · 70 our bug · 74 checkpoint I/O ·
-75 stopped on request, run the same command to go on · 76 diverged. The launcher loses exit codes and signals, so
+75 stopped on request, run the same command to go on · 76 diverged · 130 Ctrl-C outside of training. The launcher loses exit codes and signals, so
 `run_state.json` in the run's folder says the same.
 """
 
@@ -13,7 +13,7 @@ from data_pipeline.storage import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 
-FINISHED, USAGE, BUG, CHECKPOINT, STOPPED, DIVERGED = 0, 2, 70, 74, 75, 76
+FINISHED, USAGE, BUG, CHECKPOINT, STOPPED, DIVERGED, INTERRUPTED = 0, 2, 70, 74, 75, 76, 130
 
 
 class UsageError(ValueError):
@@ -50,6 +50,8 @@ def run_tool(tool: Callable[[], None]) -> int:
     """Run a command-line tool of one process and return its exit code."""
     try:
         tool()
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
         code = code_of(error)
         # A tool that cannot find its run was called with the wrong folder.

@@ -31,7 +31,7 @@ from trainer.checkpoint import Checkpoints  # noqa: E402
 from trainer.config import RunConfig, as_yaml, load_config  # noqa: E402
 from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config, init_distributed  # noqa: E402
 from trainer.evaluate import evaluate  # noqa: E402
-from trainer.exit_codes import BUG, FINISHED, STOPPED, UsageError, code_of, report  # noqa: E402
+from trainer.exit_codes import BUG, FINISHED, INTERRUPTED, STOPPED, UsageError, code_of, report  # noqa: E402
 from trainer.loop import train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
@@ -72,6 +72,8 @@ def main() -> int:
             return FINISHED
         prepare_run_folder(config, train_shards, ranks)
         return run(config, ranks, train_shards, validation_shards)
+    except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
         code = code_of(error)
         if ranks.local_rank == 0 or code == BUG:  # one sentence a machine, not one a rank
