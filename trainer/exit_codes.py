@@ -1,8 +1,8 @@
 """Which exit code does each way of ending have, and what does the user read?
 
 0 finished · 2 usage or config · 65 bad data · 69 a service is missing · 70 our bug · 74 checkpoint I/O ·
-75 stopped on request, run the same command to go on · 76 diverged · 130 Ctrl-C outside of training. The launcher loses exit codes and signals, so
-`run_state.json` in the run's folder says the same.
+75 stopped on request, run the same command to go on · 76 diverged · 130 Ctrl-C outside of training.
+The launcher loses exit codes and signals, so `run_state.json` in the run's folder says the same.
 """
 
 import sys
