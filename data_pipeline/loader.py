@@ -7,28 +7,22 @@ batch from a process to the trainer costs several times what making it costs.
 """
 
 import atexit
-import heapq
 import math
 import queue
 import threading
-import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
+from data_pipeline.assembly import CLOSING_SECONDS, PlannedBatch, WindowReader, assemble
 from data_pipeline.batch import Batch
 from data_pipeline.manifest import Manifest, open_store, read_manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window, rank_share
-from data_pipeline.shard_format import decode
 from data_pipeline.storage import DataError, Store
 
 OPENING_DEADLINE_SECONDS = 60.0
-CLOSING_SECONDS = 5.0  # a read that hangs may outlive its iterator, but not hold up the program for longer
+EVALUATION_FETCH_THREADS, EVALUATION_PREFETCH_BATCHES = 2, 4  # blocks come one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +83,6 @@ class Shards:
         return self.manifest.classes
 
 
-class PlannedBatch(NamedTuple):
-    """One batch before its images are there."""
-
-    positions: np.ndarray
-    """int64 [B], rising: what to look up in the order."""
-    valid: np.ndarray | None
-    """bool [B], evaluation only."""
-    position: int
-    """Goes into the batch."""
-
-
-class OpenWindow(NamedTuple):
-    """A window whose block has arrived."""
-
-    images: np.ndarray
-    """uint8 [rows of the block, S * S * 3], a view of the bytes that were read."""
-    labels: list[int]
-    rows: list[int]
-    """The block's rows in the order of use."""
-
-
 def open_shards(url: str, *, read_deadline_seconds: float = 600.0) -> Shards:
     """Open the data set at a URL; reads only the manifest.
 
@@ -165,10 +138,19 @@ def train_batches(
         number = 0
         while True:
             consumed = consumed_samples + (number // accumulation + 1) * global_batch_images
-            yield PlannedBatch(start + number * per_round + offsets, None, consumed)
+            yield PlannedBatch(start + number * per_round + offsets, consumed)
             number += 1
 
-    return stream(shards, order, order.windows(start, world_size), plan(), fetch_threads, prefetch_batches)
+    return stream(
+        shards,
+        order,
+        order.windows(start, world_size),
+        plan(),
+        batch_images=micro_batch_images,
+        fetch_threads=fetch_threads,
+        prefetch_batches=prefetch_batches,
+        evaluating=False,
+    )
 
 
 def evaluation_batches(
@@ -176,8 +158,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Every image exactly once over all ranks, in the same number of batches on every rank.
 
-    Each rank reads its own stretch of the shards. Where a stretch ends before the last batch, images repeat with
-    ``valid`` False. ``limit`` takes only so many images, the first of the packed (shuffled) order.
+    Each rank reads its own stretch of the shards. Where a stretch ends before the last batch, black images with
+    ``valid`` False fill it up. ``limit`` takes only so many images, the first of the packed (shuffled) order.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
@@ -187,15 +169,23 @@ def evaluation_batches(
     begin, end = rank_share(count, rank, world_size)
     batches = math.ceil(math.ceil(count / world_size) / batch_images)
     order = StoredOrder(shards.manifest.block_counts)
-    # A rank without any image of its own pads with the first one it can have.
-    begin, last = min(begin, count - 1), max(min(begin, count - 1), end - 1)
 
     def plan() -> Iterator[PlannedBatch]:
         for number in range(batches):
-            positions = begin + number * batch_images + np.arange(batch_images, dtype=np.int64)
-            yield PlannedBatch(np.minimum(positions, last), positions < end, number)
+            first = begin + number * batch_images
+            yield PlannedBatch(np.arange(first, min(first + batch_images, end), dtype=np.int64), number)
 
-    return stream(shards, order, order.windows(begin, last + 1), plan(), 2, 4)
+    windows = order.windows(begin, end) if begin < end else iter(())
+    return stream(
+        shards,
+        order,
+        windows,
+        plan(),
+        batch_images=batch_images,
+        fetch_threads=EVALUATION_FETCH_THREADS,
+        prefetch_batches=EVALUATION_PREFETCH_BATCHES,
+        evaluating=True,
+    )
 
 
 def stream(
@@ -203,8 +193,11 @@ def stream(
     order: TrainingOrder | StoredOrder,
     windows: Iterator[Window],
     plan: Iterator[PlannedBatch],
+    *,
+    batch_images: int,
     fetch_threads: int,
     prefetch_batches: int,
+    evaluating: bool,
 ) -> Iterator[Batch]:
     """Run the stages behind a queue; an error of any of them is raised here, after the batches before it."""
     finished: queue.Queue[Batch | BaseException | None] = queue.Queue(prefetch_batches)
@@ -220,20 +213,32 @@ def stream(
         return False
 
     def produce() -> None:
+        reader = WindowReader(shards.store, shards.manifest, order, windows, fetch_threads, stop)
+        batches = assemble(
+            plan,
+            reader,
+            order,
+            shards.manifest.layout,
+            batch_images=batch_images,
+            has_labels=bool(shards.classes),
+            evaluating=evaluating,
+        )
         try:
-            for batch in assemble(shards, order, windows, plan, fetch_threads, stop):
+            for batch in batches:
                 if not hand_over(batch):
                     return
             hand_over(None)
         # Whatever it is, the training loop has to raise it: this thread has nobody to tell.
         except BaseException as error:  # noqa: BLE001
             hand_over(error)
+        finally:
+            reader.close()
 
     thread = threading.Thread(target=produce, name="assemble batches", daemon=True)
 
     def end() -> None:
         stop.set()
-        thread.join(CLOSING_SECONDS)
+        thread.join(2 * CLOSING_SECONDS)
 
     # A daemon thread that is still inside torch when the interpreter goes down would abort the process.
     atexit.register(end)
@@ -249,103 +254,3 @@ def stream(
     finally:
         end()
         atexit.unregister(end)
-
-
-def assemble(
-    shards: Shards,
-    order: TrainingOrder | StoredOrder,
-    windows: Iterator[Window],
-    plan: Iterator[PlannedBatch],
-    fetch_threads: int,
-    stop: threading.Event,
-) -> Iterator[Batch]:
-    """Copy images from open windows into batches; windows open in time and close after their last use.
-
-    At most ``2 * fetch_threads`` windows are read ahead of need, besides those in use (one a lane).
-    """
-    size = shards.image_size
-    pinned = torch.cuda.is_available()
-    has_labels = bool(shards.classes)
-    requests: queue.SimpleQueue[tuple[Window, Future[OpenWindow]] | None] = queue.SimpleQueue()
-    ahead: deque[tuple[Window, Future[OpenWindow]]] = deque()
-    opened: dict[int, OpenWindow] = {}
-    closing: list[tuple[int, int]] = []  # heap of (last position, key)
-
-    def read_ahead() -> None:
-        while len(ahead) < 2 * fetch_threads and (window := next(windows, None)) is not None:
-            ahead.append((window, Future()))
-            requests.put(ahead[-1])
-
-    threads = [
-        threading.Thread(target=fetch, args=(shards, order, requests, stop), name="fetch blocks", daemon=True)
-        for _ in range(fetch_threads)
-    ]
-    for thread in threads:
-        thread.start()
-    try:
-        read_ahead()
-        for planned in plan:
-            until = int(planned.positions[-1])
-            while ahead and ahead[0][0].first <= until:
-                window, future = ahead.popleft()
-                read_ahead()
-                opened[window.key] = result_of(future, stop)
-                heapq.heappush(closing, (window.last, window.key))
-
-            images = torch.empty((len(planned.positions), size, size, 3), dtype=torch.uint8, pin_memory=pinned)
-            labels = torch.empty(len(planned.positions), dtype=torch.int64, pin_memory=pinned)
-            into, labels_into = images.numpy().reshape(len(images), -1), labels.numpy()
-            keys, places = order.locate(planned.positions)
-            for i, (key, place) in enumerate(zip(keys.tolist(), places.tolist(), strict=True)):
-                window_images, window_labels, rows = opened[key]
-                row = rows[place]
-                into[i] = window_images[row]
-                labels_into[i] = window_labels[row]
-            yield Batch(
-                images=images,
-                labels=labels if has_labels else None,
-                valid=None if planned.valid is None else torch.from_numpy(planned.valid),
-                position=planned.position,
-            )
-
-            while closing and closing[0][0] <= until:
-                del opened[heapq.heappop(closing)[1]]
-    finally:
-        for _ in threads:
-            requests.put(None)
-        deadline = time.monotonic() + CLOSING_SECONDS / 2
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def result_of(future: Future[OpenWindow], stop: threading.Event) -> OpenWindow:
-    """The window, or the error that fetching it ended in; CancelledError as soon as a stop is requested."""
-    while True:
-        try:
-            return future.result(timeout=0.2)
-        except TimeoutError:
-            if stop.is_set():
-                raise CancelledError from None
-
-
-def fetch(
-    shards: Shards,
-    order: TrainingOrder | StoredOrder,
-    requests: "queue.SimpleQueue[tuple[Window, Future[OpenWindow]] | None]",
-    stop: threading.Event,
-) -> None:
-    """What a fetch thread does until it is told to end: read the blocks of windows, checked and retried."""
-    while (request := requests.get()) is not None:
-        window, future = request
-        if stop.is_set():
-            future.cancel()
-            continue
-        block = shards.manifest.blocks[window.block]
-        try:
-            name = shards.manifest.shards[block.shard].name
-            data = shards.store.read(name, block.begin, block.end, xxh3=block.xxh3, stop=stop)
-            images, labels = decode(data, shards.image_size)
-            future.set_result(OpenWindow(images, labels.tolist(), order.rows(window).tolist()))
-        # Raised again where the result is taken.
-        except BaseException as error:  # noqa: BLE001
-            future.set_exception(error)

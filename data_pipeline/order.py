@@ -27,12 +27,16 @@ class Window(NamedTuple):
     """A run of samples inside one block that are used together, seen by one rank."""
 
     key: int
-    """Unique over the run; the keys of ``locate`` refer to it."""
+    """Unique over the run."""
     block: int
     begin: int
     """First row of the block that belongs to the window."""
     end: int
     """One past its last row."""
+    place: int
+    """Where in the window's permutation this rank begins ..."""
+    step: int
+    """... and how far it moves on each time; other ranks use what lies between."""
     first: int
     """Position at which this rank first needs it."""
     last: int
@@ -110,22 +114,24 @@ class TrainingOrder:
         return EpochLayout(edges, blocks[place], edges[:-1] - starts[place], lane)
 
     def rows(self, window: Window) -> Indices:
-        """Rows of the window's block in the order in which they are used."""
+        """Rows of the window's block that the rank uses, in the order in which it uses them."""
         epoch, index = window.key >> KEY_SHIFT, window.key & ((1 << KEY_SHIFT) - 1)
-        return window.begin + permutation(window.end - window.begin, self.seed, epoch, 2, index)
+        order = permutation(window.end - window.begin, self.seed, epoch, 2, index)
+        return window.begin + order[window.place :: window.step]
 
-    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
-        """For each position of the run: the key of its window and its place in that window's ``rows``."""
+    def window_keys(self, positions: Indices) -> Indices:
+        """The key of the window that each position of the run takes its sample from.
+
+        The positions of a rank take the rows of each window one after the other.
+        """
         epochs, inside = np.divmod(positions, self.count)
         on_line = self.lane_start[inside % self.lanes] + inside // self.lanes
-        keys, places = np.empty_like(on_line), np.empty_like(on_line)
-        for epoch in np.unique(epochs).tolist():
+        keys = np.empty_like(on_line)
+        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
             here = epochs == epoch
-            edges = self.layout(epoch).edges
-            index = np.searchsorted(edges, on_line[here], "right") - 1
+            index = np.searchsorted(self.layout(epoch).edges, on_line[here], "right") - 1
             keys[here] = (epoch << KEY_SHIFT) | index
-            places[here] = on_line[here] - edges[index]
-        return keys, places
+        return keys
 
     def windows(self, start: int, stride: int) -> Iterator[Window]:
         """The windows that positions ``start, start + stride, ...`` touch, in order of first need, for ever."""
@@ -143,11 +149,11 @@ class TrainingOrder:
         solvable = behind % common == 0
         inverse = pow(lanes // common, -1, period) if period > 1 else 0
         residue = (behind // common) * inverse % period
-        low = layout.edges[:-1] - self.lane_start[layout.lane]
+        whole = layout.edges[:-1] - self.lane_start[layout.lane]
         high = layout.edges[1:] - self.lane_start[layout.lane]
         # When resuming inside an epoch, places before the start are behind us.
         resumed = -(-(start - origin - layout.lane) // lanes)
-        low = np.maximum(low, resumed)
+        low = np.maximum(whole, resumed)
         first = low + (residue - low) % period
         last = high - 1 - (high - 1 - residue) % period
         needed = solvable & (first < high) & (last >= low)
@@ -161,6 +167,8 @@ class TrainingOrder:
             layout.block[index].tolist(),
             layout.begin[index].tolist(),
             ends[index].tolist(),
+            (first - whole)[index].tolist(),
+            [period] * len(index),
             first_position[index].tolist(),
             last_position[index].tolist(),
         )
@@ -175,20 +183,20 @@ class StoredOrder:
         self.starts: Indices = np.concatenate([[0], np.cumsum(counts)])
 
     def rows(self, window: Window) -> Indices:
-        """Rows of the window's block in the order in which they are used."""
+        """Rows of the window's block that the rank uses, in the order in which it uses them."""
         return np.arange(window.begin, window.end)
 
-    def locate(self, positions: Indices) -> tuple[Indices, Indices]:
-        """For each position: the key of its window, which is its block, and its row there."""
-        keys = np.searchsorted(self.starts, positions, "right") - 1
-        return keys, positions - self.starts[keys]
+    def window_keys(self, positions: Indices) -> Indices:
+        """The key of the window that each position takes its sample from: the number of its block."""
+        return np.searchsorted(self.starts, positions, "right") - 1
 
     def windows(self, start: int, stop: int) -> Iterator[Window]:
         """The blocks that positions ``[start, stop)`` touch."""
-        first, last = self.locate(np.array([start, stop - 1]))[0].tolist()
+        first, last = self.window_keys(np.array([start, stop - 1])).tolist()
         for block in range(first, last + 1):
             low, high = int(self.starts[block]), int(self.starts[block + 1])
-            yield Window(block, block, 0, high - low, max(low, start), min(high, stop) - 1)
+            begin, end = max(low, start), min(high, stop)
+            yield Window(block, block, begin - low, end - low, 0, 1, begin, end - 1)
 
 
 def rank_share(count: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -45,6 +45,20 @@ class SampleLayout:
         """From one sample to the next."""
         return -(-(self.pixels_offset + self.pixel_bytes) // TAR_BLOCK) * TAR_BLOCK
 
+    def pixels(self, samples: np.ndarray) -> np.ndarray:
+        """uint8 [n, S * S * 3], a view of samples uint8 [n, stride]."""
+        return samples[:, self.pixels_offset : self.pixels_offset + self.pixel_bytes]
+
+    def labels(self, samples: np.ndarray) -> np.ndarray:
+        """int64 [n] of samples uint8 [n, stride]."""
+        text = samples[:, self.label_offset : self.label_offset + LABEL_DIGITS].astype(np.int64)
+        labels = np.zeros(len(samples), np.int64)
+        for column in text.T:
+            if not column.any():
+                break
+            labels = np.where(column == 0, labels, labels * 10 + (column - ord("0")))
+        return labels
+
 
 def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The bytes of samples, uint8 [n, stride], exactly as ``webdataset.TarWriter`` writes them.
@@ -71,16 +85,11 @@ def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.nda
     return samples
 
 
-def decode(data: bytes, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+def decode(data: bytes | memoryview, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, S * S * 3] and labels int64 [n] of a run of samples; the images are a view of ``data``."""
     layout = SampleLayout(image_size)
     samples = np.frombuffer(data, np.uint8).reshape(-1, layout.stride)
-    images = samples[:, layout.pixels_offset : layout.pixels_offset + layout.pixel_bytes]
-    text = samples[:, layout.label_offset : layout.label_offset + LABEL_DIGITS].astype(np.int64)
-    labels = np.zeros(len(samples), np.int64)
-    for column in text.T:
-        labels = np.where(column == 0, labels, labels * 10 + (column - ord("0")))
-    return images, labels
+    return layout.pixels(samples), layout.labels(samples)
 
 
 def end_of_shard(sample_bytes: int) -> bytes:

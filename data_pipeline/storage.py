@@ -6,7 +6,6 @@ worded once, names the URL and the byte range, and ends in the exit code the tra
 
 import contextlib
 import errno
-import io
 import json
 import logging
 import os
@@ -86,26 +85,36 @@ class Store:
         name: str,
         begin: int | None = None,
         end: int | None = None,
-        *,
-        xxh3: str | None = None,
-        stop: threading.Event | None = None,
     ) -> bytes:
-        """The bytes ``[begin, end)`` of an object (all of it by default), checked for length and checksum."""
+        """The bytes ``[begin, end)`` of an object (all of it by default), checked for length."""
         path = self._path(name)
 
         def attempt() -> bytes:
             data = bytes_of(open_filesystem(self.url), path, begin, end)
             if begin is not None and end is not None and len(data) != end - begin:
                 raise CorruptRead(f"{len(data)} bytes came instead of {end - begin}")
-            if xxh3 is not None and xxhash.xxh3_64_hexdigest(data) != xxh3:
-                raise CorruptRead(f"the checksum is {xxhash.xxh3_64_hexdigest(data)} instead of {xxh3}")
             return data
 
         where = self.url_of(name) + ("" if begin is None else f" (bytes {begin}-{end})")
+        return with_retries(attempt, f"read {where}", self.deadline_seconds, None)
+
+    def read_block(self, name: str, begin: int, into: memoryview, xxh3: str, stop: threading.Event) -> None:
+        """Fill ``into`` with the bytes of an object from ``begin`` on, checked against their XXH3-64."""
+        path = self._path(name)
+
+        def attempt() -> None:
+            size = read_into(open_filesystem(self.url), path, begin, into)
+            if size != len(into):
+                raise CorruptRead(f"{size} bytes came instead of {len(into)}")
+            found = xxhash.xxh3_64_hexdigest(into)
+            if found != xxh3:
+                raise CorruptRead(f"the checksum is {found} instead of {xxh3}")
+
+        where = f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
         try:
-            return with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
+            with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
         except DataError as error:
-            if xxh3 is not None and isinstance(error.__cause__, FileNotFoundError):
+            if isinstance(error.__cause__, FileNotFoundError):
                 # Its checksum is known, so it was there once: the data set is damaged, the URL is right.
                 raise DataError(f"{error}, although the manifest lists it; pack again", EXIT_CORRUPT) from error
             raise
@@ -263,18 +272,24 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
         read = filesystem._cat_file
         return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
     if type(filesystem) is LocalFileSystem:  # what its cat_file does, in a third of the time
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             file.seek(begin or 0)
-            return file.readall() if end is None else read_fully(file, end - (begin or 0))
+            return file.read() if end is None else file.read(end - (begin or 0))
     return bytes(filesystem.cat_file(path, start=begin, end=end))
 
 
-def read_fully(file: io.FileIO, size: int) -> bytes:
-    """Up to ``size`` bytes; fewer only at the end of the file."""
-    data = file.read(size)
-    while len(data) < size and (more := file.read(size - len(data))):
-        data += more
-    return data
+def read_into(filesystem: Any, path: str, begin: int, into: memoryview) -> int:
+    """Like ``bytes_of``, into memory of the caller's; returns how many bytes came."""
+    if type(filesystem) is LocalFileSystem:
+        filled = 0
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin)
+            while filled < len(into) and (count := file.readinto(into[filled:])):
+                filled += count
+        return filled
+    data = bytes_of(filesystem, path, begin, begin + len(into))
+    into[: len(data)] = data[: len(into)]
+    return len(data)
 
 
 @contextlib.contextmanager

@@ -15,14 +15,13 @@ BLOCKS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def samples_at(
     order: TrainingOrder | StoredOrder, windows: list[Window], positions: np.ndarray
 ) -> list[tuple[int, int]]:
-    """(block, row) at each position, using only the given windows."""
-    by_key = {window.key: window for window in windows}
-    keys, places = order.locate(positions)
+    """(block, row) at each position, taking the rows of the given windows one after the other."""
+    by_key = {window.key: (window, iter(order.rows(window).tolist())) for window in windows}
     found = []
-    for key, place, position in zip(keys.tolist(), places.tolist(), positions.tolist(), strict=True):
-        window = by_key[key]
+    for key, position in zip(order.window_keys(positions).tolist(), positions.tolist(), strict=True):
+        window, rows = by_key[key]
         assert window.first <= position <= window.last
-        found.append((window.block, int(order.rows(window)[place])))
+        found.append((window.block, next(rows)))
     return found
 
 
@@ -91,7 +90,7 @@ def test_interrupted_runs_on_changing_ranks_continue_the_single_rank_sequence(
             positions = np.arange(consumed + rank, stop, ranks)
             windows = windows_until(order, consumed + rank, ranks, stop)
             assert [w.first for w in windows] == sorted(w.first for w in windows)
-            touched = set(order.locate(positions)[0].tolist())
+            touched = set(order.window_keys(positions).tolist())
             assert {window.key for window in windows} == touched, "a rank reads what it needs and nothing else"
             assert samples_at(order, windows, positions) == expected[consumed + rank : stop : ranks]
         consumed = stop

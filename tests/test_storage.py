@@ -77,8 +77,9 @@ def test_reads_through_faults_give_the_right_bytes(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
     store = Store(str(tmp_path), 60.0)
     for begin in range(0, len(data), 512):
-        piece = data[begin : begin + 512]
-        assert store.read("x", begin, begin + 512, xxh3=xxhash.xxh3_64_hexdigest(piece)) == piece
+        piece, got = data[begin : begin + 512], bytearray(512)
+        store.read_block("x", begin, memoryview(got), xxhash.xxh3_64_hexdigest(piece), threading.Event())
+        assert got == piece
     assert all(faulty.counts[fault] for fault in FAULTS), "every kind of fault struck"
 
 
@@ -86,7 +87,7 @@ def test_a_wrong_checksum_names_object_and_range_and_is_corruption(tmp_path: Pat
     (tmp_path / "x").write_bytes(bytes(100))
     where = re.escape(f"{tmp_path}/x (bytes 10-20)")
     with pytest.raises(DataError, match=f"cannot read {where}: .*checksum") as caught:
-        Store(str(tmp_path), 0.0).read("x", 10, 20, xxh3="0" * 16)
+        Store(str(tmp_path), 0.0).read_block("x", 10, memoryview(bytearray(10)), "0" * 16, threading.Event())
     assert caught.value.exit_code == 65
     with pytest.raises(DataError, match="cannot read .*10 bytes came instead of 20") as caught:
         Store(str(tmp_path), 0.0).read("x", 90, 110)
