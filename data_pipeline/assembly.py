@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -36,21 +37,23 @@ class PlannedBatch(NamedTuple):
 
 @dataclass
 class OpenWindow:
-    """What a rank uses of a block that has arrived, in the order of use."""
+    """A window whose block has arrived."""
 
     samples: np.ndarray
-    """uint8 [n, bytes of a sample]"""
+    """uint8 [rows of the block, bytes of a sample]: the block as it lies in the shard."""
+    rows: np.ndarray
+    """int64 [n]: the rows that the rank uses, in the order of use."""
     labels: np.ndarray
-    """int64 [n]"""
+    """int64 [n]: their labels."""
     memory: np.ndarray
     """What ``samples`` is a part of; used again for another window."""
     used: int
     """How many samples were taken out so far."""
 
     def take(self, count: int) -> slice:
-        """The next samples."""
+        """Which of the rows come next."""
         self.used += count
-        assert self.used <= len(self.samples), (self.used, len(self.samples))
+        assert self.used <= len(self.rows), (self.used, len(self.rows))
         return slice(self.used - count, self.used)
 
 
@@ -70,6 +73,7 @@ def assemble(
     """Fill the planned batches; in evaluation, mark what is left over of the last ones as not valid."""
     pinned = torch.cuda.is_available()
     memory = BatchMemory((batch_images, layout.image_size, layout.image_size, 3), pinned)
+    scratch = aligned_empty(batch_images * layout.stride).reshape(batch_images, layout.stride)
     for planned in plan:
         images, count = memory.take(), len(planned.positions)
         labels = torch.zeros(batch_images, dtype=torch.int64, pin_memory=pinned)
@@ -80,11 +84,15 @@ def assemble(
             windows.open_until(until)
             keys = order.window_keys(planned.positions)
             by_window = np.argsort(keys, kind="stable")
-            for slots in np.split(by_window, np.flatnonzero(np.diff(keys[by_window])) + 1):
-                window = windows.opened[int(keys[slots[0]])]
-                rows = window.take(len(slots))
-                into[slots] = layout.pixels(window.samples[rows])
-                labels_into[slots] = window.labels[rows]
+            keys = keys[by_window]
+            cuts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), count]
+            for begin, end in pairwise(cuts):
+                slots, window = by_window[begin:end], windows.opened[int(keys[begin])]
+                next_rows = window.take(len(slots))
+                # mode="clip" writes straight into the output; the default would collect a copy of it first.
+                np.take(window.samples, window.rows[next_rows], axis=0, out=scratch[: len(slots)], mode="clip")
+                into[slots] = layout.pixels(scratch[: len(slots)])
+                labels_into[slots] = window.labels[next_rows]
             windows.close_until(until)
         valid = torch.arange(batch_images) < count if evaluating else None
         yield Batch(images=images, labels=labels if has_labels else None, valid=valid, position=planned.position)
@@ -149,32 +157,28 @@ class WindowReader:
             self.requests.put(self.ahead[-1])
 
     def _fetch_all(self) -> None:
-        block = aligned_empty(self.memory_bytes)
         while (request := self.requests.get()) is not None:
             window, future = request
             if self.stop.is_set():
                 future.cancel()
                 continue
             try:
-                future.set_result(self._fetch(window, block))
+                future.set_result(self._fetch(window))
             # Raised again where the result is taken.
             except BaseException as error:  # noqa: BLE001
                 future.set_exception(error)
 
-    def _fetch(self, window: Window, buffer: np.ndarray) -> OpenWindow:
+    def _fetch(self, window: Window) -> OpenWindow:
         block, layout = self.manifest.blocks[window.block], self.manifest.layout
-        data = buffer[: block.end - block.begin]
-        name = self.manifest.shards[block.shard].name
-        self.store.read_block(name, block.begin, memoryview(data), block.xxh3, self.stop)  # type: ignore[arg-type]
-        samples, rows = data.reshape(block.count, layout.stride), self.order.rows(window)
         try:
             memory = self.free.get_nowait()
         except queue.Empty:
             memory = aligned_empty(self.memory_bytes)
-        own = memory[: len(rows) * layout.stride].reshape(len(rows), layout.stride)
-        # mode="clip" writes straight into the output; the default would collect a copy of it first.
-        np.take(samples, rows, axis=0, out=own, mode="clip")
-        return OpenWindow(own, layout.labels(own), memory, 0)
+        data = memory[: block.end - block.begin]
+        name = self.manifest.shards[block.shard].name
+        self.store.read_block(name, block.begin, memoryview(data), block.xxh3, self.stop)  # type: ignore[arg-type]
+        samples, rows = data.reshape(block.count, layout.stride), self.order.rows(window)
+        return OpenWindow(samples, rows, layout.labels(samples)[rows], memory, 0)
 
 
 def result_of(future: "Future[OpenWindow]", stop: threading.Event) -> OpenWindow:
