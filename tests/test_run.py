@@ -37,12 +37,13 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(tmp_path_factory: pytest.TempPathFactory, splits: Path) -> Path:
     """The folder of an undisturbed run of one process, in fp32, with one point a step."""
     folder = tmp_path_factory.mktemp("reference") / "run"
-    train(settings(folder, splits, train__steps=STEPS, checkpoint__every_steps=20))
+    new_store = f"sqlite:///{folder.parent}/new.db"  # here MLflow makes it, as for a newcomer
+    train(settings(folder, splits, train__steps=STEPS, checkpoint__every_steps=20, tracking__uri=new_store))
     return folder
 
 
 def test_a_finished_run_is_in_mlflow_with_everything_that_made_it(reference: Path, splits: Path) -> None:
-    uri = f"sqlite:///{reference.parent}/mlflow.db"
+    uri = f"sqlite:///{reference.parent}/new.db"
     client = mlflow.MlflowClient(uri)
     experiment = client.get_experiment_by_name("quickstart")
     assert experiment is not None

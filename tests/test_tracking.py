@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 
-from tests.launch import QUICKSTART, free_port
+from tests.launch import QUICKSTART, free_port, mlflow_store
 from trainer.config import RunConfig, load_config
 from trainer.tracking import RunFiles, Tracker, record_results
 
@@ -20,7 +20,7 @@ DATASETS = {"training": SHARDS}
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
     (folder / "run").mkdir(exist_ok=True)
-    return load_config(QUICKSTART, [f"run.dir={folder}/run", f"tracking.uri=sqlite:///{folder}/mlflow.db", *overrides])
+    return load_config(QUICKSTART, [f"run.dir={folder}/run", f"tracking.uri={mlflow_store(folder)}", *overrides])
 
 
 def runs_in(folder: Path) -> list[mlflow.entities.Run]:
