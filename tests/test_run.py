@@ -304,7 +304,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
 def test_the_folder_of_another_run_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reference: Path, splits: Path
 ) -> None:
-    arguments = settings(reference, splits, train__steps=STEPS, model__layers=1)
+    arguments = settings(reference, splits, train__steps=STEPS, model__ff_width=32)
     text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
     assert f"run.dir: {reference} holds a run with another model" in text
 
