@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import webdataset
 
 KEY_DIGITS = 9
 LABEL_DIGITS = 8
@@ -63,8 +62,9 @@ class SampleLayout:
 def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The bytes of samples, uint8 [n, stride], exactly as ``webdataset.TarWriter`` writes them.
 
-    keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. The writer of webdataset makes one sample; its keys,
-    labels and header checksums are then replaced for all samples at once. ``out`` takes the result, if given.
+    keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. ``out`` takes the result, if given. The headers of one
+    sample are made by Python's tarfile, their keys, labels and checksums then replaced for all samples at once; this
+    way writing costs a hundredth of decoding, and no process needs to import webdataset, which brings torch.
     """
     layout = SampleLayout(images.shape[1])
     samples = np.empty((len(images), layout.stride), np.uint8) if out is None else out
@@ -100,12 +100,16 @@ def end_of_shard(sample_bytes: int) -> bytes:
 
 @lru_cache(maxsize=32)
 def template(image_size: int, label: int) -> np.ndarray:
-    """What comes before the pixels in a sample with key 0 and the given label, written by webdataset itself."""
-    stream = io.BytesIO()
-    with webdataset.TarWriter(stream, user="root", group="root", mtime=0) as writer:
-        image = np.zeros((image_size, image_size, 3), np.uint8)
-        writer.write({"__key__": "0" * KEY_DIGITS, "npy": image, "cls": label})
-    return np.frombuffer(stream.getvalue(), np.uint8)[: SampleLayout(image_size).pixels_offset]
+    """What comes before the pixels in a sample with key 0 and the given label."""
+    text, layout = str(label).encode(), SampleLayout(image_size)
+    members = {"cls": len(text), "npy": len(npy_header(image_size)) + layout.pixel_bytes}
+    headers = []
+    for suffix, size in members.items():
+        info = tarfile.TarInfo(f"{'0' * KEY_DIGITS}.{suffix}")
+        info.size, info.mtime, info.mode, info.uname, info.gname = size, 0, 0o444, "root", "root"
+        headers.append(info.tobuf(tarfile.USTAR_FORMAT))
+    data = headers[0] + text.ljust(TAR_BLOCK, b"\0") + headers[1] + npy_header(image_size)
+    return np.frombuffer(data, np.uint8)
 
 
 @lru_cache(maxsize=32)
