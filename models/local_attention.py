@@ -4,40 +4,142 @@ Shapes: B batch, N heads, L positions in storage order, D head width, G blocks o
 memory keys of a block.
 """
 
+import logging
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models import local_attention_flex
 from models.linear import product_dtype
 from models.pattern import Pattern, QueryBlock
 
-Backend = Literal["auto", "reference", "blocked"]
+try:
+    from models import local_attention_triton
+except ModuleNotFoundError as error:
+    # The CUDA wheels of torch bring Triton, the CPU wheels do not.
+    if error.name != "triton":
+        raise
+    local_attention_triton = None  # type: ignore[assignment]
+
+Backend = Literal["auto", "reference", "blocked", "triton", "flex"]
+
+logger = logging.getLogger(__name__)
 
 
 def local_attention(
-    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float | None = None, backend: Backend = "auto"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    deterministic: bool = False,
 ) -> Tensor:
     """softmax(scale q k^T) v over the keys that `pattern` lets each query see (equation 1 of the paper).
 
     q, k, v and the result are [B, N, L, D] with tokens in pattern.storage_order; scale defaults to 1 / sqrt(D).
-    "reference" builds the dense mask: slow and obvious, for tests. "blocked" computes each block's keys only; in fp32
-    the two differ by rounding, less than 2e-5 for inputs of unit variance. "auto" takes the fastest the device has.
+    - "triton": fused kernels, forward and backward; CUDA, heads 16, 32, 64 or 128 wide;
+    - "flex": PyTorch's FlexAttention on our own list of tiles; CUDA, or a CPU without gradients;
+    - "blocked": each block's keys only, anywhere; in fp32 it differs from "reference" by rounding, less than 2e-5 for
+      inputs of unit variance;
+    - "reference": the dense mask, slow and obvious, for tests;
+    - "auto": "triton" for bf16 and fp16 on CUDA, else "flex" on CUDA, else "blocked"; logs which and why, once.
+
+    `deterministic` makes the gradients of "triton" the same bits every time, at 1.4 times the backward products; the
+    others ignore it. ValueError: shapes that do not fit, or a backend that cannot compute these inputs.
     """
     if not q.shape == k.shape == v.shape:
         raise ValueError(f"q, k and v differ in shape: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if q.shape[2] != pattern.length:
         raise ValueError(f"q has {q.shape[2]} tokens, but the pattern is made for {pattern.length}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if backend == "auto":
+        backend = _fastest(q, k, v, scale)
+    if backend == "triton":
+        _require(backend, _why_not_triton(q, k, v, scale))
+        return local_attention_triton.fused_attention(q, k, v, pattern, scale, deterministic)
+    if backend == "flex":
+        _require(backend, _why_not_flex(q, k, v))
+        return local_attention_flex.flexible_attention(q, k, v, pattern, scale)
+    if backend == "blocked":
+        return _blocked(q, k, v, pattern, scale)
     if backend == "reference":
         return _reference(q, k, v, pattern, scale)
-    if backend in ("auto", "blocked"):
-        return _blocked(q, k, v, pattern, scale)
-    raise ValueError(f"backend: {backend!r} is not one of 'auto', 'reference', 'blocked'")
+    raise ValueError(f"backend: {backend!r} is not one of 'auto', 'triton', 'flex', 'blocked', 'reference'")
+
+
+def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Backend:
+    """The first of triton, flex and blocked that computes these inputs and is fast at it."""
+    if q.device.type != "cuda":
+        _log_choice("blocked", f"the others are for CUDA, and the tensors are on {q.device.type}")
+        return "blocked"
+    why_not_triton = _why_not_triton(q, k, v, scale)
+    if why_not_triton is None and q.dtype == torch.float32:
+        why_not_triton = "its fp32 products do not use tensor cores"
+    if why_not_triton is None:
+        _log_choice("triton", "the fastest for these inputs")
+        return "triton"
+    why_not_flex = _why_not_flex(q, k, v)
+    if why_not_flex is None:
+        _log_choice("flex", f"not triton: {why_not_triton}")
+        return "flex"
+    _log_choice("blocked", f"not triton: {why_not_triton}; not flex: {why_not_flex}")
+    return "blocked"
+
+
+def _why_not_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """A reason why the fused kernels cannot compute these inputs, or None."""
+    if local_attention_triton is None:
+        return "Triton is not installed (the CUDA wheels of torch bring it)"
+    if q.device.type != "cuda" and not local_attention_triton.INTERPRETED:
+        return f"the tensors are on {q.device.type}, it needs CUDA"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in local_attention_triton.DTYPES:
+        return f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}; it takes one of bf16, fp16 and fp32 for all"
+    if q.shape[-1] not in local_attention_triton.HEAD_WIDTHS:
+        return f"heads are {q.shape[-1]} wide, it takes {local_attention_triton.HEAD_WIDTHS}"
+    if not scale > 0:
+        return f"scale is {scale}, it must be positive"
+    if q.device.type == "cuda" and torch.cuda.get_device_capability(q.device)[0] < 8:
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def _why_not_flex(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """A reason why FlexAttention cannot compute these inputs, or None."""
+    if q.device.type not in ("cuda", "cpu"):
+        return f"the tensors are on {q.device.type}, it needs CUDA"
+    wants_gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if q.device.type == "cpu" and wants_gradients:
+        return "FlexAttention has no gradients on a CPU; take 'blocked' there"
+    if q.device.type == "cuda" and q.dtype not in local_attention_flex.DTYPES:
+        return f"q is {q.dtype}; it takes bf16, fp16 and fp32"
+    if q.device.type == "cuda" and q.shape[-1] < local_attention_flex.SMALLEST_HEAD_WIDTH:
+        return f"heads are {q.shape[-1]} wide, it takes {local_attention_flex.SMALLEST_HEAD_WIDTH} and more"
+    return None
+
+
+def _require(backend: str, why_not: str | None) -> None:
+    if why_not is not None:
+        raise ValueError(f"backend: {backend!r} cannot compute this: {why_not}")
+
+
+def _log_choice(backend: str, why: str) -> None:
+    _log_once(backend, why)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes two seconds: called
+# while tracing, and not part of the graph, where a call of a logger would end it.
+_log_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _log_once(backend: str, why: str) -> None:
+    logger.info("attention runs on %s: %s", backend, why)
 
 
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:

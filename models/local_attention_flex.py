@@ -1,0 +1,73 @@
+"""How does PyTorch's FlexAttention compute local attention?
+
+Its BlockMask, which says which tiles to compute and which of them to mask, is made from the pattern's plan;
+create_block_mask would evaluate the mask for all pairs of positions, at a cost quadratic in the length.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from models.pattern import Pattern
+from models.tile_plan import plan_on_grid
+
+SMALLEST_HEAD_WIDTH = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TILE = 128
+
+
+def flexible_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    """softmax(scale q k^T) v over the visible keys; q, k, v and the result [B, N, L, D].
+
+    Compiled on a GPU, at the first call of each shape; on a CPU without gradients only, and with all scores in memory.
+    """
+    mask = block_mask(pattern, q.device)
+    if q.device.type == "cpu":
+        # FlexAttention refuses leaves that ask for gradients on a CPU, also where none are computed.
+        return _attend(q.detach(), k.detach(), v.detach(), mask, scale)
+    return _compiled()(q, k, v, mask, scale)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
+    return flex_attention(q, k, v, block_mask=mask, scale=scale)
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    return torch.compile(_attend, dynamic=False)
+
+
+@lru_cache(maxsize=64)
+def block_mask(pattern: Pattern, device: torch.device, tile: int = TILE) -> BlockMask:
+    """The tiles of `tile` queries and keys that the pattern needs, and the mask inside those that are not full."""
+    plan = plan_on_grid(pattern, tile)
+    partial, full = _padded(plan.partial, device), _padded(plan.full, device)
+    # Every bound of a memory is a multiple of `chunk`, so a small table says which block sees which chunk.
+    bounds = [bound for block in pattern.blocks for range_ in block.memory for bound in range_]
+    chunk = math.gcd(pattern.length, *bounds)
+    in_memory = torch.zeros(len(pattern.blocks), pattern.length // chunk, dtype=torch.bool)
+    block_of_slot = torch.empty(pattern.length, dtype=torch.int64)
+    for index, block in enumerate(pattern.blocks):
+        block_of_slot[block.start : block.stop] = index
+        for start, stop in block.memory:
+            in_memory[index, start // chunk : stop // chunk] = True
+    rank = pattern.rank if pattern.causal else torch.zeros_like(pattern.rank)
+    in_memory, block_of_slot, rank = (x.to(device) for x in (in_memory, block_of_slot, rank))
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = (block_of_slot[query] == block_of_slot[key]) & (rank[key] <= rank[query])
+        return own | in_memory[block_of_slot[query], key // chunk]
+
+    lengths = (pattern.length, pattern.length)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=lengths)
+
+
+def _padded(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Counts [1, 1, rows] and indices [1, 1, rows, rows], both int32."""
+    counts = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=device)
+    indices = torch.tensor([[*row, *[0] * (len(rows) - len(row))] for row in rows], dtype=torch.int32, device=device)
+    return counts[None, None], indices[None, None]

@@ -1,0 +1,77 @@
+"""What does the compiler make of the attention kernels? Run as a program: one line of JSON for each kernel.
+
+    python -m tests.compile_attention_kernels 90 64      # compute capability 9.0, head width 64; needs no GPU
+
+In a process of its own, because Triton's interpreter excludes its compiler.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from models.local_attention_triton import TILES, Tile, Tiles, backward_kernel, forward_kernel, gradient_of_q_kernel
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL")
+NUMBERS = {"scale": "fp32", "num_tiles": "i32", "heads": "i32", "length": "i32"}
+TYPES = {**NUMBERS, "RANK": "*i32", "TILES": "*i32", "PARTNERS": "*i32"}
+FP32 = {"LSE", "DELTA"}
+
+
+def compiled(kernel: Any, tile: Tile, capability: int, width: int, **constants: bool) -> dict[str, Any]:
+    """Registers and stack bytes of a thread, bytes of shared memory, and counts of INSTRUCTIONS."""
+    values = {"D": width, "BM": tile.queries, "BN": tile.keys, "CAUSAL": True, "PRECISION": "tf32", **constants}
+    signature, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+        elif name in TYPES or name in FP32 or (name == "DQ" and constants.get("ADD_DQ")):
+            signature[name] = TYPES.get(name, "*fp32")
+        else:
+            signature[name] = "*bf16" if name.isupper() else "i32"
+        # What the launcher finds out about pointers and strides, not about the numbers of heads and tokens.
+        if signature[name] != "constexpr" and name not in NUMBERS:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in values.items()},
+        attrs=attributes,
+    )
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage, code = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()  # type: ignore[union-attr]
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    return {"registers": int(registers), "stack": int(stack), "shared": binary.metadata.shared, **counts}
+
+
+def main() -> None:
+    capability, width = int(sys.argv[1]), int(sys.argv[2])
+    tiles: Tiles = TILES[capability // 10, 64 if width <= 64 else 128]
+    for name, kernel, tile, constants in (
+        ("forward", forward_kernel, tiles.forward, {}),
+        ("backward", backward_kernel, tiles.backward, {"ADD_DQ": True}),
+        ("backward, deterministic", backward_kernel, tiles.backward, {"ADD_DQ": False}),
+        ("gradient of q", gradient_of_q_kernel, tiles.gradient_of_q, {}),
+    ):
+        row = {"kernel": name, "tile": tile, **compiled(kernel, tile, capability, width, **constants)}
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
