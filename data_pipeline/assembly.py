@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from data_pipeline.batch import Batch
+from data_pipeline.block_cache import BlockCache
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window
 from data_pipeline.shard_format import SampleLayout
@@ -107,13 +108,15 @@ class WindowReader:
     def __init__(
         self,
         store: Store,
+        cache: BlockCache | None,
         manifest: Manifest,
         order: TrainingOrder | StoredOrder,
         windows: Iterator[Window],
         fetch_threads: int,
         stop: threading.Event,
     ) -> None:
-        self.store, self.manifest, self.order, self.windows = store, manifest, order, windows
+        self.store, self.cache, self.manifest = store, cache, manifest
+        self.order, self.windows = order, windows
         self.stop = stop
         self.opened: dict[int, OpenWindow] = {}
         self.closing: list[tuple[int, int]] = []  # heap of (last position, key)
@@ -175,8 +178,11 @@ class WindowReader:
         except queue.Empty:
             memory = aligned_empty(self.memory_bytes)
         data = memory[: block.end - block.begin]
-        name = self.manifest.shards[block.shard].name
-        self.store.read_block(name, block.begin, memoryview(data), block.xxh3, self.stop)  # type: ignore[arg-type]
+        request = (self.manifest.shards[block.shard].name, block.begin, memoryview(data), block.xxh3, self.stop)  # type: ignore[arg-type]
+        if self.cache is None:
+            self.store.read_block(*request)
+        else:
+            self.cache.read_block(self.store, *request)
         samples, rows = data.reshape(block.count, layout.stride), self.order.rows(window)
         return OpenWindow(samples, rows, layout.labels(samples)[rows], memory, 0)
 

@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data_pipeline.storage import EXIT_CORRUPT, DataError
 
-LARGEST_IMAGE_PIXELS = 200_000_000
+LARGEST_IMAGE_PIXELS = 100_000_000
 EXIF_ORIENTATION = 0x0112
 UNUSUAL_MODES = {
     "CMYK": "cmyk",

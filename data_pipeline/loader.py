@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.assembly import CLOSING_SECONDS, PlannedBatch, WindowReader, assemble
 from data_pipeline.batch import Batch
+from data_pipeline.block_cache import BlockCache
 from data_pipeline.manifest import Manifest, open_store, read_manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window, rank_share
 from data_pipeline.storage import DataError, Store
@@ -60,6 +61,8 @@ class Shards:
     """A packed data set that has been opened: its manifest, and the folder its blocks are read from."""
 
     store: Store
+    cache: BlockCache | None
+    """Where blocks are kept on this node, if anywhere."""
     manifest: Manifest
     digest: str
     """Identifies the data set with every byte of it; belongs into every checkpoint."""
@@ -83,13 +86,15 @@ class Shards:
         return self.manifest.classes
 
 
-def open_shards(url: str, *, read_deadline_seconds: float = 600.0) -> Shards:
+def open_shards(url: str, *, read_deadline_seconds: float = 600.0, cache: BlockCache | None = None) -> Shards:
     """Open the data set at a URL; reads only the manifest.
 
+    Blocks go through ``cache``, if one is given and the data set is not on this machine anyway.
     Raises DataError: nothing there or nothing in it (exit code 2), damaged (65), storage unreachable (69).
     """
     manifest, digest = read_manifest(open_store(url, min(read_deadline_seconds, OPENING_DEADLINE_SECONDS)))
-    return Shards(open_store(url, read_deadline_seconds), manifest, digest)
+    store = open_store(url, read_deadline_seconds)
+    return Shards(store, None if store.is_local else cache, manifest, digest)
 
 
 def train_batches(
@@ -213,7 +218,7 @@ def stream(
         return False
 
     def produce() -> None:
-        reader = WindowReader(shards.store, shards.manifest, order, windows, fetch_threads, stop)
+        reader = WindowReader(shards.store, shards.cache, shards.manifest, order, windows, fetch_threads, stop)
         batches = assemble(
             plan,
             reader,

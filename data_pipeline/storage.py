@@ -293,14 +293,18 @@ def read_into(filesystem: Any, path: str, begin: int, into: memoryview) -> int:
 
 
 @contextlib.contextmanager
-def atomic_file(path: str) -> Iterator[BinaryIO]:
-    """A local file to write that appears whole when the block ends, or not at all when it fails."""
+def atomic_file(path: str, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A local file to write that appears whole when the block ends, or not at all when it fails.
+
+    ``durable`` waits until it would also survive the loss of power.
+    """
     temporary = f"{path}{TORN_FILE}{random.getrandbits(64):016x}"
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

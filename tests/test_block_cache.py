@@ -1,0 +1,166 @@
+"""Does the cache read each block once a node, keep its bound, and survive kills, damage and full disks?"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+
+from data_pipeline import block_cache
+from data_pipeline.block_cache import BlockCache
+from data_pipeline.loader import Shards, evaluation_batches, open_shards
+from data_pipeline.storage import TORN_FILE, DataError, Store
+from tests.conftest import pack_photographs
+from tests.s3_server import S3Server
+
+BLOCK = 10_000
+NUM_BLOCKS = 12
+DATA = np.random.default_rng(0).integers(0, 256, (NUM_BLOCKS, BLOCK), dtype=np.uint8)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(str(tmp_path / "store"), 0.5)
+    store.write("x", DATA.tobytes())
+    return store
+
+
+def read(cache: BlockCache, store: Store, number: int) -> bytes:
+    into = memoryview(bytearray(BLOCK))
+    xxh3 = xxhash.xxh3_64_hexdigest(DATA[number].tobytes())
+    cache.read_block(store, "x", number * BLOCK, into, xxh3, threading.Event())
+    return bytes(into)
+
+
+def cached(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if "-" in path.name]
+
+
+def test_a_block_is_asked_for_once(store: Store, tmp_path: Path) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), 10 * BLOCK)
+    assert read(cache, store, 3) == DATA[3].tobytes()
+    store.remove("x")
+    assert read(cache, store, 3) == DATA[3].tobytes()
+    assert read(BlockCache(str(tmp_path / "cache"), 10 * BLOCK), store, 3) == DATA[3].tobytes(), "by the next job too"
+    with pytest.raises(DataError):
+        read(cache, store, 4)
+
+
+@pytest.mark.parametrize("damage", [b"", b"short", bytes(BLOCK), bytes(BLOCK + 1)])
+def test_a_damaged_block_is_read_from_the_store_again(store: Store, tmp_path: Path, damage: bytes) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), 10 * BLOCK)
+    read(cache, store, 3)
+    (path,) = cached(tmp_path / "cache")
+    path.write_bytes(damage)
+    assert read(cache, store, 3) == DATA[3].tobytes()
+    assert path.read_bytes() == DATA[3].tobytes()
+
+
+def test_what_was_used_longest_ago_makes_room(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_cache, "TOUCH_SECONDS", 0.0)
+    cache = BlockCache(str(tmp_path / "cache"), 3 * BLOCK)
+    for number in (0, 1, 2, 0, 3):  # 1 is the oldest when 3 comes
+        read(cache, store, number)
+        time.sleep(0.02)
+    store.remove("x")
+    for number in (0, 2, 3):
+        assert read(cache, store, number) == DATA[number].tobytes()
+    with pytest.raises(DataError):
+        read(cache, store, 1)
+
+
+def test_a_block_larger_than_the_cache_passes_by(store: Store, tmp_path: Path) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), BLOCK - 1)
+    assert read(cache, store, 0) == DATA[0].tobytes() and cached(tmp_path / "cache") == []
+
+
+def hammer(
+    folder: str, limit: int, store: Store, seed: int, stop_after: float, failures: "multiprocessing.Queue[str]"
+) -> None:
+    cache, rng = BlockCache(folder, limit), np.random.default_rng(seed)
+    deadline = time.monotonic() + stop_after
+    while time.monotonic() < deadline:
+        number = int(rng.integers(NUM_BLOCKS))
+        if read(cache, store, number) != DATA[number].tobytes():
+            failures.put(f"block {number} was wrong")
+        held = sum(path.stat().st_size for path in list(cached(Path(folder))) if path.exists())
+        if held > limit:
+            failures.put(f"{held} bytes are more than {limit}")
+
+
+def test_many_processes_keep_the_bound_and_kills_leave_no_bad_file(store: Store, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    failures: multiprocessing.Queue[str] = context.Queue()
+    limit, folder = 5 * BLOCK, str(tmp_path / "cache")
+    BlockCache(folder, limit)
+    processes = [context.Process(target=hammer, args=(folder, limit, store, seed, 3.0, failures)) for seed in range(4)]
+    for process in processes:
+        process.start()
+    time.sleep(1.0)
+    os.kill(processes[0].pid or 0, signal.SIGKILL)
+    os.kill(processes[1].pid or 0, signal.SIGKILL)
+    for process in processes:
+        process.join()
+    assert failures.empty(), failures.get()
+    assert [process.exitcode for process in processes] == [-9, -9, 0, 0]
+    for path in cached(tmp_path / "cache"):
+        if TORN_FILE not in path.name:
+            data = path.read_bytes()
+            assert path.name == f"{xxhash.xxh3_64_hexdigest(data)}-{len(data)}"
+
+
+def test_torn_files_of_dead_processes_are_cleared_away(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    BlockCache(str(folder), BLOCK)
+    old, new = folder / f"a-1{TORN_FILE}1", folder / f"a-1{TORN_FILE}2"
+    old.write_bytes(b"x")
+    new.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    BlockCache(str(folder), BLOCK)
+    assert new.exists() and not old.exists()
+
+
+def test_a_full_disk_ends_the_caching_but_not_the_reading(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), 10 * BLOCK)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with caplog.at_level(logging.WARNING):
+        for number in range(3):
+            assert read(cache, store, number) == DATA[number].tobytes()
+    assert caplog.text.count("no more caching in") == 1 and "No space left on device" in caplog.text
+    assert cached(tmp_path / "cache") == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot make the cache folder") as caught:
+        BlockCache(str(tmp_path / "file" / "cache"), BLOCK)
+    assert caught.value.exit_code == 73
+
+
+def test_a_second_epoch_from_s3_needs_no_server(
+    shards: Shards, s3_bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=3000)
+    cache = BlockCache(str(tmp_path / "cache"), 1 << 30)
+    remote = open_shards(f"s3://{s3_bucket}/train", read_deadline_seconds=1.0, cache=cache)
+    assert open_shards(shards.url, cache=cache).cache is None, "local files are not copied to the disk again"
+    expected = list(evaluation_batches(shards, rank=0, world_size=1, batch_images=500, limit=None))
+    for epoch in range(2):
+        got = list(evaluation_batches(remote, rank=0, world_size=1, batch_images=500, limit=None))
+        assert all(torch.equal(a.images, b.images) for a, b in zip(got, expected, strict=True))
+        if epoch == 0:
+            s3_server.kill()
+    s3_server.start()
