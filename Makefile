@@ -35,7 +35,7 @@ quickstart: install
 	@echo "Look at the run in MLflow: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"
 
 test: install check
-	pytest
+	pytest --numprocesses 2 --dist loadfile
 
 check: install
 	ruff check .
