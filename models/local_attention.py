@@ -80,7 +80,7 @@ def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Backend:
         return "blocked"
     why_not_triton = _why_not_triton(q, k, v, scale)
     if why_not_triton is None and q.dtype == torch.float32:
-        why_not_triton = "its fp32 products do not use tensor cores"
+        why_not_triton = "its tiles for fp32 are small and slow"
     if why_not_triton is None:
         _log_choice("triton", "the fastest for these inputs")
         return "triton"

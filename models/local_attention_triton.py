@@ -59,13 +59,13 @@ class Tiles(NamedTuple):
 # (compute capability, largest head width) -> tiles. Of the configurations that compile without spilling registers;
 # tests/test_local_attention_triton.py compiles each. Which is fastest has not been measured yet.
 TILES = {
-    (8, 64): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    (8, 64): Tiles(Tile(128, 64, 8, 3), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),
     (8, 128): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (9, 64): Tiles(Tile(128, 64, 4, 3), Tile(64, 128, 8, 2), Tile(64, 64, 4, 2)),
     (9, 128): Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
 }
-# fp32 tiles are twice as large in shared memory; the products are exact, not on tensor cores.
-_FP32_TILES = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+# fp32 operands are twice as large and split in two for tensor cores: at width 128 the backward pass spills a little.
+FP32_TILES = Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
 # Small and of unequal sides, so that tests meet every kind of tile in few steps.
 _INTERPRETED_TILES = Tiles(Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(32, 16, 1, 1))
 
@@ -112,7 +112,7 @@ def tiles_for(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
     if INTERPRETED:
         return _INTERPRETED_TILES
     if dtype == torch.float32:
-        return _FP32_TILES
+        return FP32_TILES
     generation = 8 if torch.cuda.get_device_capability(device)[0] < 9 else 9
     return TILES[generation, 64 if width <= 64 else 128]
 
@@ -128,7 +128,7 @@ def _forward(
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     _launch(
         forward_kernel, plans.forward, tiles.forward, q,
-        *strided, out, lse, plans.rank, *_strides(*strided, out), scale, causal=_is_causal(pattern_number),
+        *strided, out, lse, plans.rank, *_strides(*strided, out), scale, CAUSAL=_is_causal(pattern_number),
     )  # fmt: skip
     return out, lse
 
@@ -148,20 +148,20 @@ def _backward(
     plans, causal = _plans(pattern_number, tiles, q.device), _is_causal(pattern_number)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     q, k, v, out, dout = (_readable(x) for x in (q, k, v, out, dout))
-    # Sum of dout * out over D, by which the softmax's gradient subtracts the mean.
-    delta = torch.linalg.vecdot(dout.float(), out.float()).contiguous()
+    delta = torch.empty_like(lse)
+    _launch(delta_kernel, plans.forward, tiles.forward, q, dout, out, delta, *_strides(dout, out))
 
     added = dq if deterministic else torch.zeros_like(dq, dtype=torch.float32)
     _launch(
         backward_kernel, plans.backward, tiles.backward, q,
         q, k, v, dout, added, dk, dv, lse, delta, plans.rank, *_strides(q, k, v, dout, added, dk, dv), scale,
-        causal=causal, ADD_DQ=not deterministic,
+        CAUSAL=causal, ADD_DQ=not deterministic,
     )  # fmt: skip
     if not deterministic:
         return dq.copy_(added), dk, dv
     _launch(
         gradient_of_q_kernel, plans.gradient_of_q, tiles.gradient_of_q, q,
-        q, k, v, dout, dq, lse, delta, plans.rank, *_strides(q, k, v, dout, dq), scale, causal=causal,
+        q, k, v, dout, dq, lse, delta, plans.rank, *_strides(q, k, v, dout, dq), scale, CAUSAL=causal,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -200,9 +200,7 @@ def _strides(*tensors: Tensor) -> tuple[int, ...]:
     return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
-def _launch(
-    kernel: Any, plan: TilePlan, tile: Tile, q: Tensor, *arguments: Any, causal: bool, **constants: bool
-) -> None:
+def _launch(kernel: Any, plan: TilePlan, tile: Tile, q: Tensor, *arguments: Any, **constants: Any) -> None:
     batch, heads, length, width = q.shape
     # Neighbouring programs are neighbouring tiles of one head: they share keys in the cache. One axis, since the
     # others end at 65535.
@@ -210,14 +208,14 @@ def _launch(
     with torch.cuda.device_of(q):
         kernel[grid](
             *arguments, plan.tiles, plan.partners, len(plan.tiles), heads, length,
-            D=width, BM=tile.queries, BN=tile.keys, CAUSAL=causal, PRECISION=precision_of(q.dtype), **constants,
+            D=width, BM=tile.queries, BN=tile.keys, PRECISION=_precision_of(q.dtype), **constants,
             num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies fp32 operands: exactly, not as tf32; of no effect on the others."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+def _precision_of(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies fp32 operands: as three products of tf32, exact to a few 1e-7; of no effect on others."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 @triton.jit
@@ -304,6 +302,21 @@ def forward_kernel(
         )  # fmt: skip
     _store(OUT, b * o_b + n * o_n, o_l, slots, valid, acc / total[:, None], D)
     tl.store(LSE + head.to(tl.int64) * length + slots, top + tl.math.log2(total), mask=valid)
+
+
+@triton.jit
+def delta_kernel(
+    DOUT, OUT, DELTA, do_b, do_n, do_l, o_b, o_n, o_l, TILES, PARTNERS, num_tiles, heads, length,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each query's sum of dout * out over D: the mean that the softmax's gradient subtracts."""
+    tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
+    b, n = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
+    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM)
+    valid = slots < tl.load(TILES + tile * 5 + 1)
+    dout = _load(DOUT, b * do_b + n * do_n, do_l, slots, valid, D, True).to(tl.float32)
+    out = _load(OUT, b * o_b + n * o_n, o_l, slots, valid, D, True).to(tl.float32)
+    tl.store(DELTA + head.to(tl.int64) * length + slots, tl.sum(dout * out, 1), mask=valid)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """What does the compiler make of the attention kernels? Run as a program: one line of JSON for each kernel.
 
-    python -m tests.compile_attention_kernels 90 64      # compute capability 9.0, head width 64; needs no GPU
+    python -m tests.compile_attention_kernels 90 64 bf16 causal      # compute capability 9.0, head width 64; no GPU
 
 In a process of its own, because Triton's interpreter excludes its compiler.
 """
@@ -17,7 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.local_attention_triton import TILES, Tile, Tiles, backward_kernel, forward_kernel, gradient_of_q_kernel
+from models.local_attention_triton import (
+    FP32_TILES,
+    TILES,
+    Tile,
+    Tiles,
+    backward_kernel,
+    delta_kernel,
+    forward_kernel,
+    gradient_of_q_kernel,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL")
@@ -26,9 +35,9 @@ TYPES = {**NUMBERS, "RANK": "*i32", "TILES": "*i32", "PARTNERS": "*i32"}
 FP32 = {"LSE", "DELTA"}
 
 
-def compiled(kernel: Any, tile: Tile, capability: int, width: int, **constants: bool) -> dict[str, Any]:
+def compiled(kernel: Any, tile: Tile, capability: int, dtype: str, **constants: Any) -> dict[str, Any]:
     """Registers and stack bytes of a thread, bytes of shared memory, and counts of INSTRUCTIONS."""
-    values = {"D": width, "BM": tile.queries, "BN": tile.keys, "CAUSAL": True, "PRECISION": "tf32", **constants}
+    values = {"BM": tile.queries, "BN": tile.keys, **constants}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in values:
@@ -36,7 +45,7 @@ def compiled(kernel: Any, tile: Tile, capability: int, width: int, **constants: 
         elif name in TYPES or name in FP32 or (name == "DQ" and constants.get("ADD_DQ")):
             signature[name] = TYPES.get(name, "*fp32")
         else:
-            signature[name] = "*bf16" if name.isupper() else "i32"
+            signature[name] = f"*{dtype}" if name.isupper() else "i32"
         # What the launcher finds out about pointers and strides, not about the numbers of heads and tokens.
         if signature[name] != "constexpr" and name not in NUMBERS:
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -61,16 +70,19 @@ def compiled(kernel: Any, tile: Tile, capability: int, width: int, **constants: 
 
 
 def main() -> None:
-    capability, width = int(sys.argv[1]), int(sys.argv[2])
-    tiles: Tiles = TILES[capability // 10, 64 if width <= 64 else 128]
+    capability, width, dtype, sees = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    tiles: Tiles = TILES[capability // 10, 64 if width <= 64 else 128] if dtype != "fp32" else FP32_TILES
+    options = {"D": width, "CAUSAL": sees == "causal", "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
     for name, kernel, tile, constants in (
         ("forward", forward_kernel, tiles.forward, {}),
         ("backward", backward_kernel, tiles.backward, {"ADD_DQ": True}),
         ("backward, deterministic", backward_kernel, tiles.backward, {"ADD_DQ": False}),
         ("gradient of q", gradient_of_q_kernel, tiles.gradient_of_q, {}),
     ):
-        row = {"kernel": name, "tile": tile, **compiled(kernel, tile, capability, width, **constants)}
+        row = {"kernel": name, "tile": tile, **compiled(kernel, tile, capability, dtype, **options, **constants)}
         print(json.dumps(row), flush=True)
+    options.pop("CAUSAL")
+    print(json.dumps({"kernel": "delta", **compiled(delta_kernel, tiles.forward, capability, dtype, **options)}))
 
 
 if __name__ == "__main__":

@@ -166,25 +166,28 @@ def test_interpreted_kernels_pass_their_tests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "width"),
+    ("capability", "width", "dtype", "sees"),
     [
-        (90, 64),
-        pytest.param(90, 32, marks=pytest.mark.slow),
-        pytest.param(90, 128, marks=pytest.mark.slow),
-        pytest.param(80, 64, marks=pytest.mark.slow),
-        pytest.param(80, 128, marks=pytest.mark.slow),
+        (90, 64, "bf16", "causal"),
+        pytest.param(90, 32, "bf16", "causal", marks=pytest.mark.slow),
+        pytest.param(90, 128, "bf16", "causal", marks=pytest.mark.slow),
+        pytest.param(80, 64, "bf16", "causal", marks=pytest.mark.slow),
+        pytest.param(80, 128, "bf16", "causal", marks=pytest.mark.slow),
+        pytest.param(90, 64, "fp16", "both sides", marks=pytest.mark.slow),
+        pytest.param(90, 128, "fp32", "causal", marks=pytest.mark.slow),
     ],
 )
-def test_compiled_kernels_fit_the_gpu(capability: int, width: int, tmp_path: Path) -> None:
+def test_compiled_kernels_fit_the_gpu(capability: int, width: int, dtype: str, sees: str, tmp_path: Path) -> None:
     """Tensor cores are used, no register is spilled to memory, shared memory suffices."""
     pytest.importorskip("triton")
-    output = run(["-m", "tests.compile_attention_kernels", str(capability), str(width)], TRITON_CACHE_DIR=str(tmp_path))
-    rows = [json.loads(line) for line in output.splitlines()]
-    assert len(rows) == 4
+    arguments = ["-m", "tests.compile_attention_kernels", str(capability), str(width), dtype, sees]
+    rows = [json.loads(line) for line in run(arguments, TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
+    assert len(rows) == 5
     for row in rows:
-        assert row["stack"] == row["LDL"] == row["STL"] == 0, row
         assert row["shared"] <= SHARED_MEMORY[capability], row
-        assert row[TENSOR_CORES[capability]] > 0, row
+        # delta multiplies no matrices. fp32 is there for its precision: older instructions, and some spills.
+        assert (row["HMMA" if dtype == "fp32" else TENSOR_CORES[capability]] > 0) == (row["kernel"] != "delta"), row
+        assert dtype == "fp32" or row["stack"] == row["LDL"] == row["STL"] == 0, row
 
 
 def on_gpu(pattern: Pattern, width: int, dtype: torch.dtype) -> list[Tensor]:
