@@ -59,14 +59,17 @@ def open_range(url: str, begin: int = 0, end: int | None = None, buffer_bytes: i
     return io.BufferedReader(RangeReader(store, name, begin, store.size(name) if end is None else end), buffer_bytes)
 
 
-def tar_members(file: io.BufferedReader, where: str) -> Iterator[Member]:
-    """The files of an uncompressed tar archive, in order; between two of them the caller may read and seek."""
+def tar_members(file: IO[bytes], where: str, *, complete: bool = True) -> Iterator[Member]:
+    """The files of an uncompressed tar archive, in order; between two of them the caller may read and seek.
+
+    ``complete`` expects the empty block that marks the end; without, the archive may end behind any file.
+    """
     place, size = 0, file.seek(0, io.SEEK_END)
     long_name = None
     while True:
         file.seek(place)
         header = file.read(HEADER_BYTES)
-        if len(header) == HEADER_BYTES and not any(header):
+        if len(header) == HEADER_BYTES and not any(header) or not header and not complete:
             return
         try:
             info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")

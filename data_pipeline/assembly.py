@@ -19,9 +19,10 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.block_cache import BlockCache
-from data_pipeline.manifest import Manifest
+from data_pipeline.image_shards import images_in
+from data_pipeline.manifest import Block, Manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window
-from data_pipeline.shard_format import SampleLayout
+from data_pipeline.shard_format import SampleLayout, encode
 from data_pipeline.storage import Store
 
 CLOSING_SECONDS = 2.5  # a read that hangs may outlive its reader, but not hold up the program for longer
@@ -125,7 +126,7 @@ class WindowReader:
         self.requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         # Memory of windows that were closed: fresh pages cost more time than reading into old ones.
         self.free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        self.memory_bytes = max(block.end - block.begin for block in manifest.blocks)
+        self.memory_bytes = max(block.count for block in manifest.blocks) * manifest.layout.stride
         self.threads = [
             threading.Thread(target=self._fetch_all, name="fetch blocks", daemon=True) for _ in range(fetch_threads)
         ]
@@ -177,14 +178,24 @@ class WindowReader:
             memory = self.free.get_nowait()
         except queue.Empty:
             memory = aligned_empty(self.memory_bytes)
-        data = memory[: block.end - block.begin]
-        request = (self.manifest.shards[block.shard].name, block.begin, memoryview(data), block.xxh3, self.stop)  # type: ignore[arg-type]
-        if self.cache is None:
-            self.store.read_block(*request)
+        samples = memory[: block.count * layout.stride].reshape(block.count, layout.stride)
+        if self.manifest.encoding == "npy":
+            self._read(block, memoryview(samples.reshape(-1)))  # type: ignore[arg-type]
         else:
-            self.cache.read_block(self.store, *request)
-        samples, rows = data.reshape(block.count, layout.stride), self.order.rows(window)
+            data = bytearray(block.end - block.begin)
+            self._read(block, memoryview(data))
+            where = self.store.url_of(self.manifest.shards[block.shard].name)
+            images, labels = images_in(bytes(data), self.manifest.image_size, where)
+            encode(np.arange(block.count), labels, images, out=samples)
+        rows = self.order.rows(window)
         return OpenWindow(samples, rows, layout.labels(samples)[rows], memory, 0)
+
+    def _read(self, block: Block, into: memoryview) -> None:
+        name = self.manifest.shards[block.shard].name
+        if self.cache is None:
+            self.store.read_block(name, block.begin, into, block.xxh3, self.stop)
+        else:
+            self.cache.read_block(self.store, name, block.begin, into, block.xxh3, self.stop)
 
 
 def result_of(future: "Future[OpenWindow]", stop: threading.Event) -> OpenWindow:

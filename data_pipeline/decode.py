@@ -25,9 +25,10 @@ UNUSUAL_MODES = {
 SUFFIXES = {"JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "TIFF": ("tif", "tiff")}
 
 
-def decode(data: bytes, name: str) -> tuple[Image.Image, tuple[str, ...]]:
+def decode(data: bytes, name: str, edge: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
     """The RGB image in a file of any format of ``SUFFIXES``, and notes on what was odd about the file.
 
+    ``edge``: what width and height have to be, if that is known.
     DataError (exit code 65) names the file when it is damaged, absurdly large, or of a kind without an obvious
     conversion to 8-bit RGB.
     """
@@ -37,6 +38,8 @@ def decode(data: bytes, name: str) -> tuple[Image.Image, tuple[str, ...]]:
             image = Image.open(io.BytesIO(data), formats=tuple(SUFFIXES))
             if image.width * image.height > LARGEST_IMAGE_PIXELS:
                 raise DataError(f"{name} has {image.width} x {image.height} pixels: remove it", EXIT_CORRUPT)
+            if edge is not None and image.size != (edge, edge):
+                raise DataError(f"{name} is {image.width} x {image.height}, not {edge} x {edge}", EXIT_CORRUPT)
             notes = tuple(oddities(image, name))
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB"), notes

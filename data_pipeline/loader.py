@@ -44,6 +44,11 @@ class DataConfig:
     """How many finished micro-batches wait for the training loop."""
     read_deadline_seconds: float
     """How long a failing read is tried again before the run stops with exit code 69."""
+    cache_dir: str | None
+    """Folder on this machine's disk that keeps blocks of a remote data set for the next epoch and the next job; null
+    keeps none. The processes of a machine share it."""
+    cache_gib: float
+    """How large that folder may grow, in GiB."""
 
     def __post_init__(self) -> None:
         for field in ("train_url", "validation_url"):
@@ -54,6 +59,8 @@ class DataConfig:
                 raise ValueError(f"{field} is {getattr(self, field)}: choose 1 to {largest}")
         if not self.read_deadline_seconds > 0:
             raise ValueError(f"read_deadline_seconds is {self.read_deadline_seconds}: choose more than 0, usually 600")
+        if not self.cache_gib > 0:
+            raise ValueError(f"cache_gib is {self.cache_gib}: choose more than 0, usually 32")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ MANIFEST_NAME = "manifest.json"
 LARGEST_MANIFEST_BYTES = 256 << 20
 LARGEST_IMAGE_SIZE = 4096
 LARGEST_BLOCK_BYTES = 1 << 30
+ENCODINGS = ("npy", "files")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.tar")
 HEX_64, HEX_256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
 
@@ -59,6 +60,8 @@ class Manifest:
     count: int
     image_size: int
     """Edge of the square RGB images in pixels."""
+    encoding: str
+    """What a sample is: ``npy`` for this project's raw members of one size, ``files`` for image files of others."""
     protocol: Mapping[str, Any]
     """How images were brought to that size, with the versions of what did it."""
     source: Mapping[str, Any]
@@ -92,12 +95,11 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "count": manifest.count,
         "image": {
             "size": manifest.image_size,
+            "encoding": manifest.encoding,
             "channels": 3,
             "dtype": "uint8",
             "layout": "HWC",
-            "sample_bytes": layout.stride,
-            "label_offset": layout.label_offset,
-            "pixels_offset": layout.pixels_offset,
+            **(offsets_of(layout) if manifest.encoding == "npy" else {}),
         },
         "protocol": dict(manifest.protocol),
         "source": dict(manifest.source),
@@ -109,6 +111,15 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
         "blocks": [[b.shard, b.begin, b.end, b.count, b.xxh3] for b in manifest.blocks],
     }
     return document | {"digest": digest_of(document)}
+
+
+def offsets_of(layout: SampleLayout) -> dict[str, int]:
+    """Where things are in a sample, for readers other than this program."""
+    return {
+        "sample_bytes": layout.stride,
+        "label_offset": layout.label_offset,
+        "pixels_offset": layout.pixels_offset,
+    }
 
 
 def digest_of(document: Mapping[str, Any]) -> str:
@@ -162,6 +173,7 @@ def from_json(document: Mapping[str, Any]) -> Manifest:
         split=str(document["split"]),
         count=int(document["count"]),
         image_size=int(document["image"]["size"]),
+        encoding=str(document["image"]["encoding"]),
         protocol=dict(document["protocol"]),
         source=dict(document["source"]),
         classes=tuple(str(name) for name in document["classes"]),
@@ -184,6 +196,8 @@ def check(manifest: Manifest) -> None:
             raise ValueError(f"{shard.name!r} is not a name for a shard")
         if not HEX_256.fullmatch(shard.sha256):
             raise ValueError(f"shard {shard.name} has no SHA-256")
+    if manifest.encoding not in ENCODINGS:
+        raise ValueError(f"encoding {manifest.encoding!r} is none of {', '.join(ENCODINGS)}")
     stride = manifest.layout.stride
     counted = [0] * len(manifest.shards)
     for number, block in enumerate(manifest.blocks):
@@ -192,7 +206,8 @@ def check(manifest: Manifest) -> None:
         shard = manifest.shards[block.shard]
         if not (block.count >= 1 and block.begin >= 0 and block.end <= shard.bytes):
             raise ValueError(f"block {number} is outside its shard {shard.name}")
-        if block.end - block.begin != block.count * stride or block.end - block.begin > LARGEST_BLOCK_BYTES:
+        size, strided = block.end - block.begin, manifest.encoding == "npy"
+        if (strided and size != block.count * stride) or not 0 < size <= LARGEST_BLOCK_BYTES:
             raise ValueError(
                 f"block {number} has {block.end - block.begin} bytes for {block.count} samples of {stride}"
             )

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -172,7 +172,10 @@ class ShardRecord:
     """begin, end, count and XXH3 of each."""
 
 
-Task = StageTask | ShardTask
+class Task(Protocol):
+    """Something to do in any process; what it returns is sent back."""
+
+    def run(self) -> Any: ...
 
 
 def staged_path(scratch: str, number: int) -> str:

@@ -315,6 +315,7 @@ def manifest_of(
         split=settings.split,
         count=count,
         image_size=settings.size,
+        encoding="npy",
         protocol=protocol,
         source={"form": source.form, **source.origin, **report, "plan_sha256": digest},
         classes=source.classes,

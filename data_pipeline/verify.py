@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from data_pipeline.image_shards import images_in
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest
 from data_pipeline.packing_progress import PackingProgress
@@ -30,8 +31,9 @@ class Findings:
     """What is wrong with one shard, and the keys of its samples."""
 
     problems: list[str]
+    images: int
     keys: np.ndarray
-    """int64 [n]"""
+    """int64 [n]; empty for shards of others, whose keys indexing compared."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,8 +72,9 @@ def verify(shards: Shards) -> list[str]:
         for findings in pool.map(lambda number: check_shard(shards, number), range(len(manifest.shards))):
             problems += findings.problems
             keys.append(findings.keys)
-            progress.counter.value += len(findings.keys)
-    if not problems and len(np.unique(np.concatenate(keys))) != manifest.count:
+            progress.counter.value += findings.images
+    found = np.concatenate(keys)
+    if not problems and len(np.unique(found)) != len(found):
         problems.append("some samples have the same key")
     listed = {MANIFEST_NAME, *(shard.name for shard in manifest.shards)}
     for name in shards.store.names():
@@ -92,23 +95,24 @@ def check_shard(shards: Shards, number: int) -> Findings:
         size = store.size(shard.name)
         if size != shard.bytes:
             problems.append(f"{shard.name}: has {size} bytes instead of {shard.bytes}")
-            return Findings(problems, np.empty(0, np.int64))
+            return Findings(problems, shard.count, np.empty(0, np.int64))
         for block in blocks:
             data = store.read(shard.name, block.begin, block.end)
             whole.update(data)
             problems += [
                 f"{shard.name}: bytes {block.begin}-{block.end} {text}" for text in check_block(manifest, block, data)
             ]
-            keys.append(keys_of(data, block))
+            if manifest.encoding == "npy":
+                keys.append(keys_of(data, block))
         tail = store.read(shard.name, blocks[-1].end, shard.bytes)
         whole.update(tail)
-        if tail != end_of_shard(blocks[-1].end):
+        if manifest.encoding == "npy" and tail != end_of_shard(blocks[-1].end):
             problems.append(f"{shard.name}: does not end as a tar file does")
         if whole.hexdigest() != shard.sha256:
             problems.append(f"{shard.name}: the SHA-256 is {whole.hexdigest()} instead of {shard.sha256}")
     except DataError as error:
         problems.append(f"{shard.name}: {error}")
-    return Findings(problems, np.concatenate(keys) if keys else np.empty(0, np.int64))
+    return Findings(problems, shard.count, np.concatenate(keys) if keys else np.empty(0, np.int64))
 
 
 def check_block(manifest: Manifest, block: Block, data: bytes) -> Iterator[str]:
@@ -117,6 +121,12 @@ def check_block(manifest: Manifest, block: Block, data: bytes) -> Iterator[str]:
         yield f"have the checksum {xxhash.xxh3_64_hexdigest(data)} instead of {block.xxh3}"
         return
     size = manifest.image_size
+    if manifest.encoding == "files":
+        try:
+            images_in(data, size, "the shard")
+        except DataError as error:
+            yield f"are not samples of images: {error}"
+        return
     images, labels = decode(data, size)
     if manifest.classes and not (labels < len(manifest.classes)).all():
         yield f"hold the label {labels.max()}, but there are {len(manifest.classes)} classes"
