@@ -30,6 +30,8 @@ CONFIG = {
     "fetch_threads": 4,
     "prefetch_batches": 2,
     "read_deadline_seconds": 600.0,
+    "cache_dir": None,
+    "cache_gib": 32.0,
 }
 
 
@@ -275,7 +277,14 @@ def test_a_data_set_smaller_than_a_global_batch_is_refused(shards: Shards) -> No
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("train_url", " "), ("lanes", 0), ("fetch_threads", 0), ("prefetch_batches", -1), ("read_deadline_seconds", 0.0)],
+    [
+        ("train_url", " "),
+        ("lanes", 0),
+        ("fetch_threads", 0),
+        ("prefetch_batches", -1),
+        ("read_deadline_seconds", 0.0),
+        ("cache_gib", 0.0),
+    ],
 )
 def test_config_names_the_field_that_is_wrong(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):

@@ -90,9 +90,14 @@ def test_shards_on_s3_give_the_loss_curve_of_the_local_disk(
     command = [sys.executable, "-m", "data_pipeline.pack", "--source", "photographs", "--dest", url, "--size", "8"]
     command += ["--split", "train", "--images", "3000", "--workers", "1"]
     subprocess.run(command, env=os.environ | s3_server.environment, cwd=ROOT, check=True, capture_output=True)
-    arguments = settings(tmp_path / "run", splits, train__steps=STEPS, data__train_url=url)
+    arguments = settings(
+        tmp_path / "run", splits, train__steps=STEPS, data__train_url=url, data__cache_dir=tmp_path / "cache"
+    )
     train(arguments, environment=s3_server.environment)
     assert curve(tmp_path / "run") == curve(reference)
+    blocks = json.loads((splits / "train/manifest.json").read_text())["blocks"]
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert kept >= sum(end - begin for _, begin, end, _, _ in blocks)
 
 
 @pytest.mark.parametrize("second", [1, 2])

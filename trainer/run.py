@@ -25,6 +25,7 @@ import logging  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed  # noqa: E402
 
+from data_pipeline.block_cache import BlockCache  # noqa: E402
 from data_pipeline.loader import Shards, evaluation_batches, open_shards, train_batches  # noqa: E402
 from models.image_transformer import ImageTransformer, forward_flops, num_parameters  # noqa: E402
 from trainer.checkpoint import Checkpoints  # noqa: E402
@@ -175,8 +176,9 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
         )
     accumulation_steps(config, ranks.world_size)
     deadline = config.data.read_deadline_seconds
-    train_shards = open_shards(config.data.train_url, read_deadline_seconds=deadline)
-    validation_shards = open_shards(config.data.validation_url, read_deadline_seconds=deadline)
+    cache = BlockCache(config.data.cache_dir, int(config.data.cache_gib * 2**30)) if config.data.cache_dir else None
+    train_shards = open_shards(config.data.train_url, read_deadline_seconds=deadline, cache=cache)
+    validation_shards = open_shards(config.data.validation_url, read_deadline_seconds=deadline, cache=cache)
     opened = train_shards, validation_shards
     for option, shards in zip(("data.train_url", "data.validation_url"), opened, strict=True):
         if shards.image_size != config.model.image_size:
