@@ -25,6 +25,7 @@ from data_pipeline.sources_imagenet import (
     imagenet_train_tar,
     imagenet_validation,
 )
+from data_pipeline.sources_parquet import imagenet_parquet
 from data_pipeline.storage import DataError
 
 SHARD_IMAGES = 8192
@@ -42,6 +43,7 @@ SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
         lambda o: imagenet_validation(o.input, o.labels),
     ),
     "imagenet-kaggle": ("the folder with LOC_synset_mapping.txt", lambda o: imagenet_kaggle(o.input, o.split)),
+    "imagenet-parquet": ("Hugging Face's parquet files", lambda o: imagenet_parquet(o.input, o.split)),
     "imagenet-chrabaszcz": (
         "the folder with the Imagenet32/64 batches, pickled or npz",
         lambda o: chrabaszcz(o.input, o.split, o.size),

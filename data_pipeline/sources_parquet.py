@@ -1,0 +1,70 @@
+"""Which images and labels are in the parquet files that Hugging Face serves ImageNet in?
+
+Needs pyarrow, which MLflow brings; it is imported only when parquet files are packed.
+"""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.archives import open_range
+from data_pipeline.imagenet_classes import IMAGENET_CLASSES
+from data_pipeline.sources import READ_DEADLINE_SECONDS, Item, Source
+from data_pipeline.sources_imagenet import digest
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
+
+COLUMNS = ["image", "label"]
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The part of a parquet file that is compressed in one piece."""
+
+    url: str
+    number: int
+
+    @property
+    def name(self) -> str:
+        return f"row group {self.number} of {self.url}"
+
+    def read(self) -> Iterator[Item]:
+        table = open_parquet(self.url).read_row_group(self.number, columns=COLUMNS)
+        for row, (image, label) in enumerate(zip(table["image"], table["label"], strict=True)):
+            where = f"{self.url} row group {self.number} row {row}"
+            if not 0 <= label.as_py() < len(IMAGENET_CLASSES):
+                raise DataError(f"{where} has the label {label.as_py()}; it cannot be packed", EXIT_CORRUPT)
+            yield Item(where, label.as_py(), image["bytes"].as_py())
+
+
+def imagenet_parquet(url: str, split: str) -> Source:
+    """Files like ``train-00000-of-00294.parquet`` below a folder; their labels are sorted class indices."""
+    url = normalised(url)
+    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    names = sorted(n for n in found if n.endswith(".parquet") and n.rpartition("/")[2].startswith(f"{split}-"))
+    if not names:
+        raise DataError(f"{url} holds no files {split}-*.parquet")
+    groups, count = [], 0
+    for name in names:
+        metadata = open_parquet(f"{url}/{name}").metadata
+        count += metadata.num_rows
+        groups += [RowGroup(f"{url}/{name}", number) for number in range(metadata.num_row_groups)]
+    origin = {"files": len(names), "listing_sha256": digest((name, found[name]) for name in names)}
+    return Source("imagenet", IMAGENET_CLASSES, groups, count, origin)
+
+
+def open_parquet(url: str) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` with an image column of bytes and a label column."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise DataError("parquet files need pyarrow: run `pip install pyarrow`") from error
+    arrow = importlib.import_module("pyarrow")
+    try:
+        file = parquet.ParquetFile(open_range(url))
+    except arrow.ArrowInvalid as error:
+        raise DataError(f"{url} is not a parquet file, or is cut off: {error}", EXIT_CORRUPT) from error
+    missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
+    if missing:
+        raise DataError(f"{url} has no column {missing[0]!r}, only {', '.join(file.schema_arrow.names)}")
+    return file
