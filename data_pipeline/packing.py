@@ -53,7 +53,7 @@ from data_pipeline.storage import (
 
 EXIT_COME_AGAIN = 75
 LARGEST_IMAGE_SIZE = 1024
-GROUPS_PER_WORKER = 16  # fewer are done sooner than another process starts
+GROUPS_PER_WORKER = 4  # fewer are done sooner than another process starts
 SHARDS_PER_WORKER = 2
 WRITE_DEADLINE_SECONDS = 600.0
 PLAN_NAME = f"{JOURNAL}/plan.json"

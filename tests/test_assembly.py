@@ -73,7 +73,7 @@ def black_images(folder: Path, size: int, count: int) -> None:
             checksums.setdefault(rows, xxhash.xxh3_64_hexdigest(bytes(rows * stride)))
             blocks.append(Block(len(shards), row * stride, (row + rows) * stride, rows, checksums[rows]))
         shards.append(Shard(name, length, images, "0" * 64))
-    fields = ("black", "train", count, size, {}, {}, (), 0, (0.0,) * 3, (0.0,) * 3)
+    fields = ("black", "train", count, size, "npy", {}, {}, (), 0, (0.0,) * 3, (0.0,) * 3)
     write_manifest(Store(str(folder), 0.0), Manifest(*fields, tuple(shards), tuple(blocks)))
 
 
