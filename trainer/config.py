@@ -69,6 +69,16 @@ class TrainConfig:
     """What ZeRO shards over the ranks: 1 optimizer state, 2 and gradients, 3 and weights (0: nothing)."""
     activation_checkpoint_every_layers: int
     """Recompute every n-th layer in the backward pass instead of storing its activations; 0 stores all."""
+    activation_checkpoint_keeps_attention: bool
+    """Selective: of the recomputed layers, keep the results of attention and recompute only the rest."""
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    """Where the optimizer's state lives and is updated: on the GPU, in host memory, or on a local disk (stage 3)."""
+    offload_parameters: Literal["none", "cpu", "nvme"]
+    """Where the weights of layers that are not in use wait; needs stage 3."""
+    offload_dir: str | None
+    """Folder on a local NVMe disk, where one of the two is `nvme`; otherwise null."""
+    compile: bool
+    """Compile the layers with torch.compile: slower to start, faster steps."""
     log_every_steps: int
     """Steps between two points of the training curves."""
 
@@ -81,6 +91,22 @@ class TrainConfig:
             (
                 self.activation_checkpoint_every_layers >= 0,
                 "activation_checkpoint_every_layers: must be at least 0",
+            ),
+            (
+                not self.activation_checkpoint_keeps_attention or self.activation_checkpoint_every_layers >= 1,
+                "activation_checkpoint_keeps_attention: needs activation_checkpoint_every_layers of at least 1",
+            ),
+            (
+                self.offload_optimizer == "none" or self.zero_stage >= (3 if self.offload_optimizer == "nvme" else 1),
+                "offload_optimizer: cpu needs zero_stage 1 or higher, nvme needs stage 3",
+            ),
+            (
+                self.offload_parameters == "none" or self.zero_stage == 3,
+                "offload_parameters: needs zero_stage 3",
+            ),
+            (
+                ("nvme" in (self.offload_optimizer, self.offload_parameters)) == (self.offload_dir is not None),
+                "offload_dir: must be a folder where something is offloaded to nvme, and null elsewhere",
             ),
             (self.log_every_steps >= 1, "log_every_steps: must be at least 1"),
         )
@@ -153,16 +179,67 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
+    url: str | None
+    """Folder or URL (s3://bucket/prefix) of the checkpoints; null puts them into the run's folder."""
     every_steps: int
     """Steps between two checkpoints; the last step and a requested stop always write one."""
     keep_last: int
-    """Complete checkpoints kept; older ones are deleted after a newer one is complete."""
+    """Newest complete checkpoints kept; older ones are deleted after a newer one is complete."""
+    keep_best: int
+    """Kept besides: so many checkpoints with the lowest validation bits/dim."""
+    keep_every_steps: int
+    """Kept besides, for ever: checkpoints whose step is a multiple of this; 0 keeps none."""
+    background: bool
+    """Write files while training goes on; a host holds one copy of its share of the state meanwhile."""
 
     def __post_init__(self) -> None:
         require(
             self,
+            (
+                self.url is None or (self.url != "" and "@" not in self.url),
+                "url: must be null, a folder or a URL without a password",
+            ),
             (self.every_steps >= 1, "every_steps: must be at least 1"),
             (self.keep_last >= 1, "keep_last: must be at least 1"),
+            (self.keep_best >= 0, "keep_best: must be at least 0"),
+            (self.keep_every_steps >= 0, "keep_every_steps: must be at least 0"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    startup_seconds: float
+    """Longest time from the start to the first step, compilation included; beyond it the job is taken for hung."""
+    step_seconds: float
+    """Longest time of one update, or of one batch of an evaluation."""
+    checkpoint_seconds: float
+    """Longest time of writing or reading a checkpoint."""
+    lost_rank_seconds: float
+    """A rank that gives no sign of life for so long is lost, and the others end."""
+    run_minutes: float | None
+    """Stop with a checkpoint and exit code 75 after so many minutes; null sets no limit."""
+    skipped_updates: int
+    """Updates in a row that may be skipped because a loss or a gradient is not finite. Then the run goes back to the
+    last checkpoint once and leaves the images in between out; the second time it ends with exit code 76."""
+    loss_spike: float
+    """Warn when the loss rises above its running mean by so many standard deviations; 0 never warns."""
+    starts_without_progress: int
+    """End with exit code 70 at a start after so many that got no further than the one before."""
+
+    def __post_init__(self) -> None:
+        require(
+            self,
+            (0 < self.startup_seconds < math.inf, "startup_seconds: must be above 0 and finite"),
+            (0 < self.step_seconds < math.inf, "step_seconds: must be above 0 and finite"),
+            (0 < self.checkpoint_seconds < math.inf, "checkpoint_seconds: must be above 0 and finite"),
+            (5 <= self.lost_rank_seconds < math.inf, "lost_rank_seconds: must be at least 5 and finite"),
+            (
+                self.run_minutes is None or 0 < self.run_minutes < math.inf,
+                "run_minutes: must be null or above 0",
+            ),
+            (self.skipped_updates >= 1, "skipped_updates: must be at least 1"),
+            (0 <= self.loss_spike < math.inf, "loss_spike: must be at least 0"),
+            (self.starts_without_progress >= 1, "starts_without_progress: must be at least 1"),
         )
 
 
@@ -172,6 +249,14 @@ class TrackingConfig:
     """MLflow store: `sqlite:///mlflow.db` beside the command, or the http(s) URL of a tracking server."""
     experiment: str
     """MLflow experiment that the run belongs to."""
+    required: bool
+    """End with exit code 69 when MLflow does not answer at the start, instead of training without it."""
+    sample_every_steps: int
+    """Steps between two grids of images drawn from the model; 0 draws none."""
+    sample_images: int
+    """Images in such a grid."""
+    system_metrics: bool
+    """Record processor, memory, disk, network and GPU use of the first machine."""
 
     def __post_init__(self) -> None:
         require(
@@ -185,6 +270,8 @@ class TrackingConfig:
                 "uri: must not hold a password (it belongs in MLflow's credentials file)",
             ),
             (self.experiment != "", "experiment: must not be empty"),
+            (self.sample_every_steps >= 0, "sample_every_steps: must be at least 0"),
+            (1 <= self.sample_images <= 1024, "sample_images: must be between 1 and 1024"),
         )
 
 
@@ -197,6 +284,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
+    limits: LimitsConfig
     tracking: TrackingConfig
 
     def problems(self) -> list[str]:
