@@ -159,8 +159,7 @@ class ImageTransformer(nn.Module):
         x = self.dropout(x)
         rotation = _rotation(self.config, self.embed_input, positions)
         for index, (layer, attend, kv) in enumerate(zip(self.layers, attends, encoder_kv, strict=True)):
-            every = self.checkpoint_every_layers
-            if self.training and every and (index + 1) % every == 0:
+            if self.training and is_checkpointed(index, self.checkpoint_every_layers):
                 keep_rng = self.config.dropout > 0
                 x = checkpoint(layer, x, attend, rotation, kv, use_reentrant=False, preserve_rng_state=keep_rng)
             else:
@@ -261,24 +260,70 @@ def num_parameters(config: ImageTransformerConfig) -> int:
         return sum(parameter.numel() for parameter in ImageTransformer(config).parameters())
 
 
-def forward_flops(config: ImageTransformerConfig) -> int:
-    """Floating-point operations of matrix products for one image, forward; a product of m x k and k x n
-    counts 2 m k n.
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of matrix products for one image; a product of m x k and k x n counts 2 m k n."""
 
-    Exact: attention counts the pairs that the pattern lets see each other. Training takes three times as
-    many.
+    forward: int
+    backward: int
+    """Gradients of weights and of activations: twice the forward products, but for those of the first layer, whose
+    input needs no gradient."""
+    recomputed: int
+    """Forward products done a second time in the backward pass, because their activations were not kept."""
+
+    @property
+    def training(self) -> int:
+        """What training a model of this shape takes, however it is done: the numerator of model FLOPs utilisation."""
+        return self.forward + self.backward
+
+
+def forward_flops(config: ImageTransformerConfig) -> int:
+    """Flops.forward of `model_flops`."""
+    return model_flops(config).forward
+
+
+def model_flops(
+    config: ImageTransformerConfig, *, checkpoint_every_layers: int = 0, checkpoint_keeps_attention: bool = False
+) -> Flops:
+    """Exact: attention counts the pairs that the pattern lets see each other, and nothing else.
+
+    Recomputation is that of every n-th layer of the decoder (0: none), with `checkpoint_keeps_attention` all of it but
+    the self-attention. What fused kernels compute again inside (scores in the backward pass) is not counted.
     """
     with torch.device("meta"):
         model = ImageTransformer(config)
     length, encoder_length = model.pattern.length, 3 * config.condition_size**2
-    flops = 0
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            reads_encoder = name.startswith("encoder.") or name.endswith(".encoder_attention.kv")
-            flops += 2 * module.in_features * module.out_features * (encoder_length if reads_encoder else length)
-    pairs = config.layers * (model.pattern.num_pairs + length * encoder_length)
-    pairs += config.encoder_layers * encoder_length**2
-    return flops + 4 * config.attention_width * pairs
+    products = {  # forward, by the module's name
+        name: 2 * module.in_features * module.out_features * (encoder_length if _reads_encoder(name) else length)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    own_pairs, encoder_pairs = model.pattern.num_pairs, length * encoder_length
+    own, across = (4 * config.attention_width * pairs for pairs in (own_pairs, encoder_pairs))
+    encoder = config.encoder_layers * 4 * config.attention_width * encoder_length**2
+    forward = sum(products.values()) + config.layers * (own + across) + encoder
+    first = products.get("embed_input.values", 0)  # a matrix only where intensities are combined linearly
+
+    recomputed = 0
+    for index in range(config.layers):
+        if is_checkpointed(index, checkpoint_every_layers):
+            # The keys and values of the encoder are computed for all layers at once, outside of them.
+            inside = {n: p for n, p in products.items() if n.startswith(f"layers.{index}.") and not _reads_encoder(n)}
+            recomputed += sum(inside.values()) + across + (0 if checkpoint_keeps_attention else own)
+            if config.norm == "pre" and config.dropout == 0:
+                # Nothing after the layer's last product needs its result, so torch stops before it.
+                recomputed -= inside[f"layers.{index}.feed_forward.out"]
+    return Flops(forward=forward, backward=2 * forward - first, recomputed=recomputed)
+
+
+def is_checkpointed(layer: int, every: int) -> bool:
+    """Whether the backward pass recomputes this layer of the decoder (0 is the first), at every n-th one; 0: none."""
+    return every > 0 and (layer + 1) % every == 0
+
+
+def _reads_encoder(name: str) -> bool:
+    """Whether the module of this name is applied to the tokens of the small image."""
+    return name.startswith("encoder.") or name.endswith(".encoder_attention.kv")
 
 
 def _layer(config: ImageTransformerConfig, is_decoder: bool) -> Layer:

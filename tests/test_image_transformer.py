@@ -5,9 +5,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.image_transformer import ImageTransformer, ImageTransformerConfig, forward_flops, num_parameters
+from models.image_transformer import (
+    ImageTransformer,
+    ImageTransformerConfig,
+    forward_flops,
+    model_flops,
+    num_parameters,
+)
 from models.likelihood import bits_per_dim, nats
 from models.local_attention import local_attention
 from tests.tiny_model import (
@@ -232,6 +239,40 @@ def test_flops_are_those_that_torch_counts_with_only_visible_pairs_of_attention(
     pairs = config.layers * (int(model.pattern.mask().sum()) + length * encoder_length)
     pairs += config.encoder_layers * encoder_length**2
     assert forward_flops(config) == matrices + 4 * config.attention_width * pairs
+
+
+def test_no_more_than_the_visible_pairs_are_counted_and_the_backward_pass_takes_twice_as_much() -> None:
+    local, everything = (tiny_config(**PATTERNS[name]) for name in ("1d", "full"))
+    pairs = {config: int(ImageTransformer(config).pattern.mask().sum()) for config in (local, everything)}
+    difference = 4 * local.layers * local.attention_width * (pairs[everything] - pairs[local])
+    assert model_flops(everything).forward - model_flops(local).forward == difference > 0
+    assert model_flops(local).training == 3 * model_flops(local).forward
+
+
+RECOMPUTED = [("1d", "sub-pixels"), ("2d", "mixture"), ("dilated", "pixels")]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize(
+    "pattern, head, every",
+    [(pattern, head, 0) for pattern in PATTERNS for head in HEADS]
+    + [(pattern, head, every) for pattern, head in RECOMPUTED for every in (1, 2)],
+)
+def test_training_takes_the_flops_that_torch_counts_where_scores_are_matrices(pattern, head, every, condition, block):
+    """With dense scores torch's counter sees every product; those of invisible pairs are subtracted."""
+    config = tiny_config(**PATTERNS[pattern], **HEADS[head], **CONDITIONS[condition], **BLOCKS[block], layers=3)
+    model = ImageTransformer(config, checkpoint_every_layers=every)
+    model.attend = lambda q, k, v: local_attention(q, k, v, model.pattern, backend="reference")
+    images = random_images(1, 4)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        nats(config.output, model(images, **random_conditions(config, 1)), images).sum().backward()
+    expected = model_flops(config, checkpoint_every_layers=every)
+    invisible = model.pattern.length**2 - model.pattern.num_pairs
+    times = 3 * config.layers + (config.layers // every if every else 0)
+    dense = times * 4 * config.attention_width * invisible
+    assert counter.get_total_flops() - dense == expected.training + expected.recomputed
+    assert (expected.recomputed > 0) == (every > 0)
 
 
 def smooth_images(num_images: int, size: int) -> Tensor:
