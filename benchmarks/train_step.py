@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure a whole training step beside other attentions.")
     parser.add_argument("--config", type=Path, default=BIG)
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--name", help="of the section and the numbers; default: the config's")
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args(arguments)
     ranks = ranks_from_environment()
@@ -186,7 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
     rivals = ["flex", "flex_raster"] if device.type == "cuda" else ["flex", "dense_mask"]
     steps, missing = build(config, ranks, device, [OURS, *rivals])
     seconds, matmuls = measure(steps, device, rounds=10 if device.type == "cuda" else 3)
-    report(options.config.stem, config, device.type, seconds, missing, matmuls, options.json)
+    overrides = "".join(f" --set {override}" for override in options.overrides)
+    command = f"python benchmarks/train_step.py --config configs/{options.config.name}{overrides}"
+    report(options.name or options.config.stem, config, device.type, seconds, missing, matmuls, command, options.json)
     return 0
 
 
@@ -197,6 +200,7 @@ def report(
     seconds: dict[str, list[float]],
     missing: dict[str, str],
     matmuls: list[float],
+    command: str,
     json_file: Path | None,
 ) -> None:
     """Medians, shares and ratios of the same turn: a table, RESULTS.md, and the JSON file."""
@@ -232,7 +236,7 @@ def report(
     text += table(header, rows)
     print(text)
     place = "a GPU" if device == "cuda" else "a CPU"
-    write_section(f"training step of {name} on {place}", f"python benchmarks/train_step.py --config {name}.yaml", text)
+    write_section(f"training step of {name} on {place}", command, text)
     if json_file:
         write_json(json_file, metrics, {"seconds": seconds, "missing": missing, "matmul_seconds_per_flop": matmuls})
 
