@@ -1,0 +1,79 @@
+"""What can each GPU do: how fast are its matrix products, how large its memory, how wide its links?
+
+Dense peaks (no sparsity) and memory as in NVIDIA's data sheets: H100 and H200 "NVIDIA H100/H200 Tensor Core GPU",
+A100 "NVIDIA A100 Tensor Core GPU", L40S, L40, L4, A40, A10 of the same names, B200 of "NVIDIA HGX B200", RTX of the
+Ada and Ampere GA102 architecture papers (bf16 with fp32 accumulation). A GPU that is not listed has no utilisation:
+none is made up for it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU's figures from its data sheet."""
+
+    name: str
+    """As `--gpu` of trainer.plan takes it; each word of it stands in the name that CUDA reports."""
+    bf16_tflops: float
+    """Dense peak of bf16 and fp16 products accumulated in fp32."""
+    tf32_tflops: float
+    fp32_tflops: float
+    """Without tensor cores: what torch's fp32 products use unless TF32 is allowed."""
+    memory_gib: float
+    """What the driver leaves of it to programs."""
+    memory_gb_per_s: float
+    link_gb_per_s: float
+    """To the other GPUs of a node, in one direction: NVLink where the GPU has it, else PCIe."""
+
+    def peak_tflops(self, precision: Precision) -> float:
+        """Dense peak of the products that training in this precision is made of."""
+        if precision != "fp32":
+            return self.bf16_tflops
+        return self.tf32_tflops if torch.backends.cuda.matmul.allow_tf32 else self.fp32_tflops
+
+
+def _gpu(name: str, bf16: float, tf32: float, fp32: float, memory: float, bandwidth: float, link: float) -> Gpu:
+    return Gpu(
+        name=name,
+        bf16_tflops=bf16,
+        tf32_tflops=tf32,
+        fp32_tflops=fp32,
+        memory_gib=memory,
+        memory_gb_per_s=bandwidth,
+        link_gb_per_s=link,
+    )
+
+
+# The more words a name has, the earlier it stands: "NVIDIA H100 PCIe" is no "H100".
+GPUS = (
+    _gpu("H100 PCIe", 756, 378, 51.2, 79.2, 2000, 64),
+    _gpu("H100 NVL", 835.5, 417.5, 60, 93.1, 3938, 300),
+    _gpu("RTX A6000", 154.8, 77.4, 38.7, 47.5, 768, 32),
+    _gpu("RTX 4090", 165.2, 82.6, 82.6, 23.5, 1008, 32),
+    _gpu("RTX 3090", 71, 35.6, 35.6, 23.6, 936, 32),
+    _gpu("A100 40GB", 312, 156, 19.5, 39.4, 1555, 300),
+    _gpu("B200", 2250, 1125, 75, 178, 7700, 900),
+    _gpu("GH200", 989.4, 494.7, 66.9, 94.5, 4000, 450),
+    _gpu("H200", 989.4, 494.7, 66.9, 139.8, 4800, 450),
+    _gpu("H100", 989.4, 494.7, 66.9, 79.2, 3350, 450),
+    _gpu("H800", 989.4, 494.7, 66.9, 79.2, 3350, 200),
+    _gpu("A100", 312, 156, 19.5, 79.2, 2039, 300),
+    _gpu("A800", 312, 156, 19.5, 79.2, 2039, 200),
+    _gpu("L40S", 362, 183, 91.6, 44.5, 864, 32),
+    _gpu("L40", 181, 90.5, 90.5, 44.5, 864, 32),
+    _gpu("A40", 149.7, 74.8, 37.4, 44.4, 696, 32),
+    _gpu("A10", 125, 62.5, 31.2, 22.5, 600, 32),
+    _gpu("L4", 121, 60, 30.3, 22.3, 300, 32),
+)
+
+
+def find_gpu(device_name: str) -> Gpu | None:
+    """The GPU that CUDA calls `device_name` ("NVIDIA A100-SXM4-80GB"), or that a user does ("a100"); None: unknown."""
+    words = device_name.lower().replace("-", " ").split()
+    return next((gpu for gpu in GPUS if all(word in words for word in gpu.name.lower().split())), None)
