@@ -1,27 +1,45 @@
 """How are images drawn from the model, position by position?
 
-Each step feeds one token through the layers; the keys and values of earlier tokens are kept. While a query
-block is being generated, what it can see lies in one window per layer: the memory of the block, then its own
-tokens as they come.
+Each step feeds one token of every block of a wave (models/decode_plan.py) through the layers, which see earlier tokens
+in a cache (models/decode_cache.py), and draws a value (models/draw.py) with noise of its own (models/keyed_noise.py).
+On CUDA a step is captured as a graph once and then replayed.
 
-Shapes: B batch, L positions, C values per position, N heads, K head width.
+Shapes: B batch, L positions, C values per position, G blocks of a wave, Q tokens of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.decode_cache import DecodeCache
+from models.decode_plan import Wave, decode_plan
+from models.draw import Sampling, draw
 from models.image_transformer import ImageTransformer
-from models.likelihood import draw
+from models.keyed_noise import keyed_uniforms
+from models.layer import Attend
 from models.linear import product_dtype
-from models.local_attention import attend_to_all, local_attention
-from models.pattern import Pattern, QueryBlock
 from models.pixel_order import to_images, to_positions
 
+ROWS_OF_A_PRODUCT = 4
+"""On a CPU, rows of a matrix product come in fours: then each is the same to the last bit, whatever the others are and
+however many (oneMKL computes the last one to three rows in another order, which depends on the number of threads)."""
+FILLED_TOGETHER = 64
+"""Tokens of what is given that go through the layers at once."""
 
-@torch.no_grad()
+
+class Step(NamedTuple):
+    """What one step has done."""
+
+    done: int
+    """Positions that have their value, those given included."""
+    total: int
+    positions: Tensor
+    """int64 [G] on the CPU: raster positions that were drawn (or given) in this step."""
+
+
 def generate(
     model: ImageTransformer,
     num_images: int,
@@ -32,59 +50,179 @@ def generate(
     condition: Tensor | None = None,
     prefix: Tensor | None = None,
     keep: int = 0,
-    temperature: float = 1.0,
+    sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+    in_waves: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Draw uint8 [B, H, W, 3] with B = num_images.
+    """Draw uint8 [B, H, W, 3] with B = num_images; see Decoding. progress(done, total) is called after each step."""
+    decoding = Decoding(
+        model,
+        num_images,
+        seed=seed,
+        first_image=first_image,
+        labels=labels,
+        condition=condition,
+        prefix=prefix,
+        keep=keep,
+        sampling=sampling,
+        in_waves=in_waves,
+    )
+    for step in decoding:
+        if progress is not None:
+            progress(step.done, step.total)
+    return decoding.images
 
-    The noise of an image depends on (seed, first_image + its index) alone: neither on the batch it is drawn
-    in nor on the order of drawing. labels int64 [B] and condition uint8 [B, h, w, 3] as in
-    ImageTransformer.forward. The first `keep` positions in generation order are taken from `prefix`, uint8
-    [B, H, W, 3]. progress(done, total) is called after each position.
-    """
-    config, pattern = model.config, model.pattern
-    if not 0 <= keep <= pattern.length:
-        raise ValueError(f"keep: {keep} is not between 0 and the image's {pattern.length} positions")
-    if keep and prefix is None:
-        raise ValueError(f"keep: {keep} positions, but no prefix is given to take them from")
-    if temperature <= 0:
-        raise ValueError(f"temperature: {temperature} is not positive")
-    if prefix is not None and len(prefix) != num_images:
-        raise ValueError(f"prefix: {len(prefix)} images, but {num_images} are to be drawn")
-    device = model.positions.device
-    size = config.image_size
-    if prefix is None:
-        prefix = torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device)
-    model.check_inputs(prefix, labels, condition)
 
-    was_training = model.training
-    model.eval()
-    encoder_kv = model.encode(condition)
-    caches = [_Cache(pattern) for _ in model.layers]
-    values = to_positions(prefix, config.input).clone()
-    if keep:
-        inputs = values[:, model.sources.clamp(min=0)]
-        slots = torch.arange(pattern.length, device=device)
-        model.hidden(inputs, slots, labels, encoder_kv, [cache.attend_to_pattern for cache in caches])
+class Decoding:
+    """The drawing of a batch of images: iterate once, and look at `images` at any time in between."""
 
-    images = first_image + torch.arange(num_images, device=device)
-    slots_in_order = pattern.slot_of_rank.to(device)
-    for block in pattern.blocks:
-        if block.stop <= keep:
-            continue
-        uniforms = keyed_uniforms(seed, images, model.positions[slots_in_order[block.start : block.stop]])
-        for cache in caches:
-            cache.enter(block, max(keep - block.start, 0))
-        for rank in range(max(keep, block.start), block.stop):
-            slot = slots_in_order[rank : rank + 1]
-            inputs = values[:, model.sources[slot].clamp(min=0)]
-            hidden = model.hidden(inputs, slot, labels, encoder_kv, [cache.attend for cache in caches])
-            noise = uniforms[:, rank - block.start]
-            values[:, model.positions[slot]] = _draw_position(model, hidden, noise, temperature)[:, None]
-            if progress is not None:
-                progress(rank + 1, pattern.length)
-    model.train(was_training)
-    return to_images(values, size)
+    def __init__(
+        self,
+        model: ImageTransformer,
+        num_images: int,
+        *,
+        seed: int,
+        first_image: int = 0,
+        labels: Tensor | None = None,
+        condition: Tensor | None = None,
+        prefix: Tensor | None = None,
+        keep: int = 0,
+        sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
+        in_waves: bool = True,
+    ) -> None:
+        """The noise of an image depends on (seed, first_image + its index) alone: neither on the batch it is drawn in
+        nor on the order of drawing. labels int64 [B] and condition uint8 [B, h, w, 3] as in ImageTransformer.forward.
+        The first `keep` positions in generation order are taken from `prefix`, uint8 [B, H, W, 3].
+
+        in_waves: decode blocks that do not see each other together, where the pattern has such blocks.
+        Raises ValueError for arguments that do not fit the model or each other.
+        """
+        config, pattern = model.config, model.pattern
+        device = model.positions.device
+        if not 0 <= keep <= pattern.length:
+            raise ValueError(f"keep: {keep} is not between 0 and the image's {pattern.length} positions")
+        if keep and prefix is None:
+            raise ValueError(f"keep: {keep} positions, but no prefix is given to take them from")
+        for name, given in (("labels", labels), ("condition", condition), ("prefix", prefix)):
+            if given is not None and len(given) != num_images:
+                raise ValueError(f"{name}: {len(given)} images, but {num_images} are to be drawn")
+        if prefix is None:
+            prefix = torch.zeros(num_images, config.image_size, config.image_size, 3, dtype=torch.uint8, device=device)
+        model.check_inputs(prefix, labels, condition)
+        self._model, self._sampling, self._keep = model, sampling, keep
+        self._seed, self._image_numbers = seed, first_image + torch.arange(num_images, device=device)
+        self._labels, self._condition = labels, condition
+        self._values = to_positions(prefix, config.input).clone()
+
+        self._plan = plan = decode_plan(pattern, config.shift, in_waves)
+        weight = model.head.weight
+        self._cache = DecodeCache(
+            plan,
+            layers=config.layers,
+            batch=num_images,
+            heads=config.heads,
+            head_width=config.attention_width // config.heads,
+            dtype=product_dtype(weight),
+            device=device,
+        )
+        # The wave that is being decoded, at fixed addresses as a captured graph needs them.
+        windows, most_steps = plan.num_windows, max(wave.num_steps for wave in plan.waves)
+        self._slots = torch.zeros(windows + ROWS_OF_A_PRODUCT, most_steps, dtype=torch.int64, device=device)
+        self._noise = torch.zeros(num_images, windows, most_steps, 4, dtype=torch.float64, device=device)
+        self._num_given = torch.zeros(windows, 1, dtype=torch.int64, device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [B, H, W, 3]; what is not drawn yet is as in the prefix, or black."""
+        return to_images(self._values, self._model.config.image_size)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[Step]:
+        model, length = self._model, self._model.pattern.length
+        was_training = model.training
+        model.eval()
+        try:
+            self._encoder_kv = model.encode(self._condition)
+            done = self._keep
+            for wave in self._plan.waves:
+                num_given = [min(max(self._keep - block.start, 0), wave.num_steps) for block in wave.blocks]
+                positions = model.pattern.storage_order[wave.slots]
+                self._enter(wave, num_given)
+                for step in range(min(num_given), wave.num_steps):
+                    self._advance(len(wave.blocks))
+                    done += sum(given <= step for given in num_given)
+                    yield Step(done, length, positions[:, step])
+                self._cache.leave(wave)
+        finally:
+            model.train(was_training)
+
+    def _enter(self, wave: Wave, num_given: list[int]) -> None:
+        """Prepare a wave, and take through the layers what is given of all its blocks."""
+        device, rows, steps = self._slots.device, len(wave.blocks), wave.num_steps
+        self._cache.enter(wave)
+        self._slots[:rows, :steps] = wave.slots.to(device)
+        self._num_given[:rows, 0] = torch.tensor(num_given, device=device)
+        self._step.fill_(min(num_given))
+        if min(num_given) < steps:
+            positions = self._model.positions[self._slots[:rows, :steps]].flatten()
+            noise = keyed_uniforms(self._seed, self._image_numbers, positions)
+            self._noise[:, :rows, :steps] = noise.unflatten(1, (rows, steps))
+        for row in range(rows):
+            for start in range(0, min(num_given), FILLED_TOGETHER):
+                stop = min(start + FILLED_TOGETHER, min(num_given))
+                slots = F.pad(self._slots[row, start:stop], (0, self._padded(stop - start) - (stop - start)))
+                self._hidden(slots, self._cache.attend_several(row, start, stop))
+
+    def _advance(self, rows: int) -> None:
+        """Draw the next position of the first `rows` blocks."""
+        if self._slots.device.type != "cuda":
+            self._draw_next(rows)
+            return
+        if rows not in self._graphs:
+            self._graphs[rows] = self._captured(rows)
+        self._graphs[rows].replay()
+
+    def _captured(self, rows: int) -> torch.cuda.CUDAGraph:
+        before = self._step.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # kernels are compiled and workspaces allocated before the capture
+                self._draw_next(rows)
+                self._step.copy_(before)  # drawing a position again changes nothing
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._draw_next(rows)
+        return graph
+
+    def _draw_next(self, rows: int) -> None:
+        """One step, without a look at any value on the host."""
+        model = self._model
+        slots = self._slots[: self._padded(rows)].index_select(1, self._step).squeeze(1)
+        parameters = model.head(self._hidden(slots, self._cache.attend_step(rows, self._step)))[:, :rows]
+        noise = self._noise[:, :rows].index_select(2, self._step).squeeze(2)
+        if model.config.output == "categorical":
+            noise = noise[..., : self._values.shape[2]]
+        drawn = draw(model.config.output, parameters, noise, self._sampling)
+        positions = model.positions[slots[:rows]]
+        given = self._values.index_select(1, positions)
+        self._values.index_copy_(1, positions, torch.where(self._step < self._num_given[:rows], given, drawn))
+        self._step += 1
+
+    def _hidden(self, slots: Tensor, attends: list[Attend]) -> Tensor:
+        inputs = self._values.index_select(1, self._model.sources[slots].clamp(min=0))
+        return self._model.hidden(inputs, slots, self._labels, self._encoder_kv, attends)
+
+    def _padded(self, tokens: int) -> int:
+        """Tokens to compute for that many of each image, so that products have full rows."""
+        if self._slots.device.type != "cpu":
+            return tokens
+        while tokens * len(self._values) % ROWS_OF_A_PRODUCT:
+            tokens += 1
+        return tokens
 
 
 def consistency(images: Tensor, condition: Tensor) -> Tensor:
@@ -94,95 +232,3 @@ def consistency(images: Tensor, condition: Tensor) -> Tensor:
     """
     small = F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float(), condition.shape[1]).permute(0, 2, 3, 1)
     return ((small - condition) / 255).square().mean((1, 2, 3)).sqrt()
-
-
-def _draw_position(model: ImageTransformer, hidden: Tensor, noise: Tensor, temperature: float) -> Tensor:
-    """Values uint8 [B, C] of one position from its token [B, 1, D] and uniforms [B, 4]."""
-    parameters = model.head(hidden)[:, 0]
-    if model.config.output == "categorical":
-        noise = noise[:, : parameters.shape[1]]
-    return draw(model.config.output, parameters, noise, temperature)
-
-
-class _Cache:
-    """Keys and values of one layer: all that is generated, in storage order, and the window that the current
-    block sees.
-
-    Both are [2, B, N, slots, K], keys first, in the dtype of products.
-    """
-
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
-        self.generated: Tensor | None = None
-        self.window: Tensor | None = None
-        self.num_seen = 0
-        self.block: QueryBlock | None = None
-
-    def attend_to_pattern(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of all positions at once, [B, N, L, K]; keeps the keys and values."""
-        self.generated = torch.stack([k, v]).to(product_dtype(k))
-        return local_attention(q, k, v, self.pattern)
-
-    def enter(self, block: QueryBlock, num_generated: int) -> None:
-        """Begin a block of which `num_generated` tokens are kept already."""
-        if self.generated is None:  # the very first: nothing to see yet, and the shape of keys is not known
-            self.block = block
-            return
-        device = self.generated.device
-        if self.block is not None:
-            assert self.window is not None
-            own = self.pattern.slot_of_rank[self.block.start : self.block.stop].to(device)
-            self.generated[:, :, :, own] = self.window[:, :, :, self.num_seen - self.block.num_queries : self.num_seen]
-        memory = [torch.arange(start, stop) for start, stop in block.memory]
-        slots = torch.cat([*memory, self.pattern.slot_of_rank[block.start : block.start + num_generated]]).to(device)
-        self.block, self.num_seen = block, len(slots)
-        self.window = self._empty(self.generated, block.num_memory_keys + block.num_queries)
-        self.window[:, :, :, : self.num_seen] = self.generated[:, :, :, slots]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of the next token of the block, q, k and v [B, N, 1, K], to all it sees."""
-        new = torch.stack([k, v]).to(product_dtype(k))
-        if self.window is None:
-            assert self.block is not None
-            self.generated = self._empty(new, self.pattern.length)
-            self.window = self._empty(new, self.block.num_queries)
-        self.window[:, :, :, self.num_seen : self.num_seen + 1] = new
-        self.num_seen += 1
-        keys, values = self.window[:, :, :, : self.num_seen]
-        return attend_to_all(q, keys, values)
-
-    @staticmethod
-    def _empty(like: Tensor, num_slots: int) -> Tensor:
-        return like.new_empty(*like.shape[:3], num_slots, like.shape[-1])
-
-
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-PHILOX_ROUNDS = 10
-LOW_32_BITS = 0xFFFFFFFF
-
-
-def keyed_uniforms(seed: int, images: Tensor, positions: Tensor) -> Tensor:
-    """float64 [B, T, 4] in (0, 1), each a function of seed, image index int64 [B] and raster position int64
-    [T] alone.
-
-    Philox4x32-10 (Salmon et al. 2011) with the seed as key and (position, image) as counter.
-    """
-    words = [
-        positions[None, :].expand(len(images), -1),
-        (images & LOW_32_BITS)[:, None].expand(-1, len(positions)),
-        (images >> 32 & LOW_32_BITS)[:, None].expand(-1, len(positions)),
-        torch.zeros(len(images), len(positions), dtype=torch.int64, device=images.device),
-    ]
-    keys = [seed & LOW_32_BITS, seed >> 32 & LOW_32_BITS]
-    for _ in range(PHILOX_ROUNDS):
-        # int64 products wrap around modulo 2^64, so their bits are those of the unsigned product.
-        first, second = PHILOX_MULTIPLIERS[0] * words[0], PHILOX_MULTIPLIERS[1] * words[2]
-        words = [
-            (second >> 32 & LOW_32_BITS) ^ words[1] ^ keys[0],
-            second & LOW_32_BITS,
-            (first >> 32 & LOW_32_BITS) ^ words[3] ^ keys[1],
-            first & LOW_32_BITS,
-        ]
-        keys = [(key + step) & LOW_32_BITS for key, step in zip(keys, PHILOX_KEY_STEPS, strict=True)]
-    return (torch.stack(words, dim=-1).double() + 0.5) / 2**32

@@ -1,6 +1,6 @@
-"""How probable are the pixels under the model's output, and how is a pixel drawn from it?
+"""How probable are the pixels under the model's output?
 
-Two output distributions (section 3.4 of the paper):
+Two output distributions (section 3.4 of the paper); models/draw.py draws from them:
 - "categorical": 256 logits for each sub-pixel, parameters [B, H, W, 3, 256];
 - "mixture": a discretised mixture of K logistics for each pixel (PixelCNN++), parameters [B, H, W, 10 K].
 
@@ -91,11 +91,11 @@ def mixture_nats(parameters: Tensor, images: Tensor) -> Tensor:
     on_green, red_on_blue, green_on_blue = mixture.coefficients.unbind(-1)
     shift = torch.stack([torch.zeros_like(on_green), on_green * red, red_on_blue * red + green_on_blue * green], dim=-1)
     centred = pixels - mixture.means - shift
-    log_probabilities = _log_bin_probability(centred, mixture.log_scales, images.unsqueeze(-2)).sum(-1)
+    log_probabilities = log_bin_probability(centred, mixture.log_scales, images.unsqueeze(-2)).sum(-1)
     return -torch.logsumexp(mixture.logits.log_softmax(-1) + log_probabilities, dim=-1)
 
 
-def _log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor) -> Tensor:
+def log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor) -> Tensor:
     """log(sigmoid(upper) - sigmoid(lower)) of the bin around `centred` = intensity - mean.
 
     The difference is never formed; sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)) keeps
@@ -111,39 +111,3 @@ def _log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tenso
     log_density = 2 * F.logsigmoid(middle) - middle - log_scales - math.log(127.5)
     log_inside = torch.where(log_inside > LOG_SMALL_PROBABILITY, log_inside, log_density)
     return torch.where(intensities == 0, log_below_upper, torch.where(intensities == 255, log_above_lower, log_inside))
-
-
-def draw(output: Output, parameters: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-    """Intensities uint8 [..., 3 or 1] drawn from parameters [..., C, 256] or [..., 10 K] with float64
-    uniforms in (0, 1).
-
-    Categorical: uniforms [..., C], one per sub-pixel; logits are divided by the temperature. Mixture:
-    uniforms [..., 4], one for the component and one per channel; logits are divided, scales multiplied by the
-    temperature.
-    """
-    if output == "categorical":
-        return _draw_index(parameters.double() / temperature, uniforms).to(torch.uint8)
-
-    mixture = split_mixture(parameters)
-    component = _draw_index(mixture.logits.double() / temperature, uniforms[..., 0])
-    index = component[..., None, None].expand(*component.shape, 1, 3)
-    means, log_scales, coefficients = (
-        parameter.gather(-2, index).squeeze(-2).double().unbind(-1) for parameter in mixture[1:]
-    )
-    logistic = torch.logit(uniforms[..., 1:]).unbind(-1)
-
-    def draw_channel(channel: int, mean: Tensor) -> Tensor:
-        # Each channel is clipped and rounded before it conditions the next, as in the likelihood.
-        value = mean + temperature * log_scales[channel].exp() * logistic[channel]
-        return ((value.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-
-    red = draw_channel(0, means[0])
-    green = draw_channel(1, means[1] + coefficients[0] * red)
-    blue = draw_channel(2, means[2] + coefficients[1] * red + coefficients[2] * green)
-    return ((torch.stack([red, green, blue], dim=-1) + 1) * 127.5).round().to(torch.uint8)
-
-
-def _draw_index(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """int64 [...]: an index into the last axis of logits [..., n] by inverting the distribution function."""
-    cumulative = logits.softmax(-1).cumsum(-1)
-    return (cumulative < uniforms[..., None]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Is decoding position by position the same model as the full forward pass, and is its noise keyed as promised?"""
+"""Is decoding position by position the same model as the full forward pass, in any batch and in any order?"""
 
 import math
 from typing import Any
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from models import generate as generate_module
-from models.generate import consistency, generate, keyed_uniforms
+from models.draw import Sampling
+from models.generate import Decoding, consistency, generate
 from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.test_likelihood import channel_distributions
@@ -27,31 +28,48 @@ def opinionated(model: ImageTransformer) -> ImageTransformer:
     return model
 
 
-@pytest.mark.parametrize("keep", [0, 5])
+def decoded_parameters(
+    monkeypatch: pytest.MonkeyPatch, model: ImageTransformer, num_images: int, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The images, the parameters [B, L, ...] that their values were drawn from, and the positions drawn in order."""
+    recorded: list[Tensor] = []
+    original = generate_module.draw
+
+    def recording_draw(output: Any, parameters: Tensor, *others: Any) -> Tensor:
+        recorded.append(parameters)
+        return original(output, parameters, *others)
+
+    monkeypatch.setattr(generate_module, "draw", recording_draw)
+    decoding = Decoding(model, num_images, seed=0, **options)
+    positions = torch.cat([step.positions for step in decoding])
+    parameters = torch.cat(recorded, dim=1).flatten(2)
+    by_position = parameters.new_full((num_images, model.pattern.length, parameters.shape[2]), math.nan)
+    by_position[:, positions] = parameters
+    return decoding.images, by_position, positions
+
+
+SCHEDULES = [*((name, True) for name in PATTERNS), ("2d block shift", False)]
+
+
+@pytest.mark.parametrize("keep", [0, 5, 21])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(("pattern", "in_waves"), SCHEDULES)
 def test_cached_parameters_are_those_of_the_full_forward_pass(
-    pattern: str, head: str, condition: str, block: str, keep: int, monkeypatch: pytest.MonkeyPatch
+    pattern: str, in_waves: bool, head: str, condition: str, block: str, keep: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(**PATTERNS[pattern], **HEADS[head], **CONDITIONS[condition], **BLOCKS[block])
+    keep = min(keep, model.pattern.length - 1)
     inputs = random_conditions(model.config, 2)
-    decoded: list[Tensor] = []
-    draw = generate_module.draw
-
-    def recording_draw(output: Any, parameters: Tensor, *others: Any) -> Tensor:
-        decoded.append(parameters)
-        return draw(output, parameters, *others)
-
-    monkeypatch.setattr(generate_module, "draw", recording_draw)
-    images = generate(model, 2, seed=0, prefix=random_images(2, 4), keep=keep, **inputs)
-
-    length = model.pattern.length
+    images, decoded, positions = decoded_parameters(
+        monkeypatch, model, 2, prefix=random_images(2, 4), keep=keep, in_waves=in_waves, **inputs
+    )
     with torch.no_grad():
-        full = model(images, **inputs).reshape(2, length, -1)[:, model.pattern.generation_order]
-    assert len(decoded) == length - keep
-    torch.testing.assert_close(torch.stack(decoded, 1).flatten(2), full[:, keep:], rtol=0, atol=1e-5)
+        full = model(images, **inputs).reshape(2, model.pattern.length, -1)
+    not_given = model.pattern.generation_order[keep:]
+    assert set(not_given.tolist()) <= set(positions.tolist())
+    torch.testing.assert_close(decoded[:, not_given], full[:, not_given], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -62,6 +80,36 @@ def test_a_seed_gives_the_same_image_in_any_batch(head: str) -> None:
     assert torch.equal(generate(model, 5, seed=3), images)
     assert not torch.equal(generate(model, 5, seed=4), images)
     assert len({image.numpy().tobytes() for image in images}) == 5
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_parameters_are_the_same_bits_in_any_batch_and_any_order(
+    head: str, block: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(**PATTERNS["2d block shift"], **HEADS[head], **BLOCKS[block])
+    everything = decoded_parameters(monkeypatch, model, 7)[:2]
+    for in_waves in (True, False):
+        for first, number in ((0, 7), (2, 1), (1, 3)):
+            options = {"first_image": first, "in_waves": in_waves}
+            part = decoded_parameters(monkeypatch, model, number, **options)[:2]
+            for one, other in zip(part, everything, strict=True):
+                assert torch.equal(one, other[first : first + number])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_waves_draw_the_same_image_as_one_block_after_the_other(threads: int) -> None:
+    """benchmarks/sampling.py does this with 64x64 images."""
+    model = opinionated(build(image_size=8, attention="local_2d", query_block=(2, 4), memory=(2, 2), shift="block"))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        waves, sequential = (Decoding(model, 1, seed=0, in_waves=in_waves) for in_waves in (True, False))
+        num_steps = [sum(1 for _ in decoding) for decoding in (waves, sequential)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(waves.images, sequential.images)
+    assert num_steps[1] >= 1.8 * num_steps[0]
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -117,7 +165,7 @@ def test_a_low_temperature_draws_likelier_images() -> None:
     model = opinionated(build())
     cost = []
     for temperature in (0.5, 0.8, 1.0):
-        images = generate(model, 64, seed=0, temperature=temperature)
+        images = generate(model, 64, seed=0, sampling=Sampling(temperature=temperature))
         with torch.no_grad():
             cost.append(nats("categorical", model(images), images).mean())
     assert cost[0] < cost[1] < cost[2]
@@ -154,27 +202,7 @@ def test_what_cannot_be_done_is_refused() -> None:
         generate(model, 1, seed=0, prefix=random_images(1, 4), keep=49)
     with pytest.raises(ValueError, match="keep: 5 positions, but no prefix"):
         generate(model, 1, seed=0, keep=5)
-    with pytest.raises(ValueError, match="temperature: 0 is not positive"):
-        generate(model, 1, seed=0, temperature=0)
     with pytest.raises(ValueError, match="labels: given"):
         generate(model, 1, seed=0, labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="prefix: 2 images, but 3 are to be drawn"):
         generate(model, 3, seed=0, prefix=random_images(2, 4), keep=5)
-
-
-def test_uniforms_are_philox() -> None:
-    """Known answers of Random123 for Philox4x32-10: all counters and keys 0; digits of pi."""
-    zeros = keyed_uniforms(0, torch.tensor([0]), torch.tensor([0]))
-    expected = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
-    assert ((zeros * 2**32).floor().long().flatten().tolist()) == expected
-
-
-def test_uniforms_are_uniform_and_differ_by_seed_image_and_position() -> None:
-    uniforms = keyed_uniforms(12345678901234, torch.arange(100), torch.arange(100))
-    assert uniforms.min() > 0 and uniforms.max() < 1
-    assert uniforms.unique().numel() > 0.999 * uniforms.numel()
-    counts = torch.histc(uniforms, bins=50, min=0, max=1)
-    assert ((counts - 800) ** 2 / 800).sum() < 85.4  # 49 degrees of freedom, probability 0.001
-    correlations = torch.corrcoef(uniforms.view(100, -1))
-    assert (correlations - torch.eye(100)).abs().max() < 5 / math.sqrt(400)
-    assert not torch.equal(keyed_uniforms(12345678901235, torch.arange(100), torch.arange(100)), uniforms)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.loader import evaluation_batches, open_shards
+from models.draw import Sampling
 from models.generate import consistency, generate
 from trainer.exit_codes import UsageError, run_tool
 from trainer.model_inputs import Inputs, model_inputs
@@ -85,7 +86,7 @@ def _new_images(trained: TrainedModel, arguments: argparse.Namespace) -> Image.I
         arguments.n,
         seed=arguments.seed,
         labels=labels,
-        temperature=arguments.temperature,
+        sampling=Sampling(temperature=arguments.temperature),
         progress=_show_progress,
     )
     return grid(images, columns=math.ceil(arguments.n**0.5), enlarge=4)
@@ -108,7 +109,7 @@ def _completions(trained: TrainedModel, arguments: argparse.Namespace) -> Image.
         condition=condition,
         prefix=originals,
         keep=keep,
-        temperature=arguments.temperature,
+        sampling=Sampling(temperature=arguments.temperature),
         progress=_show_progress,
     )
     return grid(interleave(originals, originals.where(mask, UNKNOWN), images), columns=6, enlarge=4)
@@ -124,7 +125,7 @@ def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace) -> 
         seed=arguments.seed,
         labels=labels,
         condition=condition,
-        temperature=arguments.temperature,
+        sampling=Sampling(temperature=arguments.temperature),
         progress=_show_progress,
     )
     distance = consistency(images, condition).mean().item()

@@ -1,0 +1,96 @@
+"""Where are the keys and values of earlier tokens while an image is decoded, and how does the next token see them?
+
+Everything is allocated once, for the largest wave of the plan (models/decode_plan.py), and has one shape for all steps:
+which keys a step sees is a comparison of tensors, so that a GPU can replay a step as a captured graph.
+
+Shapes: B batch, N heads, K head width, G blocks decoded together, W slots of a window, T tokens (G, and padding).
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.decode_plan import UNSEEN, DecodePlan, Wave
+from models.layer import Attend
+
+
+class DecodeCache:
+    """Windows and kept keys of all layers, and the state of the wave that is being decoded."""
+
+    def __init__(
+        self,
+        plan: DecodePlan,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        # Zeros: a slot that is not seen has weight 0, which only a finite value survives.
+        rows, slots = plan.num_windows, plan.window_slots
+        self.windows = torch.zeros(layers, 2, rows, batch, heads, slots, head_width, dtype=dtype, device=device)
+        self.kept = torch.zeros(layers, 2, batch, heads, plan.kept_slots, head_width, dtype=dtype, device=device)
+        self.order = torch.full((rows, slots), UNSEEN, dtype=torch.int32, device=device)
+        most_steps = max(wave.num_steps for wave in plan.waves)
+        self.own_window_slots = torch.zeros(most_steps, dtype=torch.int64, device=device)
+        self._window_slot = self.own_window_slots[:1]
+        self._bias = torch.zeros(())
+
+    def enter(self, wave: Wave) -> None:
+        """Fill the windows of a wave with what its blocks see of earlier ones."""
+        device = self.order.device
+        self.order[: len(wave.order)] = wave.order.to(device)
+        self.own_window_slots[: wave.num_steps] = wave.own_window_slots.to(device)
+        for row, (window_slots, kept_slots) in enumerate(wave.loads):
+            self.windows[:, :, row].index_copy_(
+                4, window_slots.to(device), self.kept.index_select(4, kept_slots.to(device))
+            )
+
+    def leave(self, wave: Wave) -> None:
+        """Keep what later blocks see of a wave."""
+        device = self.order.device
+        for row, (window_slots, kept_slots) in enumerate(wave.stores):
+            keys = self.windows[:, :, row].index_select(4, window_slots.to(device))
+            self.kept.index_copy_(4, kept_slots.to(device), keys)
+
+    def attend_step(self, rows: int, step: Tensor) -> list[Attend]:
+        """For each layer, attention of the `step`-th token (int64 [1]) of the first `rows` blocks, one token each."""
+        self._window_slot = self.own_window_slots.index_select(0, step)
+        seen = self.order[:rows] <= step
+        self._bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -math.inf)[:, None, None, None]
+        return [partial(self._attend_step, windows[:, :rows]) for windows in self.windows]
+
+    def _attend_step(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, N, T, K] of which the first G tokens are real; windows [2, G, B, N, W, K]."""
+        rows, tokens = windows.shape[1], q.shape[2]
+        for window, new in zip(windows, (k, v), strict=True):
+            new = new[:, :, :rows].permute(2, 0, 1, 3)[..., None, :]
+            window.index_copy_(3, self._window_slot, new.to(window.dtype))
+        keys, values = windows
+        # Not the fused operator: on a CPU its sums depend on how many sequences there are.
+        scale = 1 / math.sqrt(q.shape[-1])
+        scores = (q[:, :, :rows].permute(2, 0, 1, 3)[..., None, :].to(keys.dtype) * scale) @ keys.transpose(-1, -2)
+        weights = (scores.float() + self._bias).softmax(-1)
+        out = (weights.to(values.dtype) @ values).squeeze(3).permute(1, 2, 0, 3).to(q.dtype)
+        return F.pad(out, (0, 0, 0, tokens - rows))
+
+    def attend_several(self, row: int, start: int, stop: int) -> list[Attend]:
+        """For each layer, attention of the tokens start..stop of one block, all at once."""
+        steps = torch.arange(start, stop, device=self.order.device)
+        seen = self.order[row] <= steps[:, None]
+        slots = self.own_window_slots[start:stop]
+        return [partial(self._attend_several, windows[:, row], slots, seen) for windows in self.windows]
+
+    def _attend_several(self, windows: Tensor, slots: Tensor, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [B, N, T, K] of which the first tokens are real; windows [2, B, N, W, K], seen [tokens, W]."""
+        tokens = len(slots)
+        for window, new in zip(windows, (k, v), strict=True):
+            window.index_copy_(2, slots, new[:, :, :tokens].to(window.dtype))
+        keys, values = windows
+        out = F.scaled_dot_product_attention(q[:, :, :tokens].to(keys.dtype), keys, values, attn_mask=seen)
+        return F.pad(out.to(q.dtype), (0, 0, 0, q.shape[2] - tokens))

@@ -1,0 +1,35 @@
+"""Which random numbers does an image use, whatever the batch it is drawn in and the order of drawing?"""
+
+import torch
+from torch import Tensor
+
+PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+PHILOX_ROUNDS = 10
+LOW_32_BITS = 0xFFFFFFFF
+
+
+def keyed_uniforms(seed: int, images: Tensor, positions: Tensor) -> Tensor:
+    """float64 [B, T, 4] in (0, 1), each a function of seed, image index int64 [B] and raster position int64
+    [T] alone.
+
+    Philox4x32-10 (Salmon et al. 2011) with the seed as key and (position, image) as counter.
+    """
+    words = [
+        positions[None, :].expand(len(images), -1),
+        (images & LOW_32_BITS)[:, None].expand(-1, len(positions)),
+        (images >> 32 & LOW_32_BITS)[:, None].expand(-1, len(positions)),
+        torch.zeros(len(images), len(positions), dtype=torch.int64, device=images.device),
+    ]
+    keys = [seed & LOW_32_BITS, seed >> 32 & LOW_32_BITS]
+    for _ in range(PHILOX_ROUNDS):
+        # int64 products wrap around modulo 2^64, so their bits are those of the unsigned product.
+        first, second = PHILOX_MULTIPLIERS[0] * words[0], PHILOX_MULTIPLIERS[1] * words[2]
+        words = [
+            (second >> 32 & LOW_32_BITS) ^ words[1] ^ keys[0],
+            second & LOW_32_BITS,
+            (first >> 32 & LOW_32_BITS) ^ words[3] ^ keys[1],
+            first & LOW_32_BITS,
+        ]
+        keys = [(key + step) & LOW_32_BITS for key, step in zip(keys, PHILOX_KEY_STEPS, strict=True)]
+    return (torch.stack(words, dim=-1).double() + 0.5) / 2**32
