@@ -1,5 +1,9 @@
-"""How do images get from blocks into batches, with blocks read ahead of need by several threads?"""
+"""How do images get from blocks into batches, with blocks read ahead of need by several threads?
 
+Every byte is moved twice: from the disk or the network into the memory of its window, from there into its batch.
+"""
+
+import contextlib
 import heapq
 import math
 import mmap
@@ -11,7 +15,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -28,80 +31,68 @@ from data_pipeline.storage import Store
 CLOSING_SECONDS = 2.5  # a read that hangs may outlive its reader, but not hold up the program for longer
 
 
+MAP_NORESERVE = 0x4000  # Linux; the module mmap names it from Python 3.13 on
+
+
 class PlannedBatch(NamedTuple):
     """One batch before its images are there."""
 
-    positions: np.ndarray
-    """int64, rising: what to look up in the order; fewer than the batch holds at the end of an evaluation."""
+    samples: int
+    """How many of the rank's samples it takes; fewer than it has room for at the end of an evaluation."""
     position: int
     """Goes into the batch."""
 
 
-@dataclass
-class OpenWindow:
+@dataclass(frozen=True)
+class ReadWindow:
     """A window whose block has arrived."""
 
-    samples: np.ndarray
-    """uint8 [rows of the block, bytes of a sample]: the block as it lies in the shard."""
+    slot: int
+    """Which part of the memory holds the block."""
     rows: np.ndarray
-    """int64 [n]: the rows that the rank uses, in the order of use."""
+    """int64 [n]: the rows of the block that the rank uses, in the order of use."""
     labels: np.ndarray
     """int64 [n]: their labels."""
-    memory: np.ndarray
-    """What ``samples`` is a part of; used again for another window."""
-    used: int
-    """How many samples were taken out so far."""
-
-    def take(self, count: int) -> slice:
-        """Which of the rows come next."""
-        self.used += count
-        assert self.used <= len(self.rows), (self.used, len(self.rows))
-        return slice(self.used - count, self.used)
 
 
-Request = tuple[Window, "Future[OpenWindow]"]
+Request = tuple[Window, "Future[ReadWindow]"]
 
 
 def assemble(
-    plan: Iterator[PlannedBatch],
-    windows: "WindowReader",
-    order: TrainingOrder | StoredOrder,
-    layout: SampleLayout,
-    *,
-    batch_images: int,
-    has_labels: bool,
-    evaluating: bool,
+    plan: Iterator[PlannedBatch], reader: "WindowReader", *, batch_images: int, has_labels: bool, evaluating: bool
 ) -> Iterator[Batch]:
     """Fill the planned batches; in evaluation, mark what is left over of the last ones as not valid."""
-    pinned = torch.cuda.is_available()
+    pinned, layout = torch.cuda.is_available(), reader.layout
     memory = BatchMemory((batch_images, layout.image_size, layout.image_size, 3), pinned)
-    scratch = aligned_empty(batch_images * layout.stride).reshape(batch_images, layout.stride)
+    source = layout.pixels(reader.memory.samples)
     for planned in plan:
-        images, count = memory.take(), len(planned.positions)
+        images, count = memory.take(), planned.samples
         labels = torch.zeros(batch_images, dtype=torch.int64, pin_memory=pinned)
-        into, labels_into = images.numpy().reshape(batch_images, -1), labels.numpy()
-        into[count:] = 0
-        if count:
-            until = int(planned.positions[-1])
-            windows.open_until(until)
-            keys = order.window_keys(planned.positions)
-            by_window = np.argsort(keys, kind="stable")
-            keys = keys[by_window]
-            cuts = [0, *(np.flatnonzero(np.diff(keys)) + 1).tolist(), count]
-            for begin, end in pairwise(cuts):
-                slots, window = by_window[begin:end], windows.opened[int(keys[begin])]
-                next_rows = window.take(len(slots))
-                # mode="clip" writes straight into the output; the default would collect a copy of it first.
-                np.take(window.samples, window.rows[next_rows], axis=0, out=scratch[: len(slots)], mode="clip")
-                into[slots] = layout.pixels(scratch[: len(slots)])
-                labels_into[slots] = window.labels[next_rows]
-            windows.close_until(until)
+        rows, labels.numpy()[:count] = reader.next_samples(count)
+        pixels = images.numpy().reshape(batch_images, -1)
+        pixels[:count] = source[rows]
+        pixels[count:] = 0
+        reader.let_go()
         valid = torch.arange(batch_images) < count if evaluating else None
         yield Batch(images=images, labels=labels if has_labels else None, valid=valid, position=planned.position)
 
 
+class WindowMemory:
+    """Room for the blocks of windows, side by side, so that the rows of all of them are one array.
+
+    Takes address space for as many as there could ever be, and memory for as many as there were at one time.
+    """
+
+    def __init__(self, slots: int, block_rows: int, layout: SampleLayout) -> None:
+        self.slot_rows = -(-block_rows // 8) * 8  # so that every slot begins a page
+        self.samples = fresh_pages(slots * self.slot_rows * layout.stride).reshape(-1, layout.stride)
+        """uint8 [slots * slot_rows, bytes of a sample]"""
+        # What was used last is used next: its pages exist, and the processor's cache may still hold them.
+        self.free = list(reversed(range(slots)))
+
+
 class WindowReader:
-    """Windows in the order of their first need, read by threads that keep ahead of it.
+    """The samples of a rank in their order, from windows that threads read ahead of need.
 
     Holds the windows in use, one for each lane that the rank draws from, and ``2 * fetch_threads`` more.
     """
@@ -113,20 +104,31 @@ class WindowReader:
         manifest: Manifest,
         order: TrainingOrder | StoredOrder,
         windows: Iterator[Window],
+        *,
+        start: int,
+        stride: int,
+        batch_images: int,
         fetch_threads: int,
         stop: threading.Event,
     ) -> None:
-        self.store, self.cache, self.manifest = store, cache, manifest
-        self.order, self.windows = order, windows
+        """The rank's sample number i is at position ``start + i * stride`` of the order."""
+        self.store, self.cache, self.manifest, self.layout = store, cache, manifest, manifest.layout
+        self.order, self.windows, self.start, self.stride = order, windows, start, stride
         self.stop = stop
-        self.opened: dict[int, OpenWindow] = {}
-        self.closing: list[tuple[int, int]] = []  # heap of (last position, key)
+        self.taken = 0
+        self.closing: list[tuple[int, int]] = []  # heap of (number of the last sample, slot)
         self.ahead: deque[Request] = deque()
         self.most_ahead = 2 * fetch_threads
         self.requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
-        # Memory of windows that were closed: fresh pages cost more time than reading into old ones.
-        self.free: queue.SimpleQueue[np.ndarray] = queue.SimpleQueue()
-        self.memory_bytes = max(block.count for block in manifest.blocks) * manifest.layout.stride
+        block_rows = max(block.count for block in manifest.blocks)
+        # Open before a batch: one window of each lane; opened for a batch: one for each of its images, at the most.
+        slots = order.lanes + batch_images + self.most_ahead + 1
+        self.memory = WindowMemory(slots, block_rows, self.layout)
+        # Item i modulo the length is about the rank's sample number i. Long enough for the last row of a window that
+        # was just opened, and a multiple of the batches, so that none of them is cut in two.
+        reach = batch_images + block_rows * order.lanes // stride + order.lanes
+        self.length = (reach // batch_images + 1) * batch_images
+        self.rows, self.labels = np.empty(self.length, np.int64), np.empty(self.length, np.int64)
         self.threads = [
             threading.Thread(target=self._fetch_all, name="fetch blocks", daemon=True) for _ in range(fetch_threads)
         ]
@@ -134,18 +136,27 @@ class WindowReader:
             thread.start()
         self._read_ahead()
 
-    def open_until(self, position: int) -> None:
-        """Wait for every window that is needed up to a position; raises what a failed read ended in."""
-        while self.ahead and self.ahead[0][0].first <= position:
+    def next_samples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the images of the next samples are in the memory, and their labels; both int64 [count].
+
+        Waits for their blocks, and raises what a failed read ended in. ``let_go`` when the images are copied.
+        """
+        begin = self.taken % self.length
+        self.taken += count
+        while self.ahead and self.ahead[0][0].first < self.start + self.taken * self.stride:
             window, future = self.ahead.popleft()
             self._read_ahead()
-            self.opened[window.key] = result_of(future, self.stop)
-            heapq.heappush(self.closing, (window.last, window.key))
+            read = result_of(future, self.stop)
+            numbers = (window.positions - self.start) // self.stride
+            self.rows[numbers % self.length] = read.slot * self.memory.slot_rows + read.rows
+            self.labels[numbers % self.length] = read.labels
+            heapq.heappush(self.closing, (int(numbers[-1]), read.slot))
+        return self.rows[begin : begin + count], self.labels[begin : begin + count].copy()
 
-    def close_until(self, position: int) -> None:
-        """Let go of the windows that are not needed after a position."""
-        while self.closing and self.closing[0][0] <= position:
-            self.free.put(self.opened.pop(heapq.heappop(self.closing)[1]).memory)
+    def let_go(self) -> None:
+        """Use the memory of windows for others whose samples have all been taken."""
+        while self.closing and self.closing[0][0] < self.taken:
+            self.memory.free.append(heapq.heappop(self.closing)[1])
 
     def close(self) -> None:
         """End the threads; one that hangs in a read ends when the read does."""
@@ -172,13 +183,10 @@ class WindowReader:
             except BaseException as error:  # noqa: BLE001
                 future.set_exception(error)
 
-    def _fetch(self, window: Window) -> OpenWindow:
-        block, layout = self.manifest.blocks[window.block], self.manifest.layout
-        try:
-            memory = self.free.get_nowait()
-        except queue.Empty:
-            memory = aligned_empty(self.memory_bytes)
-        samples = memory[: block.count * layout.stride].reshape(block.count, layout.stride)
+    def _fetch(self, window: Window) -> ReadWindow:
+        block, slot = self.manifest.blocks[window.block], self.memory.free.pop()
+        begin = slot * self.memory.slot_rows
+        samples = self.memory.samples[begin : begin + block.count]
         if self.manifest.encoding == "npy":
             self._read(block, memoryview(samples.reshape(-1)))  # type: ignore[arg-type]
         else:
@@ -188,7 +196,7 @@ class WindowReader:
             images, labels = images_in(bytes(data), self.manifest.image_size, where)
             encode(np.arange(block.count), labels, images, out=samples)
         rows = self.order.rows(window)
-        return OpenWindow(samples, rows, layout.labels(samples)[rows], memory, 0)
+        return ReadWindow(slot, rows, self.layout.labels(samples)[rows])
 
     def _read(self, block: Block, into: memoryview) -> None:
         name = self.manifest.shards[block.shard].name
@@ -198,7 +206,7 @@ class WindowReader:
             self.cache.read_block(self.store, name, block.begin, into, block.xxh3, self.stop)
 
 
-def result_of(future: "Future[OpenWindow]", stop: threading.Event) -> OpenWindow:
+def result_of(future: "Future[ReadWindow]", stop: threading.Event) -> ReadWindow:
     """The window, or the error that fetching it ended in; CancelledError as soon as a stop is requested."""
     while True:
         try:
@@ -208,15 +216,16 @@ def result_of(future: "Future[OpenWindow]", stop: threading.Event) -> OpenWindow
                 raise CancelledError from None
 
 
-def aligned_empty(size: int) -> np.ndarray:
-    """Uninitialised uint8 [size] that begins a page.
+def fresh_pages(size: int) -> np.ndarray:
+    """uint8 [size] that begins a page and takes memory only where it is written, in huge pages if there are any.
 
     numpy's own arrays begin 16 bytes into a page. Copying between places that are 16 bytes apart within their pages
     takes AMD's current processors ten times as long, which is what reading a file's pages into such an array does.
     """
-    array = np.empty(size + mmap.PAGESIZE, np.uint8)
-    start = -array.ctypes.data % mmap.PAGESIZE
-    return array[start : start + size]
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
 
 
 class BatchMemory:
@@ -239,7 +248,7 @@ class BatchMemory:
         for place, count in self._counts():
             if count == self.unused:
                 return torch.from_numpy(self.arrays[place])
-        self.arrays.append(aligned_empty(math.prod(self.shape)).reshape(self.shape))
+        self.arrays.append(fresh_pages(math.prod(self.shape)).reshape(self.shape))
         return torch.from_numpy(self.arrays[-1])  # holds a reference to the array as long as any view of it lives
 
     def _counts(self) -> Iterator[tuple[int, int]]:

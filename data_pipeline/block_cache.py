@@ -14,9 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import xxhash
-
-from data_pipeline.storage import EXIT_CANNOT_WRITE, TORN_FILE, DataError, Store, atomic_file
+from data_pipeline.storage import EXIT_CANNOT_WRITE, TORN_FILE, DataError, Store, atomic_file, fill
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +56,10 @@ class BlockCache:
         try:
             with path.open("rb", buffering=0) as file:
                 status = os.fstat(file.fileno())
-                whole = status.st_size == len(into) and file.readinto(into) == len(into)
+                size, found = fill(into, file)
         except OSError:  # not there, or evicted in between
             return False
-        if not whole or xxhash.xxh3_64_hexdigest(into) != xxh3:
+        if not size == status.st_size == len(into) or found != xxh3:
             log.warning("%s is damaged and is read from the store again", path)
             path.unlink(missing_ok=True)
             return False

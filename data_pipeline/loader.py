@@ -13,8 +13,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-
 from data_pipeline.assembly import CLOSING_SECONDS, PlannedBatch, WindowReader, assemble
 from data_pipeline.batch import Batch
 from data_pipeline.block_cache import BlockCache
@@ -146,11 +144,10 @@ def train_batches(
     accumulation = global_batch_images // per_round
 
     def plan() -> Iterator[PlannedBatch]:
-        offsets = world_size * np.arange(micro_batch_images, dtype=np.int64)
         number = 0
         while True:
             consumed = consumed_samples + (number // accumulation + 1) * global_batch_images
-            yield PlannedBatch(start + number * per_round + offsets, consumed)
+            yield PlannedBatch(micro_batch_images, consumed)
             number += 1
 
     return stream(
@@ -158,6 +155,8 @@ def train_batches(
         order,
         order.windows(start, world_size),
         plan(),
+        start=start,
+        stride=world_size,
         batch_images=micro_batch_images,
         fetch_threads=fetch_threads,
         prefetch_batches=prefetch_batches,
@@ -184,8 +183,8 @@ def evaluation_batches(
 
     def plan() -> Iterator[PlannedBatch]:
         for number in range(batches):
-            first = begin + number * batch_images
-            yield PlannedBatch(np.arange(first, min(first + batch_images, end), dtype=np.int64), number)
+            left = end - begin - number * batch_images
+            yield PlannedBatch(max(0, min(batch_images, left)), number)
 
     windows = order.windows(begin, end) if begin < end else iter(())
     return stream(
@@ -193,6 +192,8 @@ def evaluation_batches(
         order,
         windows,
         plan(),
+        start=begin,
+        stride=1,
         batch_images=batch_images,
         fetch_threads=EVALUATION_FETCH_THREADS,
         prefetch_batches=EVALUATION_PREFETCH_BATCHES,
@@ -206,6 +207,8 @@ def stream(
     windows: Iterator[Window],
     plan: Iterator[PlannedBatch],
     *,
+    start: int,
+    stride: int,
     batch_images: int,
     fetch_threads: int,
     prefetch_batches: int,
@@ -225,15 +228,20 @@ def stream(
         return False
 
     def produce() -> None:
-        reader = WindowReader(shards.store, shards.cache, shards.manifest, order, windows, fetch_threads, stop)
-        batches = assemble(
-            plan,
-            reader,
+        reader = WindowReader(
+            shards.store,
+            shards.cache,
+            shards.manifest,
             order,
-            shards.manifest.layout,
+            windows,
+            start=start,
+            stride=stride,
             batch_images=batch_images,
-            has_labels=bool(shards.classes),
-            evaluating=evaluating,
+            fetch_threads=fetch_threads,
+            stop=stop,
+        )
+        batches = assemble(
+            plan, reader, batch_images=batch_images, has_labels=bool(shards.classes), evaluating=evaluating
         )
         try:
             for batch in batches:

@@ -41,6 +41,13 @@ class Window(NamedTuple):
     """Position at which this rank first needs it."""
     last: int
     """Position after which this rank needs it no more."""
+    gap: int
+    """From one position at which this rank uses a row of it to the next."""
+
+    @property
+    def positions(self) -> Indices:
+        """Where the rows come, one after the other."""
+        return np.arange(self.first, self.last + 1, self.gap)
 
 
 @dataclass(frozen=True)
@@ -119,20 +126,6 @@ class TrainingOrder:
         order = permutation(window.end - window.begin, self.seed, epoch, 2, index)
         return window.begin + order[window.place :: window.step]
 
-    def window_keys(self, positions: Indices) -> Indices:
-        """The key of the window that each position of the run takes its sample from.
-
-        The positions of a rank take the rows of each window one after the other.
-        """
-        epochs, inside = np.divmod(positions, self.count)
-        on_line = self.lane_start[inside % self.lanes] + inside // self.lanes
-        keys = np.empty_like(on_line)
-        for epoch in range(int(epochs.min()), int(epochs.max()) + 1):
-            here = epochs == epoch
-            index = np.searchsorted(self.layout(epoch).edges, on_line[here], "right") - 1
-            keys[here] = (epoch << KEY_SHIFT) | index
-        return keys
-
     def windows(self, start: int, stride: int) -> Iterator[Window]:
         """The windows that positions ``start, start + stride, ...`` touch, in order of first need, for ever."""
         epoch = start // self.count
@@ -171,12 +164,15 @@ class TrainingOrder:
             [period] * len(index),
             first_position[index].tolist(),
             last_position[index].tolist(),
+            [period * lanes] * len(index),
         )
         return [Window(*fields) for fields in zip(*columns, strict=True)]
 
 
 class StoredOrder:
     """The samples as they lie in the shards, once: the order of evaluation."""
+
+    lanes = 1
 
     def __init__(self, block_counts: Sequence[int]) -> None:
         counts: Indices = np.asarray(block_counts, dtype=np.int64)
@@ -186,17 +182,13 @@ class StoredOrder:
         """Rows of the window's block that the rank uses, in the order in which it uses them."""
         return np.arange(window.begin, window.end)
 
-    def window_keys(self, positions: Indices) -> Indices:
-        """The key of the window that each position takes its sample from: the number of its block."""
-        return np.searchsorted(self.starts, positions, "right") - 1
-
     def windows(self, start: int, stop: int) -> Iterator[Window]:
         """The blocks that positions ``[start, stop)`` touch."""
-        first, last = self.window_keys(np.array([start, stop - 1])).tolist()
+        first, last = (np.searchsorted(self.starts, [start, stop - 1], "right") - 1).tolist()
         for block in range(first, last + 1):
             low, high = int(self.starts[block]), int(self.starts[block + 1])
             begin, end = max(low, start), min(high, stop)
-            yield Window(block, block, begin - low, end - low, 0, 1, begin, end - 1)
+            yield Window(block, block, begin - low, end - low, 0, 1, begin, end - 1, 1)
 
 
 def rank_share(count: int, rank: int, world_size: int) -> tuple[int, int]:

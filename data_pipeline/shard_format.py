@@ -50,9 +50,9 @@ class SampleLayout:
 
     def labels(self, samples: np.ndarray) -> np.ndarray:
         """int64 [n] of samples uint8 [n, stride]."""
-        text = samples[:, self.label_offset : self.label_offset + LABEL_DIGITS].astype(np.int64)
+        text = np.ascontiguousarray(samples[:, self.label_offset : self.label_offset + LABEL_DIGITS].T)
         labels = np.zeros(len(samples), np.int64)
-        for column in text.T:
+        for column in text:
             if not column.any():
                 break
             labels = np.where(column == 0, labels, labels * 10 + (column - ord("0")))

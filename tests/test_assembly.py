@@ -11,7 +11,7 @@ import pytest
 import torch
 import xxhash
 
-from data_pipeline.assembly import BatchMemory, aligned_empty
+from data_pipeline.assembly import BatchMemory, fresh_pages
 from data_pipeline.loader import Shards, evaluation_batches
 from data_pipeline.manifest import Block, Manifest, Shard, write_manifest
 from data_pipeline.shard_format import SampleLayout, end_of_shard
@@ -54,9 +54,10 @@ def test_batches_that_are_kept_stay_as_they_were(shards: Shards) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 4096, 5_000_000])
-def test_aligned_memory_begins_a_page(size: int) -> None:
-    array = aligned_empty(size)
-    assert array.shape == (size,) and array.ctypes.data % mmap.PAGESIZE == 0
+def test_fresh_memory_begins_a_page_and_can_be_written(size: int) -> None:
+    array = fresh_pages(size)
+    array[-1] = 7
+    assert array.shape == (size,) and array.ctypes.data % mmap.PAGESIZE == 0 and array[-1] == 7
 
 
 def black_images(folder: Path, size: int, count: int) -> None:

@@ -4,20 +4,26 @@ import gc
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline import storage
 from data_pipeline.loader import DataConfig, Shards, evaluation_batches, open_shards, train_batches
+from data_pipeline.manifest import Block, Manifest, Shard, write_manifest
 from data_pipeline.order import TrainingOrder
-from data_pipeline.shard_format import decode
-from data_pipeline.storage import DataError
+from data_pipeline.shard_format import SampleLayout, decode, encode, end_of_shard
+from data_pipeline.storage import DataError, Store
 from tests.conftest import pack_photographs
 from tests.faulty_filesystem import FAULTS, FaultyFilesystem
 from tests.s3_server import S3Server
@@ -85,12 +91,12 @@ def test_global_batches_are_the_order_applied_to_the_shards(shards: Shards) -> N
     order = TrainingOrder(shards.manifest.block_counts, seed=3, lanes=12)
     count = 2 * shards.count // GLOBAL_BATCH
     got_images, got_labels = steps(shards, ranks=1, micro=GLOBAL_BATCH, consumed=0, count=count)
-    rows = {}
+    samples = np.full(count * GLOBAL_BATCH, -1)
     for window in order.windows(0, 1):
-        if window.first >= count * GLOBAL_BATCH:
+        if window.first >= len(samples):
             break
-        rows[window.key] = iter((starts[window.block] + order.rows(window)).tolist())
-    samples = [next(rows[key]) for key in order.window_keys(np.arange(count * GLOBAL_BATCH)).tolist()]
+        inside = window.positions < len(samples)
+        samples[window.positions[inside]] = (starts[window.block] + order.rows(window))[inside]
     assert (got_images == images[samples]).all() and (got_labels == labels[samples]).all()
 
 
@@ -107,6 +113,69 @@ def test_ranks_and_accumulation_do_not_change_the_global_batches(shards: Shards,
     expected = steps(shards, ranks=1, micro=GLOBAL_BATCH, consumed=0, count=shards.count // GLOBAL_BATCH + 3)
     got = steps(shards, ranks=ranks, micro=micro, consumed=consumed, count=6)
     assert (got[0] == expected[0][consumed:]).all() and (got[1] == expected[1][consumed:]).all()
+
+
+def numbered(folder: Path, counts: list[int]) -> Shards:
+    """A data set of one-pixel images in blocks of the given sizes; labels number the images."""
+    numbers, stride = np.arange(sum(counts)), SampleLayout(1).stride
+    pixels = np.stack([numbers, numbers >> 8, numbers >> 16], 1).astype(np.uint8).reshape(-1, 1, 1, 3)
+    data = encode(numbers, numbers, pixels).tobytes() + end_of_shard(len(numbers) * stride)
+    edges = [0, *np.cumsum(counts).tolist()]
+    blocks = tuple(
+        Block(0, a * stride, b * stride, b - a, xxhash.xxh3_64_hexdigest(data[a * stride : b * stride]))
+        for a, b in pairwise(edges)
+    )
+    shard = Shard("train-000000.tar", len(data), len(numbers), "0" * 64)
+    fields = ("numbered", "train", len(numbers), 1, "npy", {}, {}, ("a class",), 0, (0.0,) * 3, (0.0,) * 3)
+    store = Store(str(folder), 0.0)
+    store.write(shard.name, data)
+    write_manifest(store, Manifest(*fields, (shard,), blocks))
+    return open_shards(str(folder))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    lanes=st.integers(1, 30),
+    kills=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7), st.integers(1, 4)), min_size=1, max_size=4),
+)
+def test_any_ranks_micro_batches_and_kills_give_the_samples_of_one_undisturbed_rank(
+    counts: list[int], lanes: int, kills: list[tuple[int, int, int]]
+) -> None:
+    """kills: (ranks, images per micro-batch, steps) of each life of the run; batches are as large as a round."""
+
+    def life(consumed: int, ranks: int, micro: int, steps: int) -> list[int]:
+        seen = np.empty((steps, ranks * micro), np.int64)
+        for rank in range(ranks):
+            batches = train_batches(
+                shards,
+                seed=3,
+                lanes=lanes,
+                consumed_samples=consumed,
+                rank=rank,
+                world_size=ranks,
+                global_batch_images=ranks * micro,
+                micro_batch_images=micro,
+                fetch_threads=2,
+                prefetch_batches=1,
+            )
+            for step in range(steps):
+                batch = next(batches)
+                assert batch.labels is not None
+                pixels = batch.images.numpy().reshape(-1, 3).astype(np.int64)
+                assert (pixels @ [1, 256, 65536] == batch.labels.numpy()).all()
+                seen[step, rank::ranks] = batch.labels.numpy()
+            batches.close()
+        return [int(label) for label in seen.reshape(-1)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        shards = numbered(Path(folder), counts)
+        kills = [(ranks, min(micro, max(1, shards.count // ranks)), n) for ranks, micro, n in kills]
+        kills = [life for life in kills if life[0] * life[1] <= shards.count]
+        lived: list[int] = []
+        for ranks, micro, steps in kills:
+            lived += life(len(lived), ranks, micro, steps)
+        assert not lived or lived == life(0, 1, 1, len(lived))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 7, 64])
