@@ -109,6 +109,22 @@ class Decoding:
         if prefix is None:
             prefix = torch.zeros(num_images, config.image_size, config.image_size, 3, dtype=torch.uint8, device=device)
         model.check_inputs(prefix, labels, condition)
+        if labels is not None and not 0 <= int(labels.min()) <= int(labels.max()) < config.num_classes:
+            raise ValueError(
+                f"labels: from {labels.min()} to {labels.max()}, but classes are 0 to {config.num_classes - 1}"
+            )
+        self._copies = 1
+        if sampling.is_guided:
+            if not config.label_dropout:
+                raise ValueError(
+                    f"guidance: {sampling.guidance}, but the model knows no images without a class (label_dropout is 0 "
+                    "in its config); choose 1"
+                )
+            assert labels is not None, "a model with label_dropout has classes"
+            # Each image is decoded twice, with its class and without, from the same values.
+            self._copies = 2
+            labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
+            condition = None if condition is None else condition.repeat(2, 1, 1, 1)
         self._model, self._sampling, self._keep = model, sampling, keep
         self._seed, self._image_numbers = seed, first_image + torch.arange(num_images, device=device)
         self._labels, self._condition = labels, condition
@@ -119,7 +135,7 @@ class Decoding:
         self._cache = DecodeCache(
             plan,
             layers=config.layers,
-            batch=num_images,
+            batch=self._copies * num_images,
             heads=config.heads,
             head_width=config.attention_width // config.heads,
             dtype=product_dtype(weight),
@@ -203,24 +219,25 @@ class Decoding:
         model = self._model
         slots = self._slots[: self._padded(rows)].index_select(1, self._step).squeeze(1)
         parameters = model.head(self._hidden(slots, self._cache.attend_step(rows, self._step)))[:, :rows]
+        parameters, without_class = parameters.chunk(2) if self._copies == 2 else (parameters, None)
         noise = self._noise[:, :rows].index_select(2, self._step).squeeze(2)
         if model.config.output == "categorical":
             noise = noise[..., : self._values.shape[2]]
-        drawn = draw(model.config.output, parameters, noise, self._sampling)
+        drawn = draw(model.config.output, parameters, noise, self._sampling, without_class)
         positions = model.positions[slots[:rows]]
         given = self._values.index_select(1, positions)
         self._values.index_copy_(1, positions, torch.where(self._step < self._num_given[:rows], given, drawn))
         self._step += 1
 
     def _hidden(self, slots: Tensor, attends: list[Attend]) -> Tensor:
-        inputs = self._values.index_select(1, self._model.sources[slots].clamp(min=0))
+        inputs = self._values.index_select(1, self._model.sources[slots].clamp(min=0)).repeat(self._copies, 1, 1)
         return self._model.hidden(inputs, slots, self._labels, self._encoder_kv, attends)
 
     def _padded(self, tokens: int) -> int:
         """Tokens to compute for that many of each image, so that products have full rows."""
         if self._slots.device.type != "cpu":
             return tokens
-        while tokens * len(self._values) % ROWS_OF_A_PRODUCT:
+        while tokens * self._copies * len(self._values) % ROWS_OF_A_PRODUCT:
             tokens += 1
         return tokens
 

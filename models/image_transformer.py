@@ -79,6 +79,9 @@ class ImageTransformerConfig:
     """Rate of dropout on the embedded input and on what each sub-layer adds."""
     num_classes: int
     """Classes the model can be asked for; 0 for none."""
+    label_dropout: float
+    """Rate at which training hides the class of an image, so that the model also learns images of no class, which
+    classifier-free guidance needs (Ho and Salimans 2022: 0.1); 0 for never."""
     condition_size: int
     """Rows and columns of the small image that is super-resolved; 0 for none."""
     encoder_layers: int
@@ -112,7 +115,8 @@ class ImageTransformer(nn.Module):
         grid = grid_shape(config.image_size, config.input)
         self.embed_input = InputEmbedding(config.input, grid, config.width, config.position)
         if config.num_classes:
-            self.embed_class = Embedding(config.num_classes, config.width)
+            # The last entry is no class.
+            self.embed_class = Embedding(config.num_classes + (config.label_dropout > 0), config.width)
         if config.condition_size:
             self.encoder = Encoder(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -124,11 +128,14 @@ class ImageTransformer(nn.Module):
         """Parameters of the output distribution, fp32: [B, H, W, 3, 256] (categorical) or [B, H, W, 10
         mixtures].
 
-        images uint8 [B, H, W, 3]; labels int64 [B] iff the model has classes; condition uint8 [B, h, w, 3]
-        iff it super- resolves. What is returned for a position depends on the values generated before it
-        only.
+        images uint8 [B, H, W, 3]; labels int64 [B] iff the model has classes (num_classes for no class, where it has
+        label_dropout); condition uint8 [B, h, w, 3] iff it super-resolves. What is returned for a position depends on
+        the values generated before it only.
         """
         self.check_inputs(images, labels, condition)
+        if labels is not None and self.training and self.config.label_dropout:
+            hidden = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+            labels = labels.masked_fill(hidden, self.config.num_classes)
         values = to_positions(images, self.config.input)[:, self.sources.clamp(min=0)]
         slots = torch.arange(self.pattern.length, device=images.device)
         x = self.hidden(values, slots, labels, self.encode(condition), [self.attend] * self.config.layers)
@@ -356,8 +363,9 @@ def _range_problems(config: ImageTransformerConfig) -> list[str]:
     for name in ("mixtures", "dilation_gap", "dilation_blocks", "num_classes", "condition_size", "encoder_layers"):
         if getattr(config, name) < 0:
             problems.append(f"{name}: {getattr(config, name)} is negative")
-    if not 0 <= config.dropout < 1:
-        problems.append(f"dropout: {config.dropout} is not in [0, 1)")
+    for name in ("dropout", "label_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            problems.append(f"{name}: {getattr(config, name)} is not in [0, 1)")
     return problems
 
 
@@ -435,6 +443,10 @@ def _combination_problems(config: ImageTransformerConfig) -> list[str]:
         (
             not (config.block == "modern" and config.norm == "post"),
             "norm: the modern block is made for 'pre'",
+        ),
+        (
+            config.label_dropout == 0 or config.num_classes > 0,
+            f"label_dropout: {config.label_dropout}, but the model has no classes to hide; set it to 0, or num_classes",
         ),
         (
             (config.encoder_layers > 0) == (config.condition_size > 0),

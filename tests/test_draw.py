@@ -63,3 +63,107 @@ def test_a_low_temperature_draws_likelier_values(output: Output) -> None:
         colours = draw(output, parameters, uniforms, Sampling(temperature=temperature))
         cost.append(nats(output, parameters[:, None, None], colours[:, None, None]).mean())
     assert cost[0] < cost[1] < cost[2]
+
+
+def some_parameters(output: Output, num: int) -> torch.Tensor:
+    """The same parameters num times, with means that depend on earlier channels for the mixture."""
+    generator = torch.Generator().manual_seed(0)
+    if output == "categorical":
+        return torch.randn(1, 256, generator=generator).expand(num, 1, 256)
+    return (initial_mixture(4) + 0.5 * torch.randn(40, generator=generator)).expand(num, 40)
+
+
+def probabilities(output: Output, parameters: torch.Tensor, drawn: torch.Tensor) -> list[torch.Tensor]:
+    """For each channel the probabilities [n, 256] that it was drawn from, without temperature and the like."""
+    if output == "mixture":
+        return channel_distributions(parameters, drawn)
+    return [parameters[:, 0].double().softmax(-1)]
+
+
+def uniforms_for(output: Output, num: int) -> torch.Tensor:
+    uniforms = keyed_uniforms(11, torch.arange(num), torch.tensor([0]))[:, 0]
+    return uniforms[:, :1] if output == "categorical" else uniforms
+
+
+def assert_follows(drawn: torch.Tensor, p: torch.Tensor) -> None:
+    """Kolmogorov and Smirnov's test of places in the distribution functions p [n, 256], taken at random in each bin."""
+    generator = torch.Generator().manual_seed(1)
+    index = drawn.long()[:, None]
+    p = p / p.sum(-1, keepdim=True)
+    place = p.cumsum(-1).gather(-1, index) - p.gather(-1, index) * torch.rand(len(p), 1, generator=generator)
+    steps = torch.arange(1, len(p) + 1) / len(p)
+    assert (place.flatten().sort().values - steps).abs().max() < 1.95 / math.sqrt(len(p))  # probability 0.001
+
+
+@pytest.mark.parametrize("output", ["categorical", "mixture"])
+def test_top_k_draws_among_the_likeliest_by_their_probabilities(output: Output) -> None:
+    num = 3000
+    parameters = some_parameters(output, num)
+    drawn = draw(output, parameters, uniforms_for(output, num), Sampling(top_k=7))
+    for channel, p in enumerate(probabilities(output, parameters, drawn)):
+        least = p.topk(7).values[:, -1:]
+        assert (p.gather(-1, drawn[:, channel : channel + 1].long()) >= least * (1 - 1e-6)).all()
+        assert_follows(drawn[:, channel], torch.where(p >= least * (1 - 1e-6), p, 0))
+
+
+@pytest.mark.parametrize("output", ["categorical", "mixture"])
+def test_top_p_draws_among_the_fewest_with_that_probability(output: Output) -> None:
+    num, top_p = 3000, 0.6
+    parameters = some_parameters(output, num)
+    drawn = draw(output, parameters, uniforms_for(output, num), Sampling(top_p=top_p))
+    for channel, p in enumerate(probabilities(output, parameters, drawn)):
+        for row in range(0, num, 100):
+            likelier = p[row][p[row] > p[row, int(drawn[row, channel])] * (1 + 1e-6)]
+            assert likelier.sum() < top_p
+        ordered, order = p.sort(-1, descending=True)
+        dropped = (ordered.cumsum(-1) - ordered >= top_p).gather(-1, order.argsort(-1))
+        assert_follows(drawn[:, channel], p.masked_fill(dropped, 0))
+
+
+@pytest.mark.parametrize("output", ["categorical", "mixture"])
+def test_guidance_extrapolates_log_probabilities(output: Output) -> None:
+    num, guidance = 3000, 1.5
+    parameters = some_parameters(output, num)
+    without = parameters + torch.linspace(-1, 1, parameters.shape[-1])
+    drawn = draw(output, parameters, uniforms_for(output, num), Sampling(guidance=guidance), without)
+    pairs = (probabilities(output, given, drawn) for given in (parameters, without))
+    for channel, (p, q) in enumerate(zip(*pairs, strict=True)):
+        assert_follows(drawn[:, channel], p**guidance * q ** (1 - guidance))
+
+
+@pytest.mark.parametrize("output", ["categorical", "mixture"])
+def test_options_that_exclude_nothing_draw_from_the_model(output: Output) -> None:
+    num = 3000
+    parameters = some_parameters(output, num)
+    drawn = draw(output, parameters, uniforms_for(output, num), Sampling(top_k=256))
+    for channel, p in enumerate(probabilities(output, parameters, drawn)):
+        assert_follows(drawn[:, channel], p)
+
+
+def test_of_equal_probabilities_top_k_takes_exactly_k() -> None:
+    num = 500
+    drawn = draw("categorical", torch.zeros(num, 1, 256), uniforms_for("categorical", num), Sampling(top_k=3))
+    assert set(drawn.flatten().tolist()) == {0, 1, 2}
+
+
+def test_a_value_without_probability_is_never_drawn() -> None:
+    logits = torch.full((1, 1, 256), -math.inf)
+    logits[..., 9] = 0.0
+    for u in (2.0**-33, 0.5, 1 - 2.0**-33):
+        assert draw("categorical", logits, torch.tensor([[u]], dtype=torch.float64)).item() == 9
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("temperature", 0, "temperature: 0 is not positive"),
+        ("temperature", math.nan, "temperature: nan is not positive"),
+        ("top_k", -1, "top_k: -1 is negative"),
+        ("top_p", 0.0, "top_p: 0.0 is not above 0 and at most 1"),
+        ("top_p", 1.1, "top_p: 1.1 is not above 0 and at most 1"),
+        ("guidance", -1.0, "guidance: -1.0 is negative"),
+    ],
+)
+def test_options_out_of_range_are_refused(option: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**{option: value})

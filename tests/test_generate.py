@@ -171,6 +171,44 @@ def test_a_low_temperature_draws_likelier_images() -> None:
     assert cost[0] < cost[1] < cost[2]
 
 
+GUIDED = {"num_classes": 5, "label_dropout": 0.2}
+
+
+@pytest.mark.parametrize("pattern", ["1d", "2d block shift"])
+@pytest.mark.parametrize("head", HEADS)
+def test_guidance_sees_the_full_forward_pass_with_and_without_the_class(
+    head: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(**PATTERNS[pattern], **HEADS[head], **GUIDED)
+    recorded: list[tuple[Tensor, Tensor]] = []
+    original = generate_module.draw
+
+    def recording_draw(output: Any, parameters: Tensor, noise: Tensor, sampling: Sampling, without: Tensor) -> Tensor:
+        recorded.append((parameters, without))
+        return original(output, parameters, noise, sampling, without)
+
+    monkeypatch.setattr(generate_module, "draw", recording_draw)
+    labels = torch.tensor([3, 0])
+    decoding = Decoding(model, 2, seed=0, labels=labels, sampling=Sampling(guidance=2.5))
+    positions = torch.cat([step.positions for step in decoding])
+    for parts, classes in zip(zip(*recorded, strict=True), (labels, torch.tensor([5, 5])), strict=True):
+        with torch.no_grad():
+            full = model(decoding.images, classes).reshape(2, model.pattern.length, -1)[:, positions]
+        torch.testing.assert_close(torch.cat(parts, dim=1).flatten(2), full, rtol=0, atol=1e-5)
+
+
+def test_guidance_by_0_draws_what_no_class_does() -> None:
+    model = opinionated(build(**GUIDED))
+    with torch.no_grad():
+        model.embed_class.weight.mul_(5)
+    drawn = [
+        generate(model, 8, seed=0, labels=torch.full((8,), label), sampling=Sampling(guidance=guidance))
+        for label, guidance in ((0, 0.0), (4, 0.0), (0, 1.0), (0, 3.0))
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[2], drawn[3])
+
+
 def test_consistency_is_the_distance_of_the_shrunk_image_to_the_small_one() -> None:
     small = random_images(2, 4)
     enlarged = small.repeat_interleave(2, 1).repeat_interleave(2, 2)
@@ -204,5 +242,9 @@ def test_what_cannot_be_done_is_refused() -> None:
         generate(model, 1, seed=0, keep=5)
     with pytest.raises(ValueError, match="labels: given"):
         generate(model, 1, seed=0, labels=torch.tensor([0]))
+    with pytest.raises(ValueError, match="labels: from 1 to 5, but classes are 0 to 4"):
+        generate(build(num_classes=5), 2, seed=0, labels=torch.tensor([1, 5]))
+    with pytest.raises(ValueError, match="guidance: 2.0, but the model knows no images without a class"):
+        generate(build(num_classes=5), 1, seed=0, labels=torch.tensor([0]), sampling=Sampling(guidance=2.0))
     with pytest.raises(ValueError, match="prefix: 2 images, but 3 are to be drawn"):
         generate(model, 3, seed=0, prefix=random_images(2, 4), keep=5)

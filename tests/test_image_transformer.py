@@ -322,6 +322,21 @@ def test_eight_images_can_be_learnt_by_heart(changes: dict[str, Any]) -> None:
     pytest.fail(f"{bits_per_dim(total.item(), images.numel()):.3f} bits/dim after {steps} steps")
 
 
+def test_training_hides_classes_at_the_given_rate_and_evaluation_never() -> None:
+    model = build(num_classes=5, label_dropout=0.3)
+    seen: list[Tensor] = []
+    model.embed_class.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    labels = torch.arange(2000) % 5
+    with torch.no_grad():
+        model.train()(random_images(1, 4).expand(2000, -1, -1, -1), labels)
+        model.eval()(random_images(1, 4).expand(2000, -1, -1, -1), labels)
+    in_training, in_evaluation = seen
+    assert torch.equal(in_evaluation, labels)
+    hidden = in_training == 5
+    assert torch.equal(in_training[~hidden], labels[~hidden])
+    assert abs(hidden.double().mean() - 0.3) < 4 * (0.3 * 0.7 / 2000) ** 0.5
+
+
 BAD = [
     ({"heads": 3}, "heads: 3 does not divide attention_width 16"),
     ({"query_block": 7}, "query_block: 7 does not divide the image's 48 positions; choose e.g. one of .*8"),
@@ -356,6 +371,8 @@ BAD = [
     ({"dropout": 1.0}, r"dropout: 1.0 is not in \[0, 1\)"),
     ({"layers": 0}, "layers: 0 is not positive"),
     ({"num_classes": -1}, "num_classes: -1 is negative"),
+    ({"num_classes": 5, "label_dropout": 1.0}, r"label_dropout: 1.0 is not in \[0, 1\)"),
+    ({"label_dropout": 0.1}, "label_dropout: 0.1, but the model has no classes to hide"),
 ]
 
 
@@ -389,5 +406,5 @@ def test_inputs_that_do_not_fit_the_model_are_refused() -> None:
 
 
 def test_a_config_holds_all_fields_and_no_defaults() -> None:
-    with pytest.raises(TypeError, match="missing 22 required keyword-only arguments"):
+    with pytest.raises(TypeError, match="missing 23 required keyword-only arguments"):
         ImageTransformerConfig()  # type: ignore[call-arg]

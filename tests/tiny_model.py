@@ -28,6 +28,7 @@ TINY: dict[str, Any] = {
     "position": "sine",
     "dropout": 0.0,
     "num_classes": 0,
+    "label_dropout": 0.0,
     "condition_size": 0,
     "encoder_layers": 0,
 }
