@@ -10,12 +10,17 @@ heads, K head width, C values per position.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from models.embedding import Embedding, InputEmbedding, Position
 from models.layer import Attend, Block, Layer, NormPlace, norm, rotary
@@ -100,12 +105,20 @@ class ImageTransformer(nn.Module):
     sources: Tensor
     slot_of_position: Tensor
 
-    def __init__(self, config: ImageTransformerConfig, *, checkpoint_every_layers: int = 0) -> None:
+    def __init__(
+        self,
+        config: ImageTransformerConfig,
+        *,
+        checkpoint_every_layers: int = 0,
+        checkpoint_keeps_attention: bool = False,
+    ) -> None:
         """checkpoint_every_layers: recompute every n-th layer in the backward pass instead of keeping its
-        activations."""
+        activations; with checkpoint_keeps_attention all of it but the results of attention, which are small for the
+        time that they take."""
         super().__init__()
         self.config = config
         self.checkpoint_every_layers = checkpoint_every_layers
+        self.checkpoint_context = _keep_attention if checkpoint_keeps_attention else noop_context_fn
         with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
             self.pattern = make_pattern(config)
             self.register_buffer("positions", self.pattern.storage_order, persistent=False)
@@ -168,7 +181,16 @@ class ImageTransformer(nn.Module):
         for index, (layer, attend, kv) in enumerate(zip(self.layers, attends, encoder_kv, strict=True)):
             if self.training and is_checkpointed(index, self.checkpoint_every_layers):
                 keep_rng = self.config.dropout > 0
-                x = checkpoint(layer, x, attend, rotation, kv, use_reentrant=False, preserve_rng_state=keep_rng)
+                x = checkpoint(
+                    layer,
+                    x,
+                    attend,
+                    rotation,
+                    kv,
+                    use_reentrant=False,
+                    preserve_rng_state=keep_rng,
+                    context_fn=self.checkpoint_context,
+                )
             else:
                 x = layer(x, attend, rotation, kv)
         return self.final_norm(x)
@@ -321,6 +343,18 @@ def model_flops(
                 # Nothing after the layer's last product needs its result, so torch stops before it.
                 recomputed -= inside[f"layers.{index}.feed_forward.out"]
     return Flops(forward=forward, backward=2 * forward - first, recomputed=recomputed)
+
+
+def _keep_attention() -> tuple[Any, Any]:
+    """Contexts of a layer's forward pass and of its recomputation: the results of attention are kept in between."""
+    return create_selective_checkpoint_contexts(_checkpoint_policy)
+
+
+def _checkpoint_policy(context: object, op: Any, *arguments: object, **keywords: object) -> CheckpointPolicy:
+    # By name: which of torch's attention kernels exist depends on the build. The custom op is our own kernel.
+    name = str(op)
+    is_attention = "scaled_dot_product" in name or "image_transformer.local_attention" in name
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_checkpointed(layer: int, every: int) -> bool:

@@ -1,8 +1,10 @@
 """Is a checkpoint offered only when it is complete and right, and is the last good one safe?"""
 
 import dataclasses
+import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.storage import Store
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, ROOT, TINY_MODEL
-from trainer.checkpoint import CheckpointError, Checkpoints, intact_of_run, list_complete, read_weights
-from trainer.config import RunConfig, load_config
+from tests.s3_server import S3Server
+from trainer.checkpoint import Checkpoint, CheckpointError, Checkpoints, intact, list_complete, read_weights, to_keep
+from trainer.config import CheckpointConfig, RunConfig, load_config
 from trainer.engine import TorchEngine
 from trainer.ranks import Ranks
 
@@ -34,12 +38,37 @@ def engine(config: RunConfig) -> TorchEngine:
     return TorchEngine(ImageTransformer(config.model), config)
 
 
-def checkpoints_in(folder: Path, keep_last: int = 2) -> Checkpoints:
-    return Checkpoints(str(folder / "checkpoints"), ALONE, CPU, keep_last)
+SETTINGS = CheckpointConfig(url=None, every_steps=1, keep_last=2, keep_best=0, keep_every_steps=0, background=False)
 
 
-def save(checkpoints: Checkpoints, engine: TorchEngine, config: RunConfig, step: int) -> None:
-    checkpoints.save(engine, step=step, samples=8 * step, config=dataclasses.asdict(config), data_digest="d")
+def url_in(folder: Path) -> str:
+    return str(folder / "checkpoints")
+
+
+def checkpoints_in(folder: Path | str, attempt: int = 1, **changes: object) -> Checkpoints:
+    url = folder if isinstance(folder, str) else url_in(folder)
+    return Checkpoints(url, ALONE, CPU, dataclasses.replace(SETTINGS, **changes), attempt)
+
+
+def begin(checkpoints: Checkpoints, engine: TorchEngine, config: RunConfig, step: int) -> None:
+    checkpoints.save(
+        engine,
+        step=step,
+        updates=step - 1,
+        samples=8 * step,
+        bits_per_dim=None,
+        config=dataclasses.asdict(config),
+        data_digest="d",
+    )
+
+
+def save(checkpoints: Checkpoints, engine: TorchEngine, config: RunConfig, step: int) -> Checkpoint | None:
+    begin(checkpoints, engine, config, step)
+    return checkpoints.complete()
+
+
+def saved(step: int, bits_per_dim: float | None = None) -> Checkpoint:
+    return Checkpoint(step, step, step, bits_per_dim, {}, "d", [])
 
 
 def silent(text: str) -> None:
@@ -48,10 +77,10 @@ def silent(text: str) -> None:
 
 def test_what_was_saved_is_what_is_read(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 3)
-    fs, (checkpoint,) = intact_of_run(str(tmp_path), 1)
-    assert (checkpoint.step, checkpoint.samples, checkpoint.data_digest) == (3, 24, "d")
+    store, (checkpoint,) = intact(url_in(tmp_path), 1)
+    assert (checkpoint.step, checkpoint.updates, checkpoint.samples, checkpoint.data_digest) == (3, 2, 24, "d")
     assert checkpoint.config["model"]["layers"] == config.model.layers
-    weights = read_weights(fs, [checkpoint], "raw")
+    weights = read_weights(store, [checkpoint], "raw")
     expected = engine._model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -72,7 +101,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     save(checkpoints, engine, config, 1)
     save(checkpoints, engine, config, 2)
     folder = tmp_path / "checkpoints/step-000000002"
-    manifest, data = folder / "manifest.json", folder / "rank-00000-of-00001.safetensors"
+    manifest, data = folder / "manifest.json", folder / "rank-00000-of-00001.attempt-1.safetensors"
     match damage:
         case "no manifest":
             manifest.unlink()
@@ -89,22 +118,140 @@ def test_a_damaged_checkpoint_is_passed_over(
     said: list[str] = []
     newest = checkpoints.newest(said.append)
     assert newest is not None and newest.step == 1
-    assert intact_of_run(str(tmp_path), 1)[1][0].step == 1
+    assert intact(url_in(tmp_path), 1)[1][0].step == 1
     assert ("step-000000002 is damaged" in "".join(said)) == (damage not in ("no manifest", "half a manifest"))
+
+
+def test_the_best_and_the_permanent_ones_are_kept_besides() -> None:
+    complete = [saved(10, 3.0), saved(20, 5.0), saved(30, 4.0), saved(40), saved(50, float("nan")), saved(60, 6.0)]
+    settings = dataclasses.replace(SETTINGS, keep_last=1, keep_best=2, keep_every_steps=20)
+    assert [checkpoint.step for checkpoint in to_keep(complete, settings)] == [10, 20, 30, 40, 60]
+    settings = dataclasses.replace(SETTINGS, keep_last=3)
+    assert [checkpoint.step for checkpoint in to_keep(complete, settings)] == [40, 50, 60]
+
+
+def test_written_in_the_background_it_holds_the_weights_of_the_moment_of_saving(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    checkpoints = checkpoints_in(tmp_path, background=True)
+    expected = {name: weight.clone() for name, weight in engine._model.state_dict().items()}
+    begin(checkpoints, engine, config, 1)
+    with torch.no_grad():
+        for parameter in engine._model.parameters():
+            parameter.fill_(7.0)
+    assert list_complete(Store(url_in(tmp_path), 1.0)) == []  # nothing is offered before all ranks agree
+    complete = checkpoints.complete()
+    assert complete is not None and complete.step == 1 and checkpoints.is_written()
+    weights = read_weights(*intact(url_in(tmp_path), 1), "raw")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_two_attempts_at_one_step_leave_a_complete_checkpoint_whichever_is_last(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    old, new = checkpoints_in(tmp_path, attempt=1), checkpoints_in(tmp_path, attempt=2)
+    begin(old, engine, config, 5)
+    save(new, engine, config, 5)
+    assert intact(url_in(tmp_path), 1)[1][0].files[0]["name"].endswith("attempt-2.safetensors")
+    old.complete()
+    assert intact(url_in(tmp_path), 1)[1][0].files[0]["name"].endswith("attempt-1.safetensors")
+
+
+def test_what_killed_attempts_left_is_cleared_away(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    begin(checkpoints_in(tmp_path), engine, config, 4)  # killed before its manifest
+    save(checkpoints_in(tmp_path, attempt=2), engine, config, 5)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_costs_checkpoints_and_keeps_the_last_good_one(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(small)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine forbids mounting")
+    try:
+        checkpoints = checkpoints_in(small)
+        assert save(checkpoints, engine, config, 1) is not None
+        (small / "filler").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_bsize))
+        for step in (2, 3):
+            assert save(checkpoints, engine, config, step) is None
+        assert "step-000000002 was not written" in caplog.text and "disk is full" in caplog.text
+        with pytest.raises(CheckpointError, match="3th failure in a row"):
+            save(checkpoints, engine, config, 4)
+        assert intact(url_in(small), 1)[1][0].step == 1
+        (small / "filler").unlink()
+        assert save(checkpoints, engine, config, 5) is not None
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_checkpoints_on_s3(
+    engine: TorchEngine, config: RunConfig, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{s3_server.make_bucket()}/run/checkpoints"
+    checkpoints = checkpoints_in(url, background=True, keep_last=1)
+    for step in (1, 2):
+        assert save(checkpoints, engine, config, step) is not None
+    store, (newest,) = intact(url, 2)
+    assert newest.step == 2 and read_weights(store, [newest], "raw")
+    with pytest.raises(CheckpointError, match="s3://not-there/checkpoints: holds no complete checkpoint"):
+        intact("s3://not-there/checkpoints", 1)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    path = tmp_path / "checkpoints/step-000000001/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][0]["name"] = "../../secret.safetensors"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        intact(url_in(tmp_path), 1)
+
+
+def test_a_tampered_file_with_a_matching_manifest_is_refused_without_running_it(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    folder = tmp_path / "checkpoints/step-000000001"
+    executed = tmp_path / "executed"
+    for content in (pickle.dumps(Payload(executed)), (2**62).to_bytes(8, "little") + b"{}", b""):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        entry = manifest["files"][0]
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / entry["name"]).write_bytes(content)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match="attempt-1.safetensors"):
+            read_weights(*intact(url_in(tmp_path), 1), "raw")
+    assert not executed.exists()
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
 
 
 def test_a_run_without_checkpoints_is_told_so(tmp_path: Path) -> None:
     assert checkpoints_in(tmp_path).newest(silent) is None
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        intact_of_run(str(tmp_path), 1)
+        intact(url_in(tmp_path), 1)
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     path = tmp_path / "checkpoints/step-000000001/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
-    with pytest.raises(CheckpointError, match="checkpoint format 7; this version reads 1"):
-        intact_of_run(str(tmp_path), 1)
+    with pytest.raises(CheckpointError, match="checkpoint format 7 and this version of the trainer reads 2"):
+        intact(url_in(tmp_path), 1)
 
 
 def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
@@ -117,14 +264,14 @@ def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
             parameter.fill_(value)
         save(checkpoints, engine, config, step)
     for count, mean in ((1, 3.0), (2, 2.0), (5, 13 / 3)):
-        weights = read_weights(*intact_of_run(str(tmp_path), count), "avg")
+        weights = read_weights(*intact(url_in(tmp_path), count), "avg")
         torch.testing.assert_close(weights[name], torch.full_like(parameter, mean).detach())
 
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     with pytest.raises(CheckpointError, match=r"optimizer.ema_decay was 0"):
-        read_weights(*intact_of_run(str(tmp_path), 1), "ema")
+        read_weights(*intact(url_in(tmp_path), 1), "ema")
 
 
 def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Path) -> None:
@@ -149,11 +296,11 @@ def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Pa
     for wait in range(20):
         time.sleep(0.003 * wait)
         process.send_signal(signal.SIGSTOP)  # as if killed here: what is on the disk now is what a restart finds
-        fs, (checkpoint,) = intact_of_run(str(tmp_path), 1)
-        assert read_weights(fs, [checkpoint], "raw")
-        assert len(list_complete(fs, f"{tmp_path}/checkpoints")) >= 1
+        store, (checkpoint,) = intact(url_in(tmp_path), 1)
+        assert read_weights(store, [checkpoint], "raw")
+        assert len(list_complete(store)) >= 1
         process.send_signal(signal.SIGCONT)
     process.kill()
     process.wait()
     os.sync()
-    assert intact_of_run(str(tmp_path), 1)[1][0].step >= 1
+    assert intact(url_in(tmp_path), 1)[1][0].step >= 1

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.image_transformer import ImageTransformer
 from models.likelihood import nats
@@ -41,7 +43,11 @@ def tiny(stage: int, precision: str, **changes: object) -> RunConfig:
 
 def new_model(config: RunConfig) -> ImageTransformer:
     torch.manual_seed(1)
-    return ImageTransformer(config.model, checkpoint_every_layers=config.train.activation_checkpoint_every_layers)
+    return ImageTransformer(
+        config.model,
+        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+    )
 
 
 def losses(engine: Engine, steps: range) -> list[float]:
@@ -68,6 +74,84 @@ def test_every_stage_gives_the_losses_of_plain_torch(device: torch.device, stage
     engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
     assert losses(engine, range(8)) == pytest.approx(oracle, abs=1e-5)
     assert oracle[-1] < oracle[0] - 0.05  # the weights do move
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(("every", "keeps_attention"), [(1, False), (2, False), (1, True)])
+def test_recomputed_layers_give_the_same_losses(
+    device: torch.device, stage: int, every: int, keeps_attention: bool
+) -> None:
+    plain = tiny(stage, "fp32", **{"train.activation_checkpoint_every_layers": 0})
+    oracle = losses(TorchEngine(new_model(plain), plain), range(4))
+    changes = {
+        "train.activation_checkpoint_every_layers": every,
+        "train.activation_checkpoint_keeps_attention": keeps_attention,
+    }
+    config = tiny(stage, "fp32", **changes)
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    assert losses(engine, range(4)) == pytest.approx(oracle, abs=1e-5)
+
+
+class AttentionCalls(TorchDispatchMode):
+    """Counts how often attention is really computed: a mode around the one that hands out kept results."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: object, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += "scaled_dot_product" in str(op) and "backward" not in str(op)
+        return op(*arguments, **(keywords or {}))
+
+
+def test_selective_recomputation_computes_attention_once() -> None:
+    def calls(**checkpointing: Any) -> int:
+        model = ImageTransformer(tiny(0, "fp32").model, **checkpointing).train()
+        with AttentionCalls() as counter:
+            model(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), None, None).sum().backward()
+        return counter.count
+
+    once = calls()
+    assert once > 0
+    assert calls(checkpoint_every_layers=1) == 2 * once
+    assert calls(checkpoint_every_layers=1, checkpoint_keeps_attention=True) == once
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")])
+def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(
+    device: torch.device, stage: int, precision: str
+) -> None:
+    config = tiny(stage, precision)
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(engine, range(2))
+    assert engine.outcome() == "applied"
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
+    images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    for factor in (float("nan"), 1.0):
+        engine.backward(engine.forward(images, None, None).mean() * factor)
+        engine.step(0.003)
+    assert engine.outcome() == "skipped"
+    for name, state in engine.state():
+        assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
+    losses(engine, range(2, 3))
+    assert engine.outcome() == "applied"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_in_host_memory_gives_the_same_losses(device: torch.device, stage: int) -> None:
+    config = tiny(stage, "bf16")
+    oracle = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(4))
+    offloaded = tiny(
+        stage,
+        "bf16",
+        **{"train.offload_optimizer": "cpu", "train.offload_parameters": "cpu" if stage == 3 else "none"},
+    )
+    engine = DeepSpeedEngine(new_model(offloaded), offloaded, ALONE, device)
+    assert losses(engine, range(4)) == pytest.approx(oracle, abs=1e-3)
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in engine.state()]
+    second = DeepSpeedEngine(new_model(offloaded), offloaded, ALONE, device)
+    second.load_state(states, updates=4)
+    assert losses(second, range(4, 6)) == pytest.approx(losses(engine, range(4, 6)), abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -132,8 +216,9 @@ def test_the_average_of_the_weights_is_that_of_torch(device: torch.device, stage
         torch.testing.assert_close(state["ema"], expected[name].detach(), atol=1e-5, rtol=0)
 
 
-def test_the_gradient_norm_is_that_of_plain_torch(device: torch.device) -> None:
-    config = tiny(2, "fp32")
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_gradient_norm_is_that_of_plain_torch(device: torch.device, stage: int) -> None:
+    config = tiny(stage, "fp32")
     oracle, engine = TorchEngine(new_model(config), config), DeepSpeedEngine(new_model(config), config, ALONE, device)
     losses(oracle, range(2))
     losses(engine, range(2))

@@ -1,45 +1,58 @@
 """What is in a checkpoint, when is it complete, and which one does a run go on from?
 
 A checkpoint is a folder `step-000001000/` of safetensors files, one written by each rank, and a `manifest.json`
-written last. It holds full fp32 tensors (weights, Adam's moments, the average of the weights), never shards of
-them, so it loads at any world size and ZeRO stage, and nothing in it can execute code. A folder without a
-manifest, or whose files differ from it, is not a checkpoint.
+written last. It holds full fp32 tensors (weights, the optimizer's moments, the average of the weights), never shards
+of them, so it loads at any world size and ZeRO stage, and nothing in it can execute code. A folder without a
+manifest, or whose files differ from it, is not a checkpoint. There is no pointer to the newest one that could lie.
 """
 
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
+import math
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import fsspec
+import safetensors
 import safetensors.torch
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from data_pipeline.storage import DataError, Store
+from trainer.config import CheckpointConfig, RunConfig
 from trainer.engine import Engine, State
-from trainer.ranks import Ranks, all_sum, barrier, from_rank_0
+from trainer.ranks import Ranks, all_sum, from_all_ranks, from_rank_0
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+STORE_DEADLINE_SECONDS = 120.0
+FAILURES_IN_A_ROW = 3
+"""So many checkpoints may fail one after the other before the run ends: longer, and its work is at risk."""
 Weights = Literal["raw", "ema", "avg"]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the text says which and why."""
+    """A checkpoint cannot be used or written; the text says which and why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder and what its manifest says."""
+    """A complete checkpoint, as its manifest says."""
 
-    folder: str
     step: int
+    """Updates attempted: the position on every curve and in the learning rate's schedule."""
+    updates: int
+    """Updates applied: what Adam's bias correction counts. Fewer than `step` after skipped ones."""
     samples: int
     """Training samples consumed: the whole state of the data stream."""
+    bits_per_dim: float | None
+    """Validation bits/dim of these weights, if they were evaluated during training."""
     config: dict[str, Any]
     """The run's resolved config, by section."""
     data_digest: str
@@ -47,112 +60,225 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        return self.folder.rsplit("/", 1)[-1]
+        return f"step-{self.step:09d}"
+
+
+def checkpoints_url(run_dir: str, config: RunConfig) -> str:
+    """Where the checkpoints of the run in `run_dir` are."""
+    return config.checkpoint.url or f"{run_dir}/checkpoints"
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder or under any fsspec URL. All methods are collective."""
+    """The checkpoints of one run, in a folder or under any URL that the data pipeline can open."""
 
-    def __init__(self, url: str, ranks: Ranks, device: torch.device, keep_last: int) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(url)
-        self._ranks, self._device, self._keep_last = ranks, device, keep_last
+    def __init__(self, url: str, ranks: Ranks, device: torch.device, settings: CheckpointConfig, attempt: int) -> None:
+        """`attempt` is in the names of files: two attempts that overlap (a node that was lost and came back) write
+        different files, and whichever manifest comes last is complete."""
+        self._store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
+        self._ranks, self._device, self._settings, self._attempt = ranks, device, settings, attempt
+        self._writing: _Writing | None = None
+        self._failures = 0
 
-    def save(self, engine: Engine, *, step: int, samples: int, config: dict[str, Any], data_digest: str) -> None:
-        """Write one checkpoint, then delete the oldest ones beyond `keep_last`."""
-        folder = f"{self._root}/step-{step:09d}"
-        if self._ranks.rank == 0:
-            _remove(self._fs, folder)  # left by an attempt that was killed while it wrote
-            self._fs.makedirs(folder, exist_ok=True)
-        barrier()
-        name = f"rank-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.safetensors"
+    def save(
+        self,
+        engine: Engine,
+        *,
+        step: int,
+        updates: int,
+        samples: int,
+        bits_per_dim: float | None,
+        config: dict[str, Any],
+        data_digest: str,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Copy the state to the host and begin to write it; collective. `is_written` and `complete` finish it.
+
+        Training may go on at once: what is written are copies. Raises CheckpointError as `complete` does.
+        """
+        self.complete()  # never two at once
         tensors: dict[str, Tensor] = {}
         for index, (parameter, state) in enumerate(engine.state()):
             if index % self._ranks.world_size == self._ranks.rank:
                 # Contiguous copies on the host: the gathered tensors are gone at the next step of the iterator.
                 tensors |= {f"{parameter}|{key}": v.float().cpu().clone() for key, v in state.items()}
-        content = safetensors.torch.save(tensors)
-        _write(self._fs, f"{folder}/{name}", content)
-        entry = {"name": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        files = _from_all_ranks(entry, self._ranks.world_size)
-        if self._ranks.rank == 0:
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "samples": samples,
-                "data_digest": data_digest,
-                "config": config,
-                "files": files,
-            }
-            _write(self._fs, f"{folder}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
-            for old in list_complete(self._fs, self._root)[: -self._keep_last]:
-                _remove(self._fs, old.folder)
-        barrier()
+            alive()
+        checkpoint = Checkpoint(step, updates, samples, bits_per_dim, config, data_digest, files=[])
+        name = f"rank-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.attempt-{self._attempt}.safetensors"
+        self._writing = _Writing(self._store, checkpoint, name, tensors)
+        if self._settings.background:
+            self._writing.start()
+        else:
+            self._writing.run()
 
-    def newest(self, log: Any) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is right; damaged ones are passed over with one call of `log`."""
-        candidates = from_rank_0(list_complete(self._fs, self._root) if self._ranks.rank == 0 else None)
+    def is_written(self) -> bool:
+        """Whether this rank has nothing more to write."""
+        return self._writing is None or not self._writing.is_alive()
+
+    def complete(self) -> Checkpoint | None:
+        """Wait for all ranks' files and write the manifest; the checkpoint that is complete now, None if there was
+        nothing to do or it failed. Collective.
+
+        Then deletes what need not be kept. Raises CheckpointError after several failures in a row; a single one is a
+        warning, and the checkpoints before it stay.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        if writing.ident is not None:
+            writing.join()
+        entries = from_all_ranks(writing.result)
+        problem = next((entry for entry in entries if isinstance(entry, str)), None)
+        checkpoint = Checkpoint(**(asdict(writing.checkpoint) | {"files": entries}))
+        if problem is None:
+            problem = from_rank_0(self._commit(checkpoint) if self._ranks.rank == 0 else None)
+        if problem is None:
+            self._failures = 0
+            return checkpoint
+        self._failures += 1
+        text = f"checkpoint {checkpoint.name} was not written: {problem}"
+        if self._failures >= FAILURES_IN_A_ROW:
+            raise CheckpointError(f"{text}; that was the {self._failures}th failure in a row")
+        if self._ranks.rank == 0:
+            log.warning("%s; training goes on, and the checkpoints before it stay", text)
+        return None
+
+    def newest(self, note: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is right, agreed by all ranks; damaged ones are passed over with
+        one call of `note`. Collective."""
+        candidates = from_rank_0(list_complete(self._store) if self._ranks.rank == 0 else None)
         for checkpoint in reversed(candidates):
-            damage = self._damage(checkpoint)
-            if damage is None:
+            mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
+            wrong = [file["name"] for file in mine if not _is_intact(self._store, checkpoint, file)]
+            count = int(all_sum(torch.tensor([float(len(wrong))], device=self._device)).item())
+            if count == 0:
                 return checkpoint
-            log(f"checkpoint {checkpoint.name} is damaged ({damage}); trying an older one")
+            note(
+                f"checkpoint {checkpoint.name} is damaged ({count} of {len(checkpoint.files)} files); "
+                "trying an older one"
+            )
         return None
 
     def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's weights and optimizer state into the engine."""
-        engine.load_state(read_states(self._fs, checkpoint), checkpoint.step)
+        """Put a checkpoint's weights and optimizer state into the engine; collective."""
+        engine.load_state(read_states(self._store, checkpoint), checkpoint.updates)
 
-    def _damage(self, checkpoint: Checkpoint) -> str | None:
-        """What is wrong with a checkpoint, agreed by all ranks, each of which reads its share of the files."""
-        mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
-        wrong = [file["name"] for file in mine if not _is_intact(self._fs, checkpoint.folder, file)]
-        count = int(all_sum(torch.tensor([float(len(wrong))], device=self._device)).item())
-        return f"{count} of {len(checkpoint.files)} files" if count else None
-
-
-def list_complete(fs: fsspec.AbstractFileSystem, root: str) -> list[Checkpoint]:
-    """Checkpoints under `root` that have a readable manifest, oldest first."""
-    fs.invalidate_cache()
-    if not fs.exists(root):
-        return []
-    found = []
-    for folder in sorted(fs.ls(root, detail=False)):
+    def _commit(self, checkpoint: Checkpoint) -> str | None:
+        """Make a written checkpoint complete, then tidy up; on rank 0. Returns what went wrong."""
+        manifest = {"format_version": FORMAT_VERSION} | asdict(checkpoint)
         try:
-            manifest = json.loads(fs.cat_file(f"{folder}/{MANIFEST}"))
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            self._store.write(f"{checkpoint.name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+        except DataError as error:
+            return str(error)
+        try:
+            self._tidy(checkpoint)
+        except DataError as error:  # untidy, and safe
+            log.warning("old checkpoints stay: %s", error)
+        return None
+
+    def _tidy(self, newest: Checkpoint) -> None:
+        """Delete checkpoints that need not be kept, and older folders that killed attempts left without a manifest.
+
+        Other files in the newest folder stay: an older attempt that still runs may complete them.
+        """
+        complete = list_complete(self._store)
+        kept = {checkpoint.name for checkpoint in to_keep(complete, self._settings)} | {newest.name}
+        names = {checkpoint.name for checkpoint in complete}
+        for folder in self._store.names():
+            if not _STEP_FOLDER.fullmatch(folder) or folder in kept:
+                continue
+            if folder in names or folder < newest.name:  # a newer one without a manifest may be an attempt at work
+                remove(self._store, folder)
+
+
+class _Writing(threading.Thread):
+    """One rank's file of one checkpoint on its way to the store."""
+
+    def __init__(self, store: Store, checkpoint: Checkpoint, name: str, tensors: dict[str, Tensor]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.checkpoint = checkpoint
+        self.result: dict[str, Any] | str = "it was never begun"
+        """The manifest's entry of the file, or what went wrong."""
+        self._store, self._name, self._tensors = store, name, tensors
+
+    def run(self) -> None:
+        try:
+            content = safetensors.torch.save(self._tensors)
+            self._tensors = {}
+            self._store.write(f"{self.checkpoint.name}/{self._name}", content)
+            digest = hashlib.sha256(content).hexdigest()
+            self.result = {"name": self._name, "bytes": len(content), "sha256": digest}
+        except Exception as error:  # noqa: BLE001 (of a thread: told to the others by `complete`)
+            self.result = str(error) or type(error).__name__
+
+
+def to_keep(complete: list[Checkpoint], settings: CheckpointConfig) -> list[Checkpoint]:
+    """Of complete checkpoints, oldest first, those that the settings keep: newest, best and permanent ones."""
+    evaluated = [c for c in complete if c.bits_per_dim is not None and math.isfinite(c.bits_per_dim)]
+    best = sorted(evaluated, key=lambda c: (c.bits_per_dim, -c.step))[: settings.keep_best]
+    every = settings.keep_every_steps
+    return [
+        c
+        for index, c in enumerate(complete)
+        if index >= len(complete) - settings.keep_last or c in best or (every and c.step % every == 0)
+    ]
+
+
+def list_complete(store: Store) -> list[Checkpoint]:
+    """Checkpoints of a store that have a readable manifest, oldest first.
+
+    Raises CheckpointError for one written by a later version, DataError if the store cannot be read.
+    """
+    found = []
+    for folder in store.names():
+        if not _STEP_FOLDER.fullmatch(folder) or not store.exists(f"{folder}/{MANIFEST}"):
             continue  # being written, or killed while written
-        if manifest["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder}: was written in checkpoint format {manifest['format_version']}; "
-                f"this version reads {FORMAT_VERSION}"
-            )
-        del manifest["format_version"]
-        found.append(Checkpoint(folder=folder.rstrip("/"), **manifest))
+        try:
+            manifest = json.loads(store.read(f"{folder}/{MANIFEST}"))
+            version = manifest.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{store.url_of(folder)} was written in checkpoint format {version} and this version of the "
+                    f"trainer reads {FORMAT_VERSION}: use the version that wrote it, or another run.dir"
+                )
+            checkpoint = Checkpoint(**manifest)
+            if checkpoint.name == folder and all(_FILE_NAME.fullmatch(file["name"]) for file in checkpoint.files):
+                found.append(checkpoint)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, DataError):
+                raise
+            log.warning("%s has a damaged manifest and is passed over", store.url_of(folder))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def intact_of_run(run_dir: str, count: int) -> tuple[fsspec.AbstractFileSystem, list[Checkpoint]]:
-    """The newest `count` complete and undamaged checkpoints of a run, newest first, for tools of one process.
+def intact(url: str, count: int) -> tuple[Store, list[Checkpoint]]:
+    """The newest `count` complete and undamaged checkpoints at a URL, newest first, for tools of one process.
 
     Raises CheckpointError if there is none.
     """
-    fs, root = fsspec.core.url_to_fs(f"{run_dir}/checkpoints")
-    intact = (
+    store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
+    good = (
         checkpoint
-        for checkpoint in reversed(list_complete(fs, root))
-        if all(_is_intact(fs, checkpoint.folder, file) for file in checkpoint.files)
+        for checkpoint in reversed(list_complete(store))
+        if all(_is_intact(store, checkpoint, file) for file in checkpoint.files)
     )
-    if found := list(itertools.islice(intact, count)):
-        return fs, found
-    raise CheckpointError(
-        f"{run_dir}: holds no complete checkpoint; is it the folder of a run (run.dir of its config)?"
-    )
+    if found := list(itertools.islice(good, count)):
+        return store, found
+    raise CheckpointError(f"{url}: holds no complete checkpoint; is it of the right run (run.dir of its config)?")
 
 
-def read_states(fs: fsspec.AbstractFileSystem, checkpoint: Checkpoint) -> Iterator[tuple[str, State]]:
-    """Each parameter's name and full state, in the same order on every rank, one file in memory at a time."""
+def read_states(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, State]]:
+    """Each parameter's name and full state, in the same order on every rank, one file in memory at a time.
+
+    Raises CheckpointError for a file that is not what its manifest says.
+    """
     for file in checkpoint.files:
-        tensors = safetensors.torch.load(fs.cat_file(f"{checkpoint.folder}/{file['name']}"))
+        content = store.read(f"{checkpoint.name}/{file['name']}")
+        if hashlib.sha256(content).hexdigest() != file["sha256"]:
+            raise CheckpointError(f"{store.url_of(checkpoint.name)}/{file['name']} changed while it was read")
+        try:
+            tensors = safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{store.url_of(checkpoint.name)}/{file['name']}: {error}") from error
         states: dict[str, State] = {}
         for key in sorted(tensors):
             parameter, _, kind = key.partition("|")
@@ -160,7 +286,7 @@ def read_states(fs: fsspec.AbstractFileSystem, checkpoint: Checkpoint) -> Iterat
         yield from states.items()
 
 
-def read_weights(fs: fsspec.AbstractFileSystem, checkpoints: list[Checkpoint], weights: Weights) -> dict[str, Tensor]:
+def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) -> dict[str, Tensor]:
     """A model's `state_dict` from a run's checkpoints, newest first.
 
     raw: the newest weights. ema: their moving average; raises CheckpointError if none was kept. avg: the mean of the
@@ -169,46 +295,30 @@ def read_weights(fs: fsspec.AbstractFileSystem, checkpoints: list[Checkpoint], w
     if weights == "avg":
         sums: dict[str, Tensor] = {}
         for checkpoint in checkpoints:
-            for name, state in read_states(fs, checkpoint):
+            for name, state in read_states(store, checkpoint):
                 sums[name] = sums[name] + state["weight"] if name in sums else state["weight"]
         return {name: total / len(checkpoints) for name, total in sums.items()}
     kind = "ema" if weights == "ema" else "weight"
-    states = dict(read_states(fs, checkpoints[0]))
+    states = dict(read_states(store, checkpoints[0]))
     if any(kind not in state for state in states.values()):
-        raise CheckpointError(f"{checkpoints[0].folder}: holds no average of the weights (optimizer.ema_decay was 0)")
+        raise CheckpointError(
+            f"{store.url_of(checkpoints[0].name)}: holds no average of the weights (optimizer.ema_decay was 0)"
+        )
     return {name: state[kind] for name, state in states.items()}
 
 
-def _is_intact(fs: fsspec.AbstractFileSystem, folder: str, file: dict[str, Any]) -> bool:
-    try:
-        content = fs.cat_file(f"{folder}/{file['name']}")
-    except FileNotFoundError:
-        return False
-    return len(content) == file["bytes"] and hashlib.sha256(content).hexdigest() == file["sha256"]
-
-
-def _from_all_ranks(value: dict[str, Any], world_size: int) -> list[dict[str, Any]]:
-    if world_size == 1:
-        return [value]
-    values: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _write(fs: fsspec.AbstractFileSystem, path: str, content: bytes) -> None:
-    """Write a file; on a local disk it has reached the disk when this returns."""
-    if not isinstance(fs, LocalFileSystem):
-        fs.pipe_file(path, content)
-        return
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove(fs: fsspec.AbstractFileSystem, folder: str) -> None:
+def remove(store: Store, folder: str) -> None:
     """Delete a checkpoint, manifest first, so that one half deleted is no longer complete."""
-    if fs.exists(f"{folder}/{MANIFEST}"):
-        fs.rm_file(f"{folder}/{MANIFEST}")
-    if fs.exists(folder):
-        fs.rm(folder, recursive=True)
+    store.remove(f"{folder}/{MANIFEST}")
+    store.remove(folder)
+
+
+_STEP_FOLDER = re.compile(r"step-[0-9]{9}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*\.safetensors")  # no way out of the folder
+
+
+def _is_intact(store: Store, checkpoint: Checkpoint, file: dict[str, Any]) -> bool:
+    if not store.exists(f"{checkpoint.name}/{file['name']}"):
+        return False
+    content = store.read(f"{checkpoint.name}/{file['name']}")
+    return len(content) == file["bytes"] and hashlib.sha256(content).hexdigest() == file["sha256"]

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -18,8 +19,9 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from models.layer import Layer
 from trainer.config import ConfigError, RunConfig
-from trainer.engine import State
+from trainer.engine import Outcome, State
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import build_optimizer
 from trainer.ranks import Ranks
@@ -37,6 +39,14 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**62,  # our own progress line replaces DeepSpeed's
         "zero_optimization": {"stage": train.zero_stage, "overlap_comm": on_gpu and train.zero_stage >= 2},
     }
+    for what, where in (("offload_optimizer", train.offload_optimizer), ("offload_param", train.offload_parameters)):
+        if where != "none":
+            block = {"device": where, "pin_memory": on_gpu}
+            dictionary["zero_optimization"][what] = block | (
+                {"nvme_path": train.offload_dir} if where == "nvme" else {}
+            )
+            # torch's fused AdamW, as everywhere; DeepSpeed's own one is compiled at the first start.
+            dictionary["zero_force_ds_cpu_optimizer"] = False
     if train.precision == "bf16":
         # Micro-batch gradients are added in fp32: in bf16, 8 bits of mantissa lose the small ones.
         dictionary |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -86,11 +96,18 @@ class DeepSpeedEngine:
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
         self.device = device
         self.accumulation_steps = accumulation_steps(config, ranks.world_size)
+        self._outcome: Outcome = "applied"
+        self._gradient_norm: float | None = None
+        if config.train.compile:
+            for module in model.modules():
+                if isinstance(module, Layer):
+                    module.compile()
         self._optimizer = build_optimizer(model, config.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
         )
         self._sharded = config.train.zero_stage > 0
+        self._fp16 = config.train.precision == "fp16"
         self._blank = blank_inputs(config.model, device)
 
     def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
@@ -103,11 +120,36 @@ class DeepSpeedEngine:
     def step(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return
+        if not self._sharded:
+            self._step_unsharded()
+            return
         self._engine.step()
+        self._gradient_norm = float(self._engine.get_global_grad_norm())
+        if self._engine.was_step_applied():
+            self._outcome = "applied"
+        else:
+            searching = self._fp16 and float(self._engine.optimizer.loss_scale) > 1
+            self._outcome = "rescaled" if searching else "skipped"
+
+    def _step_unsharded(self) -> None:
+        """Stage 0, where DeepSpeed neither tells the norm nor leaves out an update that would destroy the weights."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        self._gradient_norm = float(nn.utils.get_total_norm(gradients))
+        self._outcome = "applied" if math.isfinite(self._gradient_norm) else "skipped"
+        if self._outcome == "applied":
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+            self._engine.micro_steps += 1  # what else `step` counts, its schedules and monitors use, and we do not
+
+    def outcome(self) -> Outcome:
+        return self._outcome
 
     def gradient_norm(self) -> float | None:
-        norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return self._gradient_norm
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)

@@ -1,7 +1,8 @@
 """What does the training loop need of an engine, and what is the plainest one?"""
 
+import math
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from trainer.optimizer import build_optimizer
 State = dict[str, Tensor]
 """fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq`,
 and `ema` where an average of the weights is kept."""
+
+
+Outcome = Literal["applied", "rescaled", "skipped"]
+"""Of an update: made; left out by fp16 to find a loss scale; left out because a gradient was not finite."""
 
 
 class Engine(Protocol):
@@ -32,8 +37,12 @@ class Engine(Protocol):
         """Call after each backward; updates the weights after every `accumulation_steps` of them; collective."""
         ...
 
+    def outcome(self) -> Outcome:
+        """What became of the last update, the same on all ranks: one with a gradient that is not finite is left out."""
+        ...
+
     def gradient_norm(self) -> float | None:
-        """Global gradient norm before clipping of the last update, None where the engine does not know it."""
+        """Global gradient norm before clipping of the last update, None before the first."""
         ...
 
     def train(self, mode: bool) -> None:
@@ -60,6 +69,7 @@ class TorchEngine:
         self._clip = config.optimizer.clip_grad_norm
         self._micro_steps = 0
         self._gradient_norm: float | None = None
+        self._outcome: Outcome = "applied"
 
     def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
         parameters: Tensor = self._model(images, labels, condition)
@@ -74,10 +84,15 @@ class TorchEngine:
             return
         norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf"))
         self._gradient_norm = float(norm)
+        self._outcome = "applied" if math.isfinite(self._gradient_norm) else "skipped"
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        if self._outcome == "applied":
+            self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def outcome(self) -> Outcome:
+        return self._outcome
 
     def gradient_norm(self) -> float | None:
         return self._gradient_norm

@@ -1,7 +1,8 @@
 """Which exit code does each way of ending have, and what does the user read?
 
-0 finished · 2 usage or config · 65 bad data · 69 a service is missing · 70 our bug · 74 checkpoint I/O ·
-75 stopped on request, run the same command to go on · 76 diverged · 130 Ctrl-C outside of training.
+0 finished · 2 usage or config · 65 bad data · 69 a service is missing · 70 our bug, or starts without progress ·
+73 the run's folder is in use or full · 74 checkpoint I/O · 75 stopped on request, run the same command to go on ·
+76 diverged · 77 a newer attempt has taken over · 78 a rank hangs or is lost · 130 Ctrl-C outside of training.
 The launcher loses exit codes and signals, so `run_state.json` in the run's folder says the same.
 """
 
@@ -13,7 +14,8 @@ from data_pipeline.storage import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 
-FINISHED, USAGE, BUG, CHECKPOINT, STOPPED, DIVERGED, INTERRUPTED = 0, 2, 70, 74, 75, 76, 130
+FINISHED, USAGE, BUG, IN_USE, CHECKPOINT, STOPPED, DIVERGED = 0, 2, 70, 73, 74, 75, 76
+SUPERSEDED, HANG, INTERRUPTED = 77, 78, 130
 
 
 class UsageError(ValueError):
@@ -24,23 +26,47 @@ class Diverged(RuntimeError):
     """The loss is no longer a number."""
 
 
+class RunInUse(RuntimeError):
+    """Another job writes to the run's folder."""
+
+
+class Superseded(RuntimeError):
+    """A newer attempt at the run has taken over."""
+
+
+class LostRank(RuntimeError):
+    """Another rank of the job is gone or failed; the job ends with that one's exit code."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+class NoProgress(RuntimeError):
+    """The run was started again and again and got no further."""
+
+
 def code_of(error: BaseException) -> int:
     """The exit code of an error; BUG for one that nobody foresaw."""
     match error:
         case ConfigError() | UsageError():
             return USAGE
-        case DataError():
+        case DataError() | LostRank():
             return error.exit_code
         case CheckpointError():
             return CHECKPOINT
         case Diverged():
             return DIVERGED
+        case RunInUse():
+            return IN_USE
+        case Superseded():
+            return SUPERSEDED
     return BUG
 
 
 def report(error: BaseException, code: int) -> None:
     """Print an error on stderr: its sentence, or the traceback of a bug."""
-    if code == BUG:
+    if code == BUG and not isinstance(error, NoProgress | LostRank):
         traceback.print_exception(error)
     else:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

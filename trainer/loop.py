@@ -1,95 +1,257 @@
 """What happens at each step of training, in order?"""
 
+import dataclasses
 import math
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
 from models.likelihood import nats
+from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
+from trainer.divergence import SkipCounter, SpikeAlarm
 from trainer.engine import Engine
-from trainer.exit_codes import Diverged
-from trainer.metrics import Meter
+from trainer.exit_codes import Diverged, Superseded
+from trainer.metrics import Meter, work_of
 from trainer.model_inputs import model_inputs
 from trainer.optimizer import learning_rate
+from trainer.preemption import StopRequest
+from trainer.profiler import StepProfiler
 from trainer.progress import Progress
-from trainer.tracking import Tracker
+from trainer.ranks import Ranks, from_all_ranks
+from trainer.tracking import RunFiles, Tracker
+from trainer.watchdog import Watchdog
+
+SAVED_SKIPPED_BATCHES = 10
+"""Batches of skipped updates that an attempt keeps for a look at them."""
 
 
-def train(
-    config: RunConfig,
-    engine: Engine,
-    batches: Iterator[Batch],
-    evaluate: Callable[[int | None], dict[str, float]],
-    save: Callable[[int, int], None],
-    tracker: Tracker,
-    progress: Progress,
-    stop_requested: Callable[[], bool],
-    *,
-    rank: int,
-    step: int,
-    samples: int,
-) -> tuple[int, bool]:
-    """Train from `step` updates and `samples` images to the end or to a requested stop.
+class Interrupted(Exception):
+    """All ranks agreed to stop in the middle of an evaluation."""
 
-    `evaluate` scores so many validation images (None: all), `save` writes a checkpoint of (step, samples).
-    Returns the updates done and whether that is the end. Raises Diverged when the loss is not a number.
+
+@dataclass
+class TrainingState:
+    """How far the training is: all that a resumed run needs beside the engine's tensors."""
+
+    step: int = 0
+    """Updates attempted."""
+    updates: int = 0
+    """Updates applied."""
+    samples: int = 0
+    """Training images consumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The parts of one training job, built by `trainer/run.py`."""
+
+    config: RunConfig
+    ranks: Ranks
+    engine: Engine
+    batches: Iterator[Batch]
+    images_per_epoch: int
+    data_digest: str
+    evaluate: Callable[[int | None], dict[str, float]]
+    """Scores so many validation images (None: all); raises Interrupted. Collective."""
+    draw_samples: Callable[[int], None]
+    """Draws a grid of images after so many steps and records it. Collective."""
+    checkpoints: Checkpoints
+    files: RunFiles
+    tracker: Tracker
+    progress: Progress
+    stop: StopRequest
+    superseded: Callable[[], bool]
+    """Whether a newer attempt writes to the run's folder."""
+    watchdog: Watchdog
+    profiler: StepProfiler
+
+
+def train(job: Job, state: TrainingState) -> bool:
+    """Train on from `state`, which is kept current. True at the end, False after a requested stop.
+
+    Raises Diverged when gradients stay non-finite, Superseded when a newer attempt has taken over, CheckpointError when
+    checkpoints cannot be written any more.
     """
-    settings = config.train
-    meter = Meter(engine.device)
-    progress.start(step)
-    engine.train(True)
-    if step == 0:
-        tracker.log(0, evaluate(config.evaluate.images))
-    while step < settings.steps:
-        meter.restart_clock()
-        torch.manual_seed(_dropout_seed(config.run.seed, step, rank))
-        rate = learning_rate(config.optimizer, step, settings.steps)
-        for _ in range(engine.accumulation_steps):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            meter.waited(waiting)
-            meter.add(micro_step(engine, config, batch, rate))
-        step += 1
-        samples += settings.global_batch_images
-        meter.step_done(settings.global_batch_images)
+    settings = job.config.train
+    meter = Meter(job.engine.device, work_of(job.config, job.ranks.world_size, job.engine.device))
+    skips, alarm = SkipCounter(job.config.limits.skipped_updates), SpikeAlarm(job.config.limits.loss_spike)
+    job.progress.start(state.step)
+    job.engine.train(True)
+    try:
+        if state.step == 0:
+            job.tracker.log(0, job.evaluate(job.config.evaluate.images))
+        while state.step < settings.steps:
+            job.watchdog.phase("step")
+            profiled = job.profiler.step(state.step)
+            bits_per_dim = None
+            meter.restart_clock()
+            torch.manual_seed(_dropout_seed(job.config.run.seed, state.step, job.ranks.rank))
+            rate = learning_rate(job.config.optimizer, state.step, settings.steps)
+            micro_batches = []
+            for _ in range(job.engine.accumulation_steps):
+                with meter.section("data"):
+                    batch = next(job.batches)
+                micro_batches.append((batch, micro_step(job.engine, job.config, batch, rate, meter)))
+                job.watchdog.alive()
+            state.step += 1
+            state.samples += settings.global_batch_images
+            meter.step_done(settings.global_batch_images)
+            _after_update(job, state, skips, micro_batches)
 
-        last = step == settings.steps
-        if last or step % settings.log_every_steps == 0:
-            metrics = meter.reduce()
-            if not math.isfinite(metrics["train/bits_per_dim"]):
-                raise Diverged(
-                    f"the training loss is not finite at step {step}; the last checkpoint is untouched. "
-                    "Try a smaller optimizer.peak_lr or a longer optimizer.warmup_steps"
-                )
-            metrics |= {"optim/lr": rate, "progress/images_seen": samples}
-            if (norm := engine.gradient_norm()) is not None:
-                metrics["optim/grad_norm"] = norm
-            tracker.log(step, metrics)
-            progress.update(step, metrics["train/bits_per_dim"], metrics["perf/images_per_s"])
-        if last or step % config.evaluate.every_steps == 0:
-            scores = evaluate(None if last else config.evaluate.images)
-            tracker.log(step, scores)
-            progress.note(f"step {step}: validation {scores['val/bits_per_dim']:.3f} bits/dim")
-        stopping = stop_requested()
-        if last or stopping or step % config.checkpoint.every_steps == 0:
-            save(step, samples)
-        if stopping and not last:
-            return step, False
-    return step, True
+            if state.step == settings.steps or state.step % settings.log_every_steps == 0:
+                _log(job, state, meter, alarm, skips, rate, profiled)
+            if state.step < settings.steps:
+                if state.step % job.config.evaluate.every_steps == 0:
+                    bits_per_dim = _evaluate(job, state, job.config.evaluate.images)
+                every = job.config.tracking.sample_every_steps
+                if every and state.step % every == 0:
+                    job.draw_samples(state.step)
+                if state.step % job.config.checkpoint.every_steps == 0 and skips.in_a_row == 0:
+                    _save(job, state, bits_per_dim)
+            if _agree(job, state, skips):
+                return _stop(job, state)
+        job.tracker.log(state.step, job.profiler.close(state.step))
+        _save(job, state, _evaluate(job, state, None))
+    except Interrupted:
+        return _stop(job, state)
+    job.checkpoints.complete()
+    return True
 
 
-def micro_step(engine: Engine, config: RunConfig, batch: Batch, rate: float) -> Tensor:
+def micro_step(engine: Engine, config: RunConfig, batch: Batch, rate: float, meter: Meter) -> Tensor:
     """One micro-batch forward and backward, and the update after the last one; its mean loss in nats per sub-pixel."""
-    batch = batch.to(engine.device)  # uint8 until here: a quarter of the copy
-    parameters = engine.forward(*model_inputs(batch, config.model))
-    loss = nats(config.model.output, parameters, batch.images).sum() / batch.images.numel()
-    engine.backward(loss)
-    engine.step(rate)
-    return loss.detach()  # stays on the device: no synchronisation
+    with meter.section("data"):
+        batch = batch.to(engine.device)  # uint8 until here: a quarter of the copy
+    with meter.section("forward"):
+        parameters = engine.forward(*model_inputs(batch, config.model))
+        loss = nats(config.model.output, parameters, batch.images).sum() / batch.images.numel()
+    with meter.section("backward"):
+        engine.backward(loss)
+    with meter.section("optimizer"):
+        engine.step(rate)
+    loss = loss.detach()  # stays on the device: no synchronisation
+    meter.add(loss)
+    return loss
+
+
+def _after_update(
+    job: Job, state: TrainingState, skips: SkipCounter, micro_batches: list[tuple[Batch, Tensor]]
+) -> None:
+    """Count the update, or say why it was skipped and go back to a checkpoint where that is due."""
+    outcome = job.engine.outcome()
+    if outcome == "applied":
+        state.updates += 1
+        skips.applied()
+    if outcome != "skipped":
+        return
+    bad = [index for index, (_, loss) in enumerate(micro_batches) if not math.isfinite(float(loss))]
+    blamed = [rank for rank, found in enumerate(from_all_ranks(bool(bad))) if found]
+    first = state.samples - job.config.train.global_batch_images
+    whose = f"the loss of rank {', '.join(map(str, blamed))}" if blamed else "a gradient"
+    text = f"step {state.step}: {whose} is not finite; the update is skipped (training images {first}-{state.samples})"
+    job.progress.note(text)
+    job.tracker.event(state.step, "skipped_update", text, first_sample=first, end_sample=state.samples, ranks=blamed)
+    if skips.total < SAVED_SKIPPED_BATCHES:
+        _keep_batches(job, state.step, [micro_batches[index][0] for index in bad])
+    newest = job.checkpoints.newest(job.progress.note) if skips.in_a_row + 1 >= skips.limit else None
+    match skips.skipped(can_roll_back=newest is not None):
+        case "give up":
+            raise Diverged(
+                f"{skips.limit} updates in a row, up to step {state.step}, had a loss or a gradient that is not "
+                "finite; the last checkpoint is untouched. Try a smaller optimizer.peak_lr or a longer "
+                "optimizer.warmup_steps"
+            )
+        case "roll back":
+            assert newest is not None
+            job.watchdog.phase("checkpoint")
+            job.checkpoints.load(job.engine, newest)
+            state.updates = newest.updates
+            text = (
+                f"step {state.step}: back to the weights of {newest.name} after {skips.limit} skipped updates; "
+                f"training images {newest.samples}-{state.samples} are left out"
+            )
+            job.progress.note(text)
+            job.tracker.event(state.step, "roll_back", text, checkpoint=newest.name)
+
+
+def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
+    """Put this rank's micro-batches with a bad loss into the run's folder, for a look at them."""
+    folder = job.files.folder / "skipped"
+    for index, batch in enumerate(batches):
+        folder.mkdir(exist_ok=True)
+        tensors = {"images": batch.images.cpu()} | ({} if batch.labels is None else {"labels": batch.labels.cpu()})
+        name = f"step-{step:09d}-rank-{job.ranks.rank:05d}-{index}.safetensors"
+        safetensors.torch.save_file(tensors, folder / name)
+
+
+def _log(
+    job: Job,
+    state: TrainingState,
+    meter: Meter,
+    alarm: SpikeAlarm,
+    skips: SkipCounter,
+    rate: float,
+    profiled: dict[str, float],
+) -> None:
+    metrics = meter.reduce()
+    metrics |= profiled | {
+        "optim/lr": rate,
+        "optim/skipped_updates": skips.total,
+        "progress/images_seen": state.samples,
+        "progress/epoch": state.samples / job.images_per_epoch,
+    }
+    if (norm := job.engine.gradient_norm()) is not None:
+        metrics["optim/grad_norm"] = norm
+    loss = metrics["train/bits_per_dim"]
+    if math.isfinite(loss) and alarm.rises(loss):
+        text = f"step {state.step}: the loss jumped to {loss:.3f} bits/dim"
+        job.progress.note(f"warning: {text}")
+        job.tracker.event(state.step, "loss_spike", text, bits_per_dim=loss)
+    job.tracker.log(state.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
+    job.progress.update(state.step, loss, metrics["perf/images_per_s"])
+
+
+def _evaluate(job: Job, state: TrainingState, images: int | None) -> float:
+    scores = job.evaluate(images)
+    job.tracker.log(state.step, scores)
+    job.progress.note(f"step {state.step}: validation {scores['val/bits_per_dim']:.3f} bits/dim")
+    return scores["val/bits_per_dim"]
+
+
+def _save(job: Job, state: TrainingState, bits_per_dim: float | None) -> None:
+    job.watchdog.phase("checkpoint")
+    job.checkpoints.save(
+        job.engine,
+        step=state.step,
+        updates=state.updates,
+        samples=state.samples,
+        bits_per_dim=bits_per_dim,
+        config=dataclasses.asdict(job.config),
+        data_digest=job.data_digest,
+        alive=job.watchdog.alive,
+    )
+
+
+def _agree(job: Job, state: TrainingState, skips: SkipCounter) -> bool:
+    """Finish a checkpoint that all ranks have written; whether all of them shall stop. Raises Superseded."""
+    agreed = job.stop.agreed(superseded=job.superseded(), checkpoint_written=job.checkpoints.is_written())
+    if agreed.superseded:
+        raise Superseded(f"{job.files.folder}: a newer attempt at this run has taken over; this one ends unsaved")
+    if agreed.checkpoint_written and job.checkpoints.complete():
+        skips.checkpointed()
+    return agreed.stop and state.step < job.config.train.steps
+
+
+def _stop(job: Job, state: TrainingState) -> bool:
+    if state.step:
+        _save(job, state, None)
+        job.checkpoints.complete()
+    return False
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -1,7 +1,15 @@
-"""Has anybody asked this job to stop, and do all ranks agree?"""
+"""Has anybody asked this job to stop, and do all ranks agree on it and on what else concerns all of them?
 
+Four ways to ask: a signal (of Slurm, of the launcher, Ctrl-C) to any rank; a file `stop` in the run's folder; the
+budget of `limits.run_minutes`; and the launcher's death, after which nobody would watch over the ranks any more.
+"""
+
+import contextlib
+import os
 import signal
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -10,14 +18,33 @@ import torch.distributed
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 3.0
 """Ctrl-C reaches a rank two or three times: from the terminal, and passed on by each process of the launcher."""
+STOP_FILE = "stop"
+LOOK_AGAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """What holds for the whole job, the same on all ranks."""
+
+    stop: bool
+    """Somebody asked one of the ranks to stop."""
+    superseded: bool
+    """A newer attempt has taken over the run's folder."""
+    checkpoint_written: bool
+    """All ranks have written their files of the checkpoint that is being saved, if there is one."""
 
 
 class StopRequest:
     """Remembers a signal until the loop reaches a step boundary; one that comes seconds later ends the process."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: str, budget_seconds: float | None = None) -> None:
         """Install the handlers; collective, after torch.distributed is initialised (or without it)."""
+        self.reason: str | None = None
         self._seen_at: float | None = None
+        self._stop_file = Path(run_dir) / STOP_FILE
+        self._looked = 0.0
+        self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
+        self._launcher = os.getppid() if _is_launcher(os.getppid()) else None
         # Agreement over gloo on host memory: asking the GPU would make every step wait for its queue to drain.
         self._group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
         for number in SIGNALS:
@@ -27,13 +54,40 @@ class StopRequest:
         now = time.monotonic()
         if self._seen_at is None:
             self._seen_at = now
+            self.reason = f"received {signal.Signals(number).name}"
         elif now - self._seen_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    def agreed(self) -> bool:
-        """True on all ranks if one of them was signalled (launchers often signal only one); collective."""
-        seen = torch.tensor([self._seen_at is not None])
+    def agreed(self, *, superseded: bool = False, checkpoint_written: bool = True) -> Agreed:
+        """True on all ranks where it is true on one (launchers often signal only one); collective."""
+        facts = torch.tensor([self._asked(), superseded, not checkpoint_written])
         if self._group is not None:
-            torch.distributed.all_reduce(seen, torch.distributed.ReduceOp.MAX, group=self._group)
-        return bool(seen)
+            torch.distributed.all_reduce(facts, torch.distributed.ReduceOp.MAX, group=self._group)
+        stop, superseded, writing = facts.tolist()
+        return Agreed(stop, superseded, not writing)
+
+    def forget_stop_file(self) -> None:
+        """The request was followed: the next start shall not stop at once."""
+        with contextlib.suppress(OSError):
+            self._stop_file.unlink(missing_ok=True)
+
+    def _asked(self) -> bool:
+        now = time.monotonic()
+        if self.reason is None and now - self._looked >= LOOK_AGAIN_SECONDS:
+            self._looked = now
+            if self._stop_file.exists():
+                self.reason = f"found the file {self._stop_file}"
+            elif self._deadline is not None and now >= self._deadline:
+                self.reason = "reached limits.run_minutes"
+            elif self._launcher is not None and os.getppid() != self._launcher:
+                self.reason = "the launcher died"
+        return self.reason is not None
+
+
+def _is_launcher(pid: int) -> bool:
+    """Whether a process is DeepSpeed's launcher on this node: when killed, it leaves its ranks behind as orphans."""
+    try:
+        return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False

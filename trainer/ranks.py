@@ -75,10 +75,13 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, by rank, on every rank; collective. The values must be picklable and small."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _free_port() -> int:

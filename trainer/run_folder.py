@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from models.image_transformer import ImageTransformer
-from trainer.checkpoint import Weights, intact_of_run, read_weights
+from trainer.checkpoint import Weights, checkpoints_url, intact, read_weights
 from trainer.config import RunConfig, load_config
 from trainer.exit_codes import UsageError
 from trainer.tracking import RunFiles
@@ -48,10 +48,10 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
     config = load_config(files.config, [])
-    fs, checkpoints = intact_of_run(run_dir, last if weights == "avg" else 1)
+    store, checkpoints = intact(checkpoints_url(run_dir, config), last if weights == "avg" else 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     model = ImageTransformer(config.model)
-    model.load_state_dict(read_weights(fs, checkpoints, weights))
+    model.load_state_dict(read_weights(store, checkpoints, weights))
     return TrainedModel(model.to(device).eval(), config, checkpoints[0].step, files, device)

@@ -1,0 +1,66 @@
+"""May this job write to the run's folder, and is it still the newest attempt that may?
+
+Two defences. A lock on `run.lock` keeps a second job out for as long as the first one lives; the kernel releases it
+when the holder dies. An attempt number in `run_state.json` fences off a holder that nobody can see any more: tasks of a
+requeued job that still run on a node which was lost. They find a newer number and end without writing.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+from trainer.exit_codes import RunInUse
+from trainer.tracking import RunFiles
+
+log = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = 5.0
+
+
+class RunLock:
+    """Rank 0's right to write to a run's folder; held until the process ends."""
+
+    def __init__(self, files: RunFiles) -> None:
+        """Take the lock and the next attempt number. Raises RunInUse naming the holder, OSError of the disk."""
+        self._files = files
+        self._file = (files.folder / "run.lock").open("a+")
+        self._looked = time.monotonic()
+        self._superseded = False
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(self._file.name)
+            job = os.environ.get("SLURM_JOB_ID")
+            if not (job and holder.get("job") == job):
+                raise RunInUse(
+                    f"run.dir: {files.folder} is in use by process {holder.get('pid', '?')} on "
+                    f"{holder.get('host', '?')}{' of job ' + str(holder['job']) if holder.get('job') else ''}; "
+                    "stop it first, or choose another run.dir"
+                ) from None
+            log.warning("an earlier attempt of this job still runs on %s; it ends when it notices", holder.get("host"))
+        self._file.truncate(0)
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        self._file.write(json.dumps(holder))
+        self._file.flush()
+        self.attempt = int(files.read_state().get("attempt", 0)) + 1
+        files.write_state(attempt=self.attempt)
+
+    def superseded(self) -> bool:
+        """Whether a newer attempt has taken over; reads the disk every few seconds only."""
+        now = time.monotonic()
+        if not self._superseded and now - self._looked >= LOOK_AGAIN_SECONDS:
+            self._looked = now
+            self._superseded = int(self._files.read_state().get("attempt", 0)) > self.attempt
+        return self._superseded
+
+
+def _holder(path: str) -> dict[str, object]:
+    try:
+        holder = json.loads(Path(path).read_text())
+        return holder if isinstance(holder, dict) else {}
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,211 @@
+"""Does every rank still get on? A rank that hangs or is lost ends the whole job, with its name, within the limits.
+
+Nothing else does: a collective waits for a lost rank up to its own timeout (DeepSpeed's groups: half an hour), and the
+launcher notices only processes that end. Two threads a rank: one exchanges signs of life with rank 0 over a TCP store
+of their own, and may itself get stuck when a cable is cut; the other only looks at clocks, writes down where every
+thread is, and ends the process.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed
+
+from trainer.config import LimitsConfig
+from trainer.exit_codes import HANG
+from trainer.ranks import Ranks, from_rank_0
+
+Phase = Literal["startup", "step", "checkpoint"]
+
+BEAT_SECONDS = 2.0
+DEAD_SECONDS = 8.0
+"""How long a rank may be silent once a collective of another one has failed: then somebody is gone."""
+STORE_SECONDS = 30.0
+PUBLISH_SECONDS = 3.0
+"""How long rank 0 stays after it has told the others why the job ends: its store carries the message."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why the job cannot go on, and the exit code for it."""
+
+    reason: str
+    code: int
+
+
+class Watchdog:
+    """Ends the process with exit code 78 when this rank, or another one, makes no progress."""
+
+    def __init__(
+        self, limits: LimitsConfig, ranks: Ranks, stacks: Path, record: Callable[[Verdict], None] = lambda verdict: None
+    ) -> None:
+        """Begin to watch, in the phase `startup`.
+
+        The stacks of all threads go to the file `stacks`; `record` is called with the reason on rank 0, or on rank 1 if
+        rank 0 is the one that is lost.
+        """
+        self._limits, self._ranks, self._stacks, self._record = limits, ranks, stacks, record
+        self._phase: Phase = "startup"
+        self._progress = self._contact = time.monotonic()
+        self._store: torch.distributed.TCPStore | None = None
+        self._verdict: Verdict | None = None
+        self._failed = False
+        self._closed = threading.Event()
+        self._tripping = threading.Lock()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def connect(self) -> None:
+        """Begin to exchange signs of life with the other ranks; collective, after torch.distributed is initialised."""
+        if self._ranks.world_size == 1:
+            return
+        # Bound to one address and port that rank 0 tells: the store of the process group does not stand in its way.
+        store = None
+        if self._ranks.rank == 0:
+            store = torch.distributed.TCPStore(
+                os.environ["MASTER_ADDR"], 0, None, True, timedelta(seconds=STORE_SECONDS), wait_for_workers=False
+            )
+        port = from_rank_0(store.port if store else None)
+        self._store = store or torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"], port, None, False, timedelta(seconds=STORE_SECONDS), wait_for_workers=False
+        )
+        self._store.set(f"host/{self._ranks.rank}", socket.gethostname())
+        self._contact = time.monotonic()
+        threading.Thread(target=self._exchange, name="signs of life", daemon=True).start()
+
+    def phase(self, phase: Phase) -> None:
+        """Enter a phase, whose limit holds until the next call of `phase` or `alive`."""
+        self._phase, self._progress = phase, time.monotonic()
+
+    def alive(self) -> None:
+        """This rank got on; the limit of its phase begins anew."""
+        self._progress = time.monotonic()
+
+    def close(self) -> None:
+        """Stop watching: the work is done, or the process ends for a known reason."""
+        self._closed.set()
+
+    def failed(self, reason: str, code: int) -> None:
+        """Tell the other ranks why this one ends, so that they end for the same reason."""
+        self._failed = True
+        if self._store is not None:
+            self._publish_for_a_while(Verdict(f"rank {self._ranks.rank} on {socket.gethostname()}: {reason}", code))
+
+    def verdict_of_the_others(self) -> Verdict | None:
+        """After a failed collective: what another rank failed of, or which one is gone; None if all seem well.
+
+        Waits for the answer about as long as a rank may be silent.
+        """
+        self._failed = True
+        deadline = time.monotonic() + DEAD_SECONDS + 3 * BEAT_SECONDS
+        self._progress = deadline  # the limits of the phase do not strike meanwhile
+        while self._verdict is None and time.monotonic() < deadline and self._store is not None:
+            time.sleep(0.2)
+        if self._verdict is not None and self._ranks.rank == 0:
+            time.sleep(PUBLISH_SECONDS)  # the others read it from this rank's store
+        return self._verdict
+
+    def _watch(self) -> None:
+        limits = {
+            "startup": self._limits.startup_seconds,
+            "step": self._limits.step_seconds,
+            "checkpoint": self._limits.checkpoint_seconds,
+        }
+        while not self._closed.wait(0.5):
+            now = time.monotonic()
+            silent, stuck = now - self._contact, now - self._progress
+            if self._verdict is not None and not self._failed:
+                self._trip(self._verdict)
+            elif stuck > limits[self._phase]:
+                self._trip(
+                    Verdict(
+                        f"rank {self._ranks.rank} on {socket.gethostname()} made no progress for {stuck:.0f} s "
+                        f"(limits.{self._phase}_seconds)",
+                        HANG,
+                    )
+                )
+            elif self._store is not None and silent > self._limits.lost_rank_seconds:
+                self._verdict = Verdict(
+                    f"rank 0 is lost: rank {self._ranks.rank} on {socket.gethostname()} had no answer from "
+                    f"{os.environ['MASTER_ADDR']} for {silent:.0f} s (limits.lost_rank_seconds)",
+                    HANG,
+                )
+
+    def _exchange(self) -> None:
+        """Give and look for signs of life until closed; a store that fails is one that does not answer."""
+        beats: dict[int, tuple[bytes, float]] = {}
+        count = 0
+        while not self._closed.wait(BEAT_SECONDS):
+            store = self._store
+            assert store is not None
+            try:
+                count += 1
+                store.set(f"beat/{self._ranks.rank}", str(count))
+                if self._failed:
+                    store.set("failed", "1")
+                if self._ranks.rank == 0:
+                    self._contact = time.monotonic()
+                    self._look_at_others(store, beats)
+                if store.check(["verdict"]):
+                    self._verdict = Verdict(**json.loads(store.get("verdict")))
+                    return
+                self._contact = time.monotonic()
+            except RuntimeError:  # of the store's connection; the watching thread counts the time
+                continue
+
+    def _look_at_others(self, store: torch.distributed.TCPStore, beats: dict[int, tuple[bytes, float]]) -> None:
+        now = time.monotonic()
+        # A rank whose collective failed says so, and a rank that ended on its own error is no lost one for long.
+        limit = DEAD_SECONDS if store.check(["failed"]) else self._limits.lost_rank_seconds
+        lost = []
+        for rank in range(1, self._ranks.world_size):
+            beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+            if rank not in beats or beats[rank][0] != beat:
+                beats[rank] = (beat, now)
+            elif now - beats[rank][1] > limit:
+                host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else "an unknown host"
+                lost.append(f"rank {rank} on {host}")
+        if lost:
+            self._verdict = Verdict(f"{', '.join(lost)} gave no sign of life for {limit:.0f} s", HANG)
+            store.set("verdict", json.dumps(asdict(self._verdict)))
+
+    def _trip(self, verdict: Verdict) -> None:
+        """Tell the others, write down where every thread is, and end this process at once."""
+        with self._tripping:
+            if self._closed.is_set():
+                return
+            with contextlib.suppress(OSError):
+                self._stacks.parent.mkdir(parents=True, exist_ok=True)
+                with self._stacks.open("w") as file:
+                    file.write(f"{verdict.reason}\n\n")
+                    file.flush()
+                    faulthandler.dump_traceback(file, all_threads=True)
+            if self._ranks.rank == 0 or (self._ranks.rank == 1 and verdict.reason.startswith("rank 0")):
+                with contextlib.suppress(Exception):
+                    self._record(verdict)
+            note = f"error: {verdict.reason}; where its threads were is in {self._stacks}; the same command goes on\n"
+            sys.stderr.write(note)
+            sys.stderr.flush()
+            self._publish_for_a_while(verdict)
+            os._exit(verdict.code)
+
+    def _publish_for_a_while(self, verdict: Verdict) -> None:
+        """Tell the others, and stay until they have had time to ask: the store may be this process's."""
+
+        def publish() -> None:
+            if self._store is not None:
+                with contextlib.suppress(RuntimeError):
+                    self._store.set("verdict", json.dumps(asdict(verdict)))
+
+        threading.Thread(target=publish, daemon=True).start()  # on a cut cable it never returns
+        time.sleep(PUBLISH_SECONDS)
