@@ -7,8 +7,11 @@ that decodes and resizes the same files. Everything runs in turns, in processes 
 """
 
 import argparse
+import contextlib
+import ctypes
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,6 +77,10 @@ def decode_and_resize(folder: Path) -> None:
 
 def run_all(work: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
     """Seconds of each contestant."""
+    # Packing processes are children of a server that outlives the command by a moment: make it ours then, so that
+    # its time is counted.
+    PR_SET_CHILD_SUBREAPER = 36
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     source = work / "photographs"
     pack = [
         sys.executable,
@@ -103,7 +110,11 @@ def run_all(work: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
             done = subprocess.run(
                 command, cwd=Path(__file__).resolve().parents[1], check=True, capture_output=True, text=True
             )
-            wall, after = time.perf_counter() - started, getrusage(RUSAGE_CHILDREN)
+            wall = time.perf_counter() - started
+            with contextlib.suppress(ChildProcessError):
+                while True:
+                    os.wait()
+            after = getrusage(RUSAGE_CHILDREN)
             cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
             if repeat:
                 measured = {"cpu_seconds": cpu, "wall_seconds": wall}
@@ -124,7 +135,6 @@ def report(runs: dict[str, list[dict[str, float]]], options: argparse.Namespace,
     metrics = {
         "packing_vs_decode": bare["cpu_seconds"] / one["cpu_seconds"],
         "packing_two_core_speedup": one["wall_seconds"] / two["wall_seconds"],
-        "packing_images_per_cpu_second": options.images / one["cpu_seconds"],
     }
     rows = [
         [name, f"{options.images / b['cpu_seconds']:,.0f}", f"{options.images / b['wall_seconds']:,.0f}"]
