@@ -25,7 +25,7 @@ HOME = {
     "yaml": {"trainer/config.py"},
     "pydantic": {"trainer/config.py"},
     "safetensors": {"trainer/checkpoint.py"},
-    "PIL": {"data_pipeline", "trainer/lossless_formats.py", "trainer/sample.py"},
+    "PIL": {"data_pipeline", "trainer"},
 }
 VAGUE = {"utils", "util", "common", "helpers", "misc", "core", "base", "manager"}
 SOURCES = sorted(p for package in ALLOWED for p in (ROOT / package).rglob("*.py") if p.name != "__init__.py")

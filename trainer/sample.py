@@ -1,152 +1,290 @@
-"""What does a trained model draw? Grids of new images, and held-out images that it completes or super-resolves.
+"""What does a trained model draw? New images, and images that it completes or super-resolves.
 
-    python -m trainer.sample --run runs/quickstart --n 16
-    python -m trainer.sample --run runs/quickstart --n 16 --complete-half
+    python -m trainer.sample --run runs/quickstart --n 64
+    python -m trainer.sample --run runs/cifar10_class --classes 3,7 --temperature 0.9 --guidance 2
+    python -m trainer.sample --run runs/quickstart --complete photo.png --keep 0.3 --n 8
+    python -m trainer.sample --run runs/quickstart --complete-half
+    python -m trainer.sample --run runs/celeba_sr_2d --super-resolve small/ --out faces.png --singles faces/
 
-Writes a PNG into the run's `samples` folder and into its MLflow run.
+Without --out, the grid goes into the run's folder `samples` and into its MLflow run.
 """
 
 import argparse
+import difflib
 import math
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_pipeline.loader import evaluation_batches, open_shards
 from models.draw import Sampling
 from models.generate import consistency, generate
 from trainer.exit_codes import UsageError, run_tool
-from trainer.model_inputs import Inputs, model_inputs
+from trainer.model_inputs import Inputs, area_downsample, model_inputs
+from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
 from trainer.run_folder import TrainedModel, add_run_arguments, load_trained_model
 from trainer.tracking import record_results
 
-UNKNOWN = 127
-"""Grey: what a model that completes images is not given."""
-GAP = 2
-"""Pixels between the images of a grid, before enlarging."""
+DEFAULT_NUM_IMAGES = 16
 
 
-def grid(images: Tensor, columns: int, enlarge: int) -> Image.Image:
-    """One picture of uint8 [N, H, W, 3] images, row by row on white, each pixel enlarged to a square of `enlarge`."""
-    count, height, width, _ = images.shape
-    rows = -(-count // columns)
-    shape = (GAP + rows * (height + GAP), GAP + columns * (width + GAP), 3)
-    canvas = np.full(shape, 255, dtype=np.uint8)
-    for index, image in enumerate(images.cpu().numpy()):
-        top, left = GAP + index // columns * (height + GAP), GAP + index % columns * (width + GAP)
-        canvas[top : top + height, left : left + width] = image
-    return Image.fromarray(canvas.repeat(enlarge, axis=0).repeat(enlarge, axis=1))
+class Drawn(NamedTuple):
+    """What there is to look at."""
+
+    name: str
+    images: Tensor
+    """uint8 [N, H, W, 3]."""
+    shown: Tensor
+    """uint8 [any, H, W, 3]: what the grid shows, in rows of `columns`."""
+    columns: int
 
 
-def interleave(*groups: Tensor) -> Tensor:
-    """Image i of every group side by side: [N, ...] x G -> [N * G, ...]."""
-    return torch.stack(groups, dim=1).flatten(0, 1)
+class ProgressBar:
+    """A bar on a terminal, nothing elsewhere: the share that is done, the rate, the time left."""
+
+    WIDTH = 32
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.started = time.monotonic()
+        self.last_shown = 0.0
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self.last_shown < 0.1 and done < self.total):
+            return
+        self.last_shown = now
+        filled = self.WIDTH * done // self.total
+        rate = done / max(now - self.started, 1e-6)
+        left = (self.total - done) / max(rate, 1e-6)
+        bar = "█" * filled + "░" * (self.WIDTH - filled)
+        line = f"{bar} {100 * done // self.total:3d} % | {rate:,.0f} positions/s | {left:.0f} s left"
+        print(f"\r\x1b[K{line}", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
-    parser.add_argument("--n", type=int, default=16, help="number of images (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default 0)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is calmer, 1 is the model (default 1)")
     parser.add_argument(
-        "--complete-half", action="store_true", help="complete the lower half of the first validation images"
+        "--n", type=int, help="number of images (default 16; with --complete or --super-resolve each once)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images (default 0)")
+    parser.add_argument("--classes", help="classes to draw in turn, by number or name, such as 3,7 (default: all)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is calmer, 1 is the model (default 1)")
+    parser.add_argument("--top-k", type=int, default=0, help="draw values among the K likeliest (default 0: all)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw among the likeliest of this probability (default 1)"
+    )
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, help="above 1 follows the class closer, 1 is the model (default 1)"
+    )
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--complete", metavar="FILE", nargs="+", type=Path, help="images to complete, in turn")
+    given.add_argument("--complete-half", action="store_true", help="complete the first validation images")
+    given.add_argument(
+        "--super-resolve", metavar="PATH", type=Path, help="small image, or folder of them, to super-resolve"
+    )
+    parser.add_argument("--keep", type=float, help="share of the image that is given when completing (default 0.5)")
+    parser.add_argument("--batch-images", type=int, default=64, help="images drawn at once (default 64)")
+    parser.add_argument("--out", metavar="FILE.png", type=Path, help="where the grid goes, instead of the run's folder")
+    parser.add_argument("--singles", metavar="FOLDER", type=Path, help="write each image as a PNG there, too")
+    parser.add_argument(
+        "--log-to-mlflow", action="store_true", help="with --out: record the grid in the MLflow run, too"
     )
     arguments = parser.parse_args()
     return run_tool(lambda: _sample(arguments))
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    if arguments.n < 1:
-        raise UsageError(f"--n: must be at least 1, not {arguments.n}")
-    if not 0 < arguments.temperature < math.inf:
-        raise UsageError(f"--temperature: must be above 0, not {arguments.temperature}")
+    sampling = _checked(arguments)
     trained = load_trained_model(arguments.run, arguments.weights, arguments.last)
-    if arguments.complete_half:
-        name, picture = "completions", _completions(trained, arguments)
-    elif trained.config.model.condition_size:
-        name, picture = "super-resolutions", _super_resolutions(trained, arguments)
+    if trained.device.type == "cuda" and trained.config.train.precision != "fp32":
+        trained.model.bfloat16()
+    if sampling.is_guided and not trained.config.model.label_dropout:
+        raise UsageError(
+            f"--guidance: {sampling.guidance:g} needs a model that knows images without a class, and this one was "
+            "trained with model.label_dropout 0; leave the option out"
+        )
+    started = time.monotonic()
+    if arguments.complete or arguments.complete_half:
+        drawn = _completions(trained, arguments, sampling)
+    elif trained.config.model.condition_size or arguments.super_resolve:
+        drawn = _super_resolutions(trained, arguments, sampling)
     else:
-        name, picture = "samples", _new_images(trained, arguments)
-    path = trained.files.folder / "samples" / f"{name}-step-{trained.step:09d}.png"
-    picture.save(path)
-    record_results(trained.files, trained.step, {}, [path])
-    print(path)
+        drawn = _new_images(trained, arguments, sampling)
+    seconds = time.monotonic() - started
+
+    picture = grid(drawn.shown, drawn.columns, enlarge=max(1, 128 // trained.config.model.image_size))
+    path = arguments.out or trained.files.folder / "samples" / f"{drawn.name}-step-{trained.step:09d}.png"
+    save_picture(picture, path)
+    if arguments.singles:
+        for index, image in enumerate(drawn.images):
+            save_picture(to_picture(image), arguments.singles / f"{index:05d}.png")
+    if arguments.log_to_mlflow or not arguments.out:
+        record_results(trained.files, trained.step, {}, [path])
+    print(f"{len(drawn.images)} images in {seconds:.1f} s: {path}")
 
 
-def _new_images(trained: TrainedModel, arguments: argparse.Namespace) -> Image.Image:
+def _checked(arguments: argparse.Namespace) -> Sampling:
+    """The options of drawing; UsageError for what is wrong whatever the model is."""
+    for option in ("n", "batch_images"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')}: must be at least 1, not {value}")
+    if arguments.keep is not None:
+        if not (arguments.complete or arguments.complete_half):
+            raise UsageError("--keep: says how much of an image is given; name the image with --complete")
+        if not 0 <= arguments.keep <= 1:
+            raise UsageError(f"--keep: must be between 0 and 1, not {arguments.keep:g}")
+    if arguments.out and arguments.out.suffix.lower() != ".png":
+        raise UsageError(f"--out: {arguments.out} must end in .png")
+    try:
+        return Sampling(
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            guidance=arguments.guidance,
+        )
+    except ValueError as error:
+        name, _, text = str(error).partition(":")
+        raise UsageError(f"--{name.replace('_', '-')}:{text}") from None
+
+
+def _new_images(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
     """A square of new images; a model of classes draws them in turn."""
-    classes = trained.config.model.num_classes
-    labels = torch.arange(arguments.n, device=trained.device) % classes if classes else None
-    images = generate(
-        trained.model,
-        arguments.n,
-        seed=arguments.seed,
-        labels=labels,
-        sampling=Sampling(temperature=arguments.temperature),
-        progress=_show_progress,
-    )
-    return grid(images, columns=math.ceil(arguments.n**0.5), enlarge=4)
+    count = arguments.n or DEFAULT_NUM_IMAGES
+    images = _draw(trained, arguments, sampling, count, labels=_labels(trained, arguments.classes, count))
+    return Drawn("samples", images, images, math.ceil(count**0.5))
 
 
-def _completions(trained: TrainedModel, arguments: argparse.Namespace) -> Image.Image:
-    """Three columns: the image, the half that the model is given, and how it goes on."""
-    originals, labels, condition = _validation_images(trained, arguments.n)
+def _completions(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
+    """Three columns: the image, the part that the model is given, and how it goes on."""
+    size, small = trained.config.model.image_size, trained.config.model.condition_size
+    if arguments.complete:
+        files = torch.stack([read_picture(path, size) for path in arguments.complete])
+        originals = _in_turn(files, arguments.n or len(files)).to(trained.device)
+        labels = _labels(trained, arguments.classes, len(originals))
+        condition = area_downsample(originals, small) if small else None
+    else:
+        originals, labels, condition = _validation_images(trained, arguments)
     pattern = trained.model.pattern
-    keep = pattern.length // 2
+    keep = round((0.5 if arguments.keep is None else arguments.keep) * pattern.length)
     kept = torch.zeros(pattern.length, dtype=torch.bool)
     kept[pattern.generation_order[:keep]] = True
     # A position is a sub-pixel or a pixel; either way the image's rows come one after the other.
-    mask = kept.view(originals.shape[1], originals.shape[2], -1).expand(-1, -1, 3).to(trained.device)
-    images = generate(
-        trained.model,
-        len(originals),
-        seed=arguments.seed,
-        labels=labels,
-        condition=condition,
-        prefix=originals,
-        keep=keep,
-        sampling=Sampling(temperature=arguments.temperature),
-        progress=_show_progress,
+    mask = kept.view(size, size, -1).expand(-1, -1, 3).to(trained.device)
+    images = _draw(
+        trained, arguments, sampling, len(originals), labels=labels, condition=condition, prefix=originals, keep=keep
     )
-    return grid(interleave(originals, originals.where(mask, UNKNOWN), images), columns=6, enlarge=4)
+    shown = interleave(originals.cpu(), originals.where(mask, UNKNOWN).cpu(), images)
+    return Drawn("completions", images, shown, 6)
 
 
-def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace) -> Image.Image:
-    """Three columns: the small image that the model is given, what it draws, and the original of the small one."""
-    originals, labels, condition = _validation_images(trained, arguments.n)
-    assert condition is not None
-    images = generate(
-        trained.model,
-        len(originals),
-        seed=arguments.seed,
-        labels=labels,
-        condition=condition,
-        sampling=Sampling(temperature=arguments.temperature),
-        progress=_show_progress,
-    )
-    distance = consistency(images, condition).mean().item()
+def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
+    """Columns: the small image that the model is given, what it draws and, of validation images, the original."""
+    size, small = trained.config.model.image_size, trained.config.model.condition_size
+    originals = None
+    if arguments.super_resolve:
+        if not small:
+            raise UsageError(
+                f"--super-resolve: the model of {arguments.run} was not trained for it (model.condition_size is 0)"
+            )
+        files = torch.stack(read_pictures(arguments.super_resolve, small))
+        condition = _in_turn(files, arguments.n or len(files)).to(trained.device)
+        labels = _labels(trained, arguments.classes, len(condition))
+    else:
+        originals, labels, given = _validation_images(trained, arguments)
+        assert given is not None
+        condition = given
+    images = _draw(trained, arguments, sampling, len(condition), labels=labels, condition=condition)
+    distance = consistency(images, condition.cpu()).mean().item()
     print(f"consistency (root mean square difference to the small images, intensities 0 to 1): {distance:.4f}")
-    factor = originals.shape[1] // condition.shape[1]
-    enlarged = condition.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
-    return grid(interleave(enlarged, images, originals), columns=6, enlarge=4)
+    columns = [enlarged(condition.cpu(), size), images] + ([] if originals is None else [originals.cpu()])
+    return Drawn("super-resolutions", images, interleave(*columns), 6)
 
 
-def _validation_images(trained: TrainedModel, count: int) -> Inputs:
-    """The first validation images (of the packed, shuffled order), as the model takes them."""
+def _draw(
+    trained: TrainedModel,
+    arguments: argparse.Namespace,
+    sampling: Sampling,
+    count: int,
+    *,
+    labels: Tensor | None = None,
+    condition: Tensor | None = None,
+    prefix: Tensor | None = None,
+    keep: int = 0,
+) -> Tensor:
+    """uint8 [count, H, W, 3] on the CPU, drawn in batches; see models/generate.py."""
+    length = trained.model.pattern.length
+    starts = range(0, count, arguments.batch_images)
+    bar = ProgressBar(max(1, len(starts) * (length - keep)))
+    batches = []
+    for index, start in enumerate(starts):
+        batch = slice(start, min(start + arguments.batch_images, count))
+        drawn = generate(
+            trained.model,
+            batch.stop - batch.start,
+            seed=arguments.seed,
+            first_image=start,
+            labels=None if labels is None else labels[batch],
+            condition=None if condition is None else condition[batch],
+            prefix=None if prefix is None else prefix[batch],
+            keep=keep,
+            sampling=sampling,
+            progress=_batch_progress(bar, index * (length - keep), keep),
+        )
+        batches.append(drawn.cpu())
+    return torch.cat(batches)
+
+
+def _batch_progress(bar: ProgressBar, before: int, keep: int) -> Callable[[int, int], None]:
+    return lambda done, total: bar.show(before + done - keep)
+
+
+def _labels(trained: TrainedModel, classes: str | None, count: int) -> Tensor | None:
+    """int64 [count]: the wanted classes in turn, or all; None for a model without classes."""
+    num_classes = trained.config.model.num_classes
+    if classes is None:
+        return torch.arange(count, device=trained.device) % num_classes if num_classes else None
+    if not num_classes:
+        raise UsageError(f"--classes: the model of {trained.files.folder} was trained without classes; leave it out")
+    wanted = [_class_number(trained, name.strip()) for name in classes.split(",")]
+    return _in_turn(torch.tensor(wanted), count).to(trained.device)
+
+
+def _class_number(trained: TrainedModel, name: str) -> int:
+    num_classes = trained.config.model.num_classes
+    if name.lstrip("-").isdigit():
+        if not 0 <= int(name) < num_classes:
+            raise UsageError(f"--classes: {name} is not between 0 and {num_classes - 1}, the classes of the model")
+        return int(name)
+    names = open_shards(trained.config.data.train_url).classes
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3) or names[:3]
+        raise UsageError(
+            f"--classes: {name!r} is not a class of the training data; names are such as {', '.join(near)}"
+        )
+    return names.index(name)
+
+
+def _in_turn(items: Tensor, count: int) -> Tensor:
+    return items[torch.arange(count) % len(items)]
+
+
+def _validation_images(trained: TrainedModel, arguments: argparse.Namespace) -> Inputs:
+    """The first validation images (of the packed, shuffled order), as the model takes them, with the wanted classes."""
     shards = open_shards(trained.config.data.validation_url)
-    count = min(count, shards.count)
+    count = min(arguments.n or DEFAULT_NUM_IMAGES, shards.count)
     batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=count, limit=count))
-    return model_inputs(batch.to(trained.device), trained.config.model)
-
-
-def _show_progress(done: int, total: int) -> None:
-    if sys.stderr.isatty() and (done % 16 == 0 or done == total):
-        end = "\n" if done == total else ""
-        print(f"\r\x1b[Kdrawing position {done}/{total}", end=end, file=sys.stderr, flush=True)
+    images, labels, condition = model_inputs(batch.to(trained.device), trained.config.model)
+    if arguments.classes is not None:
+        labels = _labels(trained, arguments.classes, count)
+    return images, labels, condition
 
 
 if __name__ == "__main__":

@@ -1,0 +1,23 @@
+"""What do the tools that draw get from a run's folder: a tiny untrained model of any kind, without training."""
+
+from pathlib import Path
+
+import torch
+
+from models.image_transformer import ImageTransformer
+from tests.launch import QUICKSTART, settings
+from trainer.config import load_config
+from trainer.run_folder import TrainedModel
+from trainer.tracking import RunFiles
+
+CLASSES = {"model__num_classes": 5, "model__label_dropout": 0.1}
+SUPER_RESOLUTION = {"model__condition_size": 4, "model__encoder_layers": 1}
+
+
+def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
+    """What load_trained_model gives for a run of 8x8 images; `model__num_classes=5` changes model.num_classes."""
+    arguments = settings(folder, data, **changes)
+    config = load_config(QUICKSTART, arguments[1::2])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    return TrainedModel(ImageTransformer(config.model).eval(), config, 7, RunFiles(folder), torch.device("cpu"))
