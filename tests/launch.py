@@ -5,18 +5,21 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import mlflow
 
-from trainer.tracking import quiet_mlflow
+from tests.preloaded import Rank, start_rank
+from trainer.mlflow_mirror import quiet_mlflow
 
 ROOT = Path(__file__).resolve().parents[1]
-RUN = [sys.executable, str(ROOT / "trainer/run.py")]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
+
+Process = Rank | subprocess.Popen[str]
 
 TINY_MODEL = {
     "model.image_size": 8,
@@ -68,30 +71,29 @@ def settings(run_dir: Path, data: Path, **changes: object) -> list[str]:
 
 def start(
     arguments: list[str], *, ranks: int, config: Path = QUICKSTART, environment: dict[str, str] | None = None
-) -> list["subprocess.Popen[str]"]:
-    """Start the job's processes as a launcher would; stdout and stderr of each are pipes."""
+) -> list[Rank]:
+    """Start the job's processes as a launcher would."""
     port = free_port()
     common = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (environment or {})
     processes = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
         variables = common | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()}
-        command = [*RUN, "--config", str(config), *arguments]
-        processes.append(
-            subprocess.Popen(command, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        )
+        folder = Path(tempfile.mkdtemp(prefix=f"rank-{rank}-"))
+        processes.append(start_rank(["--config", str(config), *arguments], variables, folder))
     return processes
 
 
-def finish(processes: list["subprocess.Popen[str]"], timeout: float = 240) -> tuple[int, str]:
+def finish(processes: Sequence[Process], timeout: float = 240) -> tuple[int, str]:
     """Wait for all processes; the exit code of rank 0 and what all of them printed."""
-    texts = []
+    texts: list[str] = []
     try:
         for process in processes:
-            texts += [text for text in process.communicate(timeout=timeout) if text]
+            texts += process.communicate(timeout=timeout)
     finally:
         for process in processes:
             process.kill()
+    assert processes[0].returncode is not None
     return processes[0].returncode, "".join(texts)
 
 
@@ -102,9 +104,21 @@ def train(arguments: list[str], *, ranks: int = 1, **options: object) -> str:
     return text
 
 
+def wait_for_step(run_dir: Path, step: int, processes: Sequence[Process]) -> None:
+    """Wait until a run has recorded so many steps; its processes must live."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and (points := curve(run_dir)) and points[-1][0] >= step:
+            return
+        assert all(process.poll() is None for process in processes), finish(processes)
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached: {finish(processes)}")
+
+
 def curve(run_dir: Path, name: str = "train/bits_per_dim") -> list[tuple[int, float]]:
     """(step, value) of a metric, in the order of recording."""
-    points = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    *lines, _being_written = (run_dir / "metrics.jsonl").read_text().split("\n")
+    points = [json.loads(line) for line in lines]
     return [(point["step"], point["metrics"][name]) for point in points if name in point["metrics"]]
 
 

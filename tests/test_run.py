@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from tests.conftest import pack_photographs
-from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train
+from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
 from trainer import evaluate, run, sample
 
@@ -59,7 +59,8 @@ def test_a_finished_run_is_in_mlflow_with_everything_that_made_it(reference: Pat
     for context, folder in (("training", "train"), ("validation", "validation")):
         manifest = json.loads((splits / folder / "manifest.json").read_text())
         assert manifest["digest"].startswith(datasets[context].digest)
-    assert [file.path for file in client.list_artifacts(found.info.run_id)] == ["config.yaml"]
+    artifacts = {file.path for file in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "events.jsonl", "repro"} <= artifacts
     for name in ("train/bits_per_dim", "val/bits_per_dim", "optim/lr"):
         steps = [point.step for point in client.get_metric_history(found.info.run_id, name)]
         assert steps == sorted(set(steps))
@@ -326,13 +327,3 @@ def test_check_prints_config_size_and_deepspeeds_part_without_training(
     assert shown["model"]["layers"] == 2
     assert '"gradient_accumulation_steps": 2' in text
     assert not (tmp_path / "run").exists()
-
-
-def wait_for_step(run_dir: Path, step: int, processes: list["subprocess.Popen[str]"]) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and (points := curve(run_dir)) and points[-1][0] >= step:
-            return
-        assert all(process.poll() is None for process in processes), finish(processes)
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached: {finish(processes)}")
