@@ -1,226 +1,388 @@
-"""What is recorded of a run, and where? `metrics.jsonl` in the run's folder first, then MLflow.
+"""What is recorded of a run, and where? In the run's folder first, then in MLflow, without a step waiting for it.
 
-Only rank 0 records; on the other ranks every call does nothing. MLflow being away never stops training: the file has
-every point, and one warning says that MLflow does not.
+python -m trainer.tracking sync runs/quickstart      # send what MLflow could not take while it was away
+
+Only rank 0 records; on the other ranks every call does nothing. A call writes a line into a file of the run's folder
+and returns; one thread sends new lines to MLflow (trainer/mlflow_mirror.py). MLflow being away never stops training: a
+warning says so, another one when it is back, and nothing is lost.
 """
 
-import json
+import argparse
+import getpass
 import logging
-import os
-import platform
-import subprocess
+import re
+import shutil
+import statistics
+import sys
+import threading
 import time
-import warnings
-from importlib.metadata import version
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import mlflow
-from mlflow.data.dataset_source_registry import resolve_dataset_source
-from mlflow.data.meta_dataset import MetaDataset
-from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME, MLFLOW_USER
+from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_USER
+from PIL import Image
 
+from data_pipeline.storage import EXIT_UNREACHABLE, DataError
 from trainer.config import RunConfig, as_yaml, flat
+from trainer.journal import Journal, RunFiles, read_json, working_seconds, write_json
+from trainer.mlflow_mirror import Mirror, MirrorInUse
+from trainer.provenance import (
+    code_changes,
+    code_tags,
+    data_description,
+    digest_of_text,
+    environment,
+    machine_tags,
+    packages,
+)
+from trainer.ranks import from_rank_0
+from trainer.redaction import guard_output, redact, redacted
+from trainer.system_metrics import SystemMetrics
+
+__all__ = ["RunFiles", "State", "Tracker", "record_results"]
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
-MAX_PARAM_CHARACTERS = 6000
 State = Literal["running", "finished", "stopped", "failed"]
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Opens the experiment's page on training runs; MLflow's default is the view for chat applications."""
-_MLFLOW_STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
-
-class RunFiles:
-    """The run folder's own record: `config.yaml`, `metrics.jsonl` and `run_state.json`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = folder / "config.yaml"
-        self.metrics = folder / "metrics.jsonl"
-        self.state = folder / "run_state.json"
-
-    def read_state(self) -> dict[str, Any]:
-        """What the last attempt left in `run_state.json`; empty for a new run."""
-        return json.loads(self.state.read_text()) if self.state.exists() else {}
-
-    def write_state(self, **changes: Any) -> None:
-        """Change entries of `run_state.json` in one atomic replacement."""
-        temporary = self.state.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.read_state() | changes, indent=1))
-        os.replace(temporary, self.state)
-
-    def append(self, step: int, metrics: dict[str, float], now: float) -> None:
-        """Add one point to `metrics.jsonl`."""
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({"step": step, "time": now, "metrics": metrics}) + "\n")
-
-    def last_steps(self) -> dict[str, int]:
-        """The last step recorded of each metric; a half-written last line (a killed run) is dropped."""
-        last: dict[str, int] = {}
-        if not self.metrics.exists():
-            return last
-        complete = []
-        for line in self.metrics.read_text().splitlines():
-            try:
-                point = json.loads(line)
-            except ValueError:
-                continue
-            complete.append(line)
-            for name in point["metrics"]:
-                last[name] = max(last.get(name, -1), point["step"])
-        self.metrics.write_text("".join(f"{line}\n" for line in complete))
-        return last
+SEND_EVERY_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 60.0
+"""Between two tries while MLflow is away."""
+REQUIRED_SECONDS = 30.0
+"""How long MLflow may take to answer at the start, where tracking.required asks for it."""
+CLOSE_SECONDS: dict[State, float] = {"finished": 30.0, "stopped": 10.0, "failed": 30.0}
+"""For sending the rest at the end; a job that was told to stop has little time."""
+MAX_PARAM_CHARACTERS = 6000
+MAX_KEY_CHARACTERS = 250
 
 
 class Tracker:
     """One training run = one MLflow run, continued over any number of restarts, with one point a step."""
 
-    def __init__(self, config: RunConfig, *, rank: int, world_size: int, datasets: dict[str, Any]) -> None:
-        """Open or go on with the run of `config.run.dir`; `datasets` maps training and validation to open shards."""
-        self._files = RunFiles(Path(config.run.dir)) if rank == 0 else None
-        self._client: mlflow.MlflowClient | None = None
-        self._run_id = ""
-        if self._files is None:
-            return
-        self._files.config.write_text(as_yaml(config))
-        self._last_steps = self._files.last_steps()
-        self._warned = False
-        quiet_mlflow()
-        try:
-            self._client = mlflow.MlflowClient(tracking_uri=config.tracking.uri)
-            self._run_id = self._open_run(config, world_size, datasets)
-        except MlflowException as error:
-            self._warn(error)
-        self._files.write_state(
-            state="running", mlflow_run_id=self._run_id, mlflow_uri=config.tracking.uri, started=time.time()
-        )
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        rank: int,
+        world_size: int,
+        datasets: Mapping[str, Any],
+        artifacts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Open or go on with the run of `config.run.dir`.
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
+        `datasets` maps training and validation to opened shards; `artifacts` are texts to keep with the run, by file
+        name (DeepSpeed's configuration). With `tracking.required` this waits until MLflow answers, is collective, and
+        raises DataError with exit code 69 on all ranks if it does not.
+        """
+        self._files = RunFiles(Path(config.run.dir)) if rank == 0 else None
+        if self._files is not None:
+            self._start(self._files, config, world_size, datasets, artifacts or {})
+        if config.tracking.required:
+            problem = from_rank_0(self._uploader.wait_until_open(REQUIRED_SECONDS) if self._files else None)
+            if problem is not None:
+                raise DataError(
+                    f"tracking.required: MLflow at {redact(config.tracking.uri)} does not answer ({problem}); "
+                    "start it, correct tracking.uri, or set tracking.required=false",
+                    EXIT_UNREACHABLE,
+                )
+
+    def _start(
+        self,
+        files: RunFiles,
+        config: RunConfig,
+        world_size: int,
+        datasets: Mapping[str, Any],
+        artifacts: Mapping[str, str],
+    ) -> None:
+        self._metrics, self._events = Journal(files.metrics), Journal(files.events)
+        for journal in (self._metrics, self._events):
+            journal.repair()
+        self._last_steps = files.last_steps()
+        self._last_images: dict[str, int] = {}
+        for record in self._events.records():
+            if record["event"] == "image":
+                self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
+        now = time.time()
+        _describe_run(files, config, world_size, datasets, artifacts, now)
+        files.write_state(state="running", started=now)
+        last_step = max(self._last_steps.values(), default=0)
+        self.event(last_step, "start", f"on {world_size} ranks", world_size=world_size)
+        self._uploader = Uploader(files)
+        self._uploader.start()
+        self._system: SystemMetrics | None = None
+        if config.tracking.system_metrics:
+            self._system = SystemMetrics(self._log_system)
+            self._system.start()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics after `step` updates; a step that an earlier attempt recorded is not recorded twice."""
         if self._files is None:
             return
-        fresh = {name: value for name, value in metrics.items() if step > self._last_steps.get(name, -1)}
-        if not fresh:
+        named = {metric_name(name): float(value) for name, value in metrics.items()}
+        fresh = {name: value for name, value in named.items() if step > self._last_steps.get(name, -1)}
+        if fresh:
+            self._last_steps |= dict.fromkeys(fresh, step)
+            self._metrics.append({"step": step, "time": time.time(), "metrics": fresh})
+
+    def event(self, step: int, name: str, text: str, **fields: Any) -> None:
+        """Record that something happened: a line of `events.jsonl`, and a tag `event.NAME` that holds the last one."""
+        if self._files is not None:
+            record = {"step": step, "time": time.time(), "event": name, "text": text, **fields}
+            self._events.append(redacted(record))
+
+    def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
+        """Keep a picture under `samples/` and show it in MLflow, where pictures of one key form a series over steps."""
+        if self._files is None or step <= self._last_images.get(key, -1):
             return
-        self._last_steps |= dict.fromkeys(fresh, step)
-        now = time.time()
-        self._files.append(step, fresh, now)
-        self._call(lambda client: client.log_batch(self._run_id, metrics=_points(step, fresh, now)))
+        key = re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII)
+        self._last_images[key] = step
+        path = self._files.samples / f"{key.replace('/', '_')}-step-{step:09d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(image, Image.Image):
+                image.save(path)
+            elif Path(image).resolve() != path.resolve():
+                shutil.copyfile(image, path)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); training goes on without this picture", path, error)
+            return
+        file = path.relative_to(self._files.folder).as_posix()
+        self.event(step, "image", "", key=key, file=file)
+
+    def log_file(self, path: Path | str, folder: str) -> None:
+        """Send a file to MLflow, into a folder of the run's artifacts; it must stay where it is."""
+        if self._files is not None:
+            self.event(
+                max(self._last_steps.values(), default=0),
+                "file",
+                "",
+                file=_place(self._files, Path(path)),
+                folder=folder,
+            )  # noqa: E501
 
     def close(self, state: State, *, code: int, reason: str, step: int) -> None:
         """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow."""
         if self._files is None:
             return
-        self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
-        self._call(lambda client: client.set_terminated(self._run_id, _MLFLOW_STATUS[state]))
-
-    def _open_run(self, config: RunConfig, world_size: int, datasets: dict[str, Any]) -> str:
-        client, files = self._client, self._files
-        assert client is not None and files is not None
-        tags = {
-            MLFLOW_SOURCE_NAME: "trainer/run.py",
-            MLFLOW_USER: os.environ.get("USER", "unknown"),
-            "world_size": str(world_size),
-            "versions.python": platform.python_version(),
-            **{f"versions.{name}": version(name) for name in ("torch", "deepspeed", "mlflow", "webdataset")},
-            **git_revision(),
-        }
-        known = files.read_state().get("mlflow_run_id")
+        if self._system is not None:
+            self._system.stop()
+        if state == "finished":
+            self.log(step, _summary(self._files))
         try:
-            run = client.get_run(known) if known else None
-        except MlflowException:
-            run, tags = None, tags | {"resumed_from": str(known)}  # deleted, or another server
-        if run is None:
-            experiment = client.get_experiment_by_name(config.tracking.experiment)
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else client.create_experiment(config.tracking.experiment, tags=_EXPERIMENT_TAGS)
-            )
-            run = client.create_run(experiment_id, tags=tags | {MLFLOW_RUN_NAME: config.run.name})
+            self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self._files.state, error)
+        unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
+        if problem is not None:
+            log.warning(
+                "%d points and the end of the run not sent to MLflow (%s); run: python -m trainer.tracking sync %s",
+                unsent, problem, self._files.folder,
+            )  # fmt: skip
+
+    def _log_system(self, values: dict[str, float]) -> None:
+        # As in MLflow these points have steps of their own: a training that stands still is to be seen as well.
+        step = 1 + max((self._last_steps.get(name, -1) for name in values), default=-1)
+        self.log(step, values)
+
+
+class Uploader(threading.Thread):
+    """Sends what the run's files hold, every few seconds; while MLflow is away it tries again less and less often."""
+
+    def __init__(self, files: RunFiles) -> None:
+        super().__init__(name="mlflow", daemon=True)
+        self._files = files
+        self._mirror = Mirror(files)
+        self._closing = threading.Event()
+        self._opened = threading.Event()
+        self._problem: str | None = "no answer yet"
+        self._failures = 0
+
+    def wait_until_open(self, seconds: float) -> str | None:
+        """None once MLflow has the run, else after so many seconds the reason why not."""
+        return None if self._opened.wait(seconds) else self._problem
+
+    def close(self, seconds: float) -> tuple[int, str | None]:
+        """Send the rest and how the run ended, for so many seconds at most; what is left: points, and the reason."""
+        self._closing.set()
+        self.join(timeout=seconds)
+        problem = f"no answer in {seconds:.0f} seconds" if self.is_alive() else self._problem
+        return (self._mirror.unsent_points() if problem else 0), problem
+
+    def run(self) -> None:
+        pause = 0.0
+        while not self._closing.wait(pause):
+            self._send(end=False)
+            pause = min(SEND_EVERY_SECONDS * 2 ** min(self._failures, 10), LONGEST_PAUSE_SECONDS)
+        self._send(end=True)
+        if self._failures and self._opened.is_set():
+            time.sleep(1)  # a store that was busy for a moment
+            self._send(end=True)
+        self._mirror.close()
+
+    def _send(self, *, end: bool) -> None:
+        try:
+            self._mirror.catch_up(end=end)
+        except MirrorInUse as error:
+            self._failures, self._problem = 1, str(error)
+        # Whatever MLflow, its store or its network come up with: training must not stop for it.
+        except Exception as error:  # noqa: BLE001
+            self._failures += 1
+            self._problem = one_line(error)
+            if self._failures == 1:
+                log.warning(
+                    "MLflow does not answer (%s); the run goes on and keeps %s", self._problem, self._files.metrics
+                )  # noqa: E501
         else:
-            client.update_run(run.info.run_id, status="RUNNING")
-        run_id: str = run.info.run_id
-        recorded = run.data.params
-        values = {key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in flat(config).items()}
-        # MLflow refuses to change a parameter: what a restart changed is told by a tag.
-        tags |= {f"changed.{k}": v for k, v in values.items() if k in recorded and recorded[k] != v}
-        client.log_batch(
-            run_id,
-            params=[Param(key, value) for key, value in values.items() if key not in recorded],
-            tags=[RunTag(key, value) for key, value in tags.items()],
-        )
-        client.log_artifact(run_id, str(files.config))
-        if not (run.inputs and run.inputs.dataset_inputs):
-            client.log_inputs(run_id, datasets=[_dataset_input(c, s) for c, s in datasets.items()])
-        return run_id
-
-    def _call(self, request: Any) -> None:
-        if self._client is None or not self._run_id:
-            return
-        try:
-            request(self._client)
-        except MlflowException as error:
-            self._warn(error)
-
-    def _warn(self, error: MlflowException) -> None:
-        if not self._warned:
-            log.warning("MLflow does not answer (%s); the run goes on and keeps %s", error, self._files.metrics)  # type: ignore[union-attr]
-        self._warned = True
+            if self._failures and self._opened.is_set():
+                log.warning("MLflow answers again and has everything that was recorded meanwhile")
+            self._failures, self._problem = 0, None
+            self._opened.set()
 
 
-def record_results(files: RunFiles, step: int, metrics: dict[str, float], artifacts: list[Path]) -> None:
+def record_results(files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path]) -> None:
     """Add what a tool found out about a run to its files and its MLflow run; files go to the run's `samples`."""
-    now = time.time()
+    journal, events, now = Journal(files.metrics), Journal(files.events), time.time()
     last_steps = files.last_steps()
-    fresh = {name: value for name, value in metrics.items() if step > last_steps.get(name, -1)}
-    if fresh:
-        files.append(step, fresh, now)
-    state = files.read_state()
-    if not state.get("mlflow_run_id"):
-        return
-    quiet_mlflow()
+    named = {metric_name(name): float(value) for name, value in metrics.items()}
+    if fresh := {name: value for name, value in named.items() if step > last_steps.get(name, -1)}:
+        journal.append({"step": step, "time": now, "metrics": fresh})
+    for path in artifacts:
+        place = _place(files, path)
+        events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": "samples"})
     try:
-        client = mlflow.MlflowClient(tracking_uri=state["mlflow_uri"])
-        if fresh:
-            client.log_batch(state["mlflow_run_id"], metrics=_points(step, fresh, now))
-        for path in artifacts:
-            client.log_artifact(state["mlflow_run_id"], str(path), "samples")
-    except MlflowException as error:
-        log.warning("MLflow does not answer (%s); the results are in %s", error, files.folder)
+        catch_up(files, end=False)
+    except MirrorInUse:
+        pass  # the training job sends it
+    except Exception as error:  # noqa: BLE001 (the results are in the files, whatever MLflow says)
+        log.warning(
+            "MLflow does not answer (%s); the results are in %s, and python -m trainer.tracking sync %s sends them",
+            one_line(error), files.folder, files.folder,
+        )  # fmt: skip
 
 
-def quiet_mlflow() -> None:
-    """Two retries instead of MLflow's four minutes of them, and no report of its database migrations."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    for name in ("alembic", "mlflow"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="mlflow")
-
-
-def git_revision() -> dict[str, str]:
-    """Commit of this code and whether it was changed, as MLflow tags; empty outside a git checkout."""
+def catch_up(files: RunFiles, *, end: bool) -> Mirror:
+    """Send everything that MLflow does not have, now, from this process. Raises what Mirror.catch_up raises."""
+    mirror = Mirror(files)
     try:
-        commit, changes = (
-            subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {MLFLOW_GIT_COMMIT: commit, "git.dirty": str(bool(changes)).lower()}
+        mirror.catch_up(end=end)
+    finally:
+        mirror.close()
+    return mirror
 
 
-def _points(step: int, metrics: dict[str, float], now: float) -> list[Metric]:
-    return [Metric(name, value, int(now * 1000), step) for name, value in metrics.items()]
+def metric_name(name: str) -> str:
+    """The name as MLflow takes it: letters, digits, `_ - . space : /`, without empty parts, `.` and `..`."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
+    return "/".join(part for part in parts if part.strip(".") != "")[:MAX_KEY_CHARACTERS] or "unnamed"
 
 
-def _dataset_input(context: str, shards: Any) -> DatasetInput:
-    """MLflow's record of one data set: where it is, and the digest of its manifest (36 characters at most)."""
-    source = resolve_dataset_source(shards.url)
-    dataset = MetaDataset(source, name=shards.manifest.name, digest=shards.digest[:32])  # type: ignore[abstract]
-    return DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", context)])
+def one_line(error: BaseException) -> str:
+    """An error as part of a sentence: its first line, without secrets, of bearable length."""
+    text = redact(str(error)).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
+def _describe_run(
+    files: RunFiles,
+    config: RunConfig,
+    world_size: int,
+    datasets: Mapping[str, Any],
+    artifacts: Mapping[str, str],
+    now: float,
+) -> None:
+    """Write down all that MLflow is told when the run is opened, so that it can be opened at any time later."""
+    text = redact(as_yaml(config))
+    files.config.write_text(text)
+    files.repro.mkdir(exist_ok=True)
+    repro = {"packages.txt": packages(), "git.diff": code_changes(), "environment.txt": environment(), **artifacts}
+    for name, content in repro.items():
+        (files.repro / name).write_text(redact(content))
+    before = read_json(files.description)
+    # The lock of the run's folder counts attempts; a folder without it is counted here.
+    attempt = files.read_state().get("attempt", before.get("attempt", 0) + 1)
+    machine = machine_tags(world_size)
+    attempts = [*before.get("attempts", []), {"started": now, "world_size": world_size, "host": machine["host"]}]
+    data = [data_description(context, shards) for context, shards in datasets.items()]
+    tags = {MLFLOW_SOURCE_NAME: "trainer/run.py", MLFLOW_USER: _user(), "config.sha": digest_of_text(text)}
+    tags |= machine | code_tags() | {"attempts": str(len(attempts))}
+    tags |= {f"data.{key}": str(data[0][key]) for key in ("name", "version", "digest")} if data else {}
+    for number, entry in enumerate(attempts, start=1):
+        tags |= {f"attempt.{number}.{key}": str(value) for key, value in entry.items()}
+    params = {key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in flat(config).items()}
+    description = {
+        "uri": config.tracking.uri,
+        "experiment": config.tracking.experiment,
+        "name": config.run.name,
+        "key": before.get("key") or uuid.uuid4().hex,
+        "attempt": attempt,
+        "attempts": attempts,
+        "params": params,
+        "tags": tags,
+        "data": data,
+    }
+    write_json(files.description, redacted(description))
+
+
+def _summary(files: RunFiles) -> dict[str, float]:
+    """The few figures by which MLflow's table and parallel coordinates compare runs."""
+    points = list(Journal(files.metrics).records())
+    times = [point["time"] for point in points] + [time.time()]
+    values = {name: [point["metrics"][name] for point in points if name in point["metrics"]]
+              for name in ("val/bits_per_dim", "perf/images_per_s")}  # fmt: skip
+    attempts = read_json(files.description).get("attempts", [])
+    seconds = sum(entry["world_size"] * duration for entry, duration in working_seconds(attempts, times))
+    summary = {"final/gpu_hours": seconds / 3600}
+    if values["val/bits_per_dim"]:
+        summary["final/val_bits_per_dim"] = values["val/bits_per_dim"][-1]
+    if values["perf/images_per_s"]:
+        summary["final/images_per_s"] = statistics.median(values["perf/images_per_s"])
+    return summary
+
+
+def _place(files: RunFiles, path: Path) -> str:
+    """A path as it is found from the run's folder, also after the folder was moved."""
+    path, folder = path.resolve(), files.folder.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sync = commands.add_parser("sync", help="send to MLflow what it does not have of a run; repeatable")
+    sync.add_argument("dir", help="folder of a run (run.dir of its config)")
+    arguments = parser.parse_args()
+    guard_output()
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    return _sync(RunFiles(Path(arguments.dir)))
+
+
+def _sync(files: RunFiles) -> int:
+    if not files.description.exists():
+        print(f"error: {files.folder}: holds no run (no {files.description.name})", file=sys.stderr)
+        return 2
+    uri = read_json(files.description)["uri"]
+    unsent = Mirror(files).unsent_points()
+    try:
+        mirror = catch_up(files, end=True)
+    except MirrorInUse as error:
+        print(f"{error}; nothing to do here")
+        return 0
+    except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
+        print(f"error: MLflow at {uri} does not answer ({one_line(error)}); {unsent} points wait", file=sys.stderr)
+        return EXIT_UNREACHABLE
+    print(f"sent {unsent} points of {files.folder} to run {mirror.run_id} of {uri}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

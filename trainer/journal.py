@@ -1,0 +1,178 @@
+"""What does a run's folder say about the run: config, points, events, state, and what MLflow has got of them so far?
+
+`metrics.jsonl` and `events.jsonl` are the truth about a run, and also the queue of what MLflow is told: lines are only
+added, and `mlflow_sent.json` holds how many bytes of each have arrived there.
+"""
+
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.storage import atomic_file
+from trainer.redaction import redacted
+
+log = logging.getLogger(__name__)
+
+LARGEST_BACKLOG_LINES = 100_000
+"""Lines kept in memory while the disk is full."""
+_state_lock = threading.Lock()
+
+
+class Journal:
+    """A file of JSON lines that only grows. Lines are whole: readers never see the beginning of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._backlog: list[bytes] = []
+        self._torn = False
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line; never raises. A disk that is full costs a warning, and the line is written with a later one."""
+        line = json.dumps(record).encode() + b"\n"
+        with self._lock:
+            self._backlog = [*self._backlog, line][-LARGEST_BACKLOG_LINES:]
+            data = (b"\n" if self._torn else b"") + b"".join(self._backlog)
+            try:
+                self._write(data)
+            except OSError as error:
+                if len(self._backlog) == 1:
+                    log.warning("%s: cannot be written (%s); its lines are kept in memory", self.path, error.strerror)
+                return
+            self._backlog, self._torn = [], False
+
+    def _write(self, data: bytes) -> None:
+        # One write with O_APPEND: lines of several processes (a tool beside the training job) do not mix.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            before = os.fstat(descriptor).st_size
+            written = os.write(descriptor, data)
+            if written < len(data):
+                # What fitted would be written again with the rest: take it back, or else end its line.
+                self._torn = True
+                os.ftruncate(descriptor, before)
+                self._torn = False
+                raise OSError(0, "no space left on device")
+        finally:
+            os.close(descriptor)
+
+    def repair(self) -> None:
+        """Cut off a last line that a killed process left half-written."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb+") as file:
+            content = file.read()
+            if content and not content.endswith(b"\n"):
+                file.truncate(content.rfind(b"\n") + 1)
+
+    def read(self, position: int, largest_lines: int) -> tuple[list[dict[str, Any]], int]:
+        """The records of the next complete lines from a byte position on, and the position after them."""
+        if not self.path.exists():
+            return [], position
+        records = []
+        with self.path.open("rb") as file:
+            if position > os.fstat(file.fileno()).st_size:  # somebody has replaced the file
+                position = 0
+            file.seek(position)
+            for _ in range(largest_lines):
+                line = file.readline()
+                if not line.endswith(b"\n"):
+                    break
+                position += len(line)
+                if (record := _parse(line)) is not None:
+                    records.append(record)
+        return records, position
+
+    def records(self, position: int = 0) -> Iterator[dict[str, Any]]:
+        """All records from a byte position on."""
+        while True:
+            found, following = self.read(position, 1000)
+            yield from found
+            if following == position:
+                return
+            position = following
+
+    def to_disk(self) -> None:
+        """Return when everything written so far would survive a loss of power."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+class RunFiles:
+    """The run folder's own record."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.metrics = folder / "metrics.jsonl"
+        self.events = folder / "events.jsonl"
+        self.state = folder / "run_state.json"
+        self.samples = folder / "samples"
+        self.repro = folder / "repro"
+        """Where the code and the machine of the run are described."""
+        self.description = folder / "mlflow_run.json"
+        """What MLflow is told when the run is opened there: parameters, tags, data sets."""
+        self.sent = folder / "mlflow_sent.json"
+
+    def read_state(self) -> dict[str, Any]:
+        """What the last attempt left in `run_state.json`; empty for a new run."""
+        return read_json(self.state)
+
+    def write_state(self, **changes: Any) -> None:
+        """Change entries of `run_state.json` in one atomic replacement, without secrets. Raises OSError."""
+        with _state_lock:
+            write_json(self.state, self.read_state() | redacted(changes))
+
+    def last_steps(self) -> dict[str, int]:
+        """The last step recorded of each metric."""
+        last: dict[str, int] = {}
+        for point in Journal(self.metrics).records():
+            for name in point["metrics"]:
+                last[name] = max(last.get(name, -1), point["step"])
+        return last
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none. One that is damaged is told in the log, and empty too."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text())
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        log.warning("%s is damaged and is written anew", path)
+        return {}
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace a JSON file in one piece. Raises OSError."""
+    with atomic_file(str(path)) as file:
+        file.write(json.dumps(value, indent=1).encode())
+
+
+def working_seconds(attempts: list[dict[str, Any]], times: list[float]) -> Iterator[tuple[dict[str, Any], float]]:
+    """Each attempt of a run and how long it ran: from its start to its last sign of life, in seconds.
+
+    `attempts` have `started`, in order; `times` are those of all points and events. Pauses between attempts do not
+    count.
+    """
+    ends = [attempt["started"] for attempt in attempts[1:]] + [float("inf")]
+    for attempt, end in zip(attempts, ends, strict=True):
+        alive = [time for time in times if attempt["started"] <= time < end]
+        yield attempt, max(alive, default=attempt["started"]) - attempt["started"]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A line's record; None for what a full disk or a lost machine left of one."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,364 @@
+"""How does MLflow get what a run's folder holds, each thing once, whatever fails in between?
+
+`Mirror.catch_up` sends what is new in the folder since the last time. The same function serves the training job (on a
+thread), the tools, and `python -m trainer.tracking sync`; which of them sends does not matter, and sending something
+twice does no harm: a point has the time at which it was recorded, and MLflow stores equal points once.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import mlflow
+from mlflow.data.dataset_source_registry import resolve_dataset_source
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
+from PIL import Image
+
+from trainer.journal import Journal, RunFiles, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+LINES_A_REQUEST = 50
+LARGEST_REQUEST = 1000
+"""Points in one request, as MLflow limits them; 100 parameters, 100 tags."""
+LARGEST_TAG_CHARACTERS = 5000
+REQUEST_SECONDS = "10"
+STORE_CREATION_SECONDS = 120.0
+RUN_KEY = "run.key"
+"""Tag by which a run is found again whose creation was answered too late, or whose folder lost the run's id."""
+STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+"""Opens the experiment's page on training runs; MLflow's default is the view for chat applications."""
+_NETWORK_FILESYSTEMS = re.compile(
+    r"nfs\d?|cifs|smb\w*|lustre|beegfs|gpfs|ceph|glusterfs|afs|fuse\.(sshfs|glusterfs|ceph.*|s3fs)"
+)
+
+
+class MirrorInUse(Exception):
+    """Another process sends for this run, and will send what is there."""
+
+
+class Mirror:
+    """The MLflow run of one run folder. Only one process at a time sends; the kernel ends its right when it dies."""
+
+    def __init__(self, files: RunFiles) -> None:
+        self._files = files
+        self._metrics, self._events = Journal(files.metrics), Journal(files.events)
+        self._lock: TextIO | None = None
+        self._client: mlflow.MlflowClient | None = None
+        self._run_id = ""
+        self._attempt: int | None = None
+        self._may_be_there = True
+        """Whether an image may have arrived although nobody saw the answer."""
+
+    def catch_up(self, *, end: bool) -> None:
+        """Open the run where it is not, and send what is new. With `end`, also how the last attempt ended.
+
+        Raises MirrorInUse, or any error of MLflow, its store or its network; calling it again goes on.
+        """
+        self._take_lock()
+        description = read_json(self._files.description)
+        if not description:
+            return  # of a program that recorded nothing
+        if self._client is None:
+            self._client = open_client(description["uri"])
+        sent = read_json(self._files.sent)
+        if self._attempt != description["attempt"]:
+            self._open(description, sent)
+        try:
+            self._send_metrics(sent)
+            self._send_events(sent)
+            if end:
+                self._send_end(sent)
+        except Exception as error:
+            if _is_gone(error):
+                self._attempt = None  # the run was deleted meanwhile: open another
+            self._may_be_there = True
+            raise
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's name of the run; empty as long as it is not open."""
+        return self._run_id
+
+    def unsent_points(self) -> int:
+        """Values of metrics that have not arrived."""
+        sent = read_json(self._files.sent)
+        return sum(len(record["metrics"]) for record in self._metrics.records(sent.get("metrics", 0)))
+
+    def close(self) -> None:
+        """Let another process send."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
+        file = (self._files.folder / "mlflow.lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise MirrorInUse(f"another process sends {self._files.folder} to MLflow") from None
+        except OSError:
+            pass  # a filesystem without locks: equal points are stored once anyway
+        self._lock = file
+
+    def _open(self, description: dict[str, Any], sent: dict[str, Any]) -> None:
+        """Find or create the run, and describe the attempt there unless that was done. `sent` is brought up to date."""
+        assert self._client is not None
+        client, files = self._client, self._files
+        known = str(files.read_state().get("mlflow_run_id") or sent.get("run_id") or "")
+        run = _find_run(client, known, description)
+        if run is None:
+            tags = {RUN_KEY: description["key"], MLFLOW_RUN_NAME: description["name"]}
+            if known:
+                tags["resumed_from"] = known  # deleted, or on another server
+            run = client.create_run(_experiment_id(client, description["experiment"]), tags=tags)
+        run_id = run.info.run_id
+        if sent.get("run_id") != run_id:
+            sent.clear()
+            sent |= {"run_id": run_id, "metrics": 0, "events": 0}
+        if sent.get("attempt") != description["attempt"]:
+            _describe(client, run, description, files)
+            sent["attempt"] = description["attempt"]
+            write_json(files.sent, sent)
+        files.write_state(mlflow_run_id=run_id, mlflow_uri=description["uri"])
+        if STATUS.get(files.read_state().get("state", "")) == "RUNNING" and run.info.status != "RUNNING":
+            client.update_run(run_id, status="RUNNING")
+            sent.pop("status", None)
+        self._run_id, self._attempt = run_id, description["attempt"]
+
+    def _send_metrics(self, sent: dict[str, Any]) -> None:
+        while True:
+            records, position = self._metrics.read(sent["metrics"], LINES_A_REQUEST)
+            if position == sent["metrics"]:
+                return
+            points = [
+                Metric(name, value, int(record["time"] * 1000), record["step"])
+                for record in records
+                for name, value in record["metrics"].items()
+            ]
+            for begin in range(0, len(points), LARGEST_REQUEST):
+                self._send_points(points[begin : begin + LARGEST_REQUEST])
+            sent["metrics"] = position
+            write_json(self._files.sent, sent)
+
+    def _send_points(self, points: list[Metric]) -> None:
+        """Send points; of those that MLflow refuses for what they are, each is told in the log and left out."""
+        assert self._client is not None
+        try:
+            self._client.log_batch(self._run_id, metrics=points)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE" or _is_gone(error):
+                raise
+            if len(points) == 1:
+                log.warning("MLflow refuses %s at step %d: %s", points[0].key, points[0].step, error)
+                return
+            middle = len(points) // 2
+            self._send_points(points[:middle])
+            self._send_points(points[middle:])
+
+    def _send_events(self, sent: dict[str, Any]) -> None:
+        assert self._client is not None
+        told = False
+        while True:
+            records, position = self._events.read(sent["events"], 1)
+            if position == sent["events"]:
+                break
+            for record in records:
+                self._send_event(record)
+                told = True
+            self._may_be_there = False
+            sent["events"] = position
+            write_json(self._files.sent, sent)
+        if told:
+            self._client.log_artifact(self._run_id, str(self._files.events))
+
+    def _send_event(self, record: dict[str, Any]) -> None:
+        assert self._client is not None
+        client, run_id = self._client, self._run_id
+        if record["event"] == "image":
+            image = _read_image(self._files.folder / record["file"])
+            when = int(record["time"] * 1000)
+            if image is not None and not (self._may_be_there and self._has_image(record["step"], when)):
+                client.log_image(run_id, image, key=record["key"], step=record["step"], timestamp=when)
+        elif record["event"] == "file":
+            path = self._files.folder / record["file"]
+            if path.exists():
+                client.log_artifact(run_id, str(path), record["folder"] or None)
+            else:
+                log.warning("%s is gone, so MLflow does not get it", path)
+        else:
+            text = f"step {record['step']}: {record.get('text', '')}"
+            client.set_tag(run_id, f"event.{record['event']}", text[:LARGEST_TAG_CHARACTERS])
+
+    def _has_image(self, step: int, when: int) -> bool:
+        assert self._client is not None
+        names = (artifact.path for artifact in self._client.list_artifacts(self._run_id, "images"))
+        # Of the two files of an image the small one is written last.
+        return any(f"+step+{step}+timestamp+{when}+" in name and name.endswith(".webp") for name in names)
+
+    def _send_end(self, sent: dict[str, Any]) -> None:
+        assert self._client is not None
+        state = self._files.read_state()
+        # Nobody else holds the lock, so an attempt that says it runs has died without a word.
+        status = {"RUNNING": "FAILED"}.get(found := STATUS[state.get("state", "failed")], found)
+        if sent.get("status") == status:
+            return
+        ended = state.get("ended")
+        self._client.set_terminated(self._run_id, status, end_time=int(ended * 1000) if ended else None)
+        sent["status"] = status
+        write_json(self._files.sent, sent)
+
+
+def open_client(uri: str) -> mlflow.MlflowClient:
+    """A client of the store at a URI that answers.
+
+    Of several processes that open a new sqlite store at once, one makes its tables while the others wait: MLflow itself
+    would leave a store that nobody can open any more. Raises MlflowException, or OSError for a store on a network disk.
+    """
+    quiet_mlflow()
+    with _only_opener(uri):
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        client.search_experiments(max_results=1)
+    return client
+
+
+def quiet_mlflow() -> None:
+    """Ten seconds for a request instead of MLflow's four minutes, and no report of its database migrations."""
+    # Our own loop tries again; the user's values win.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="mlflow")
+
+
+def on_network_disk(path: str, mounts: str) -> str | None:
+    """The kind of network filesystem that a path lies on, by the text of /proc/mounts; None for a local disk."""
+    best, kind = "", ""
+    for line in mounts.splitlines():
+        fields = line.split(" ")
+        if len(fields) > 2:
+            point = fields[1].replace("\\040", " ")
+            inside = path == point or path.startswith(point.rstrip("/") + "/")
+            if inside and len(point) >= len(best):
+                best, kind = point, fields[2]
+    return kind if _NETWORK_FILESYSTEMS.fullmatch(kind) else None
+
+
+@contextlib.contextmanager
+def _only_opener(uri: str) -> Iterator[None]:
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///")).resolve()
+    mounts = Path("/proc/mounts")
+    if mounts.exists() and (kind := on_network_disk(str(path), mounts.read_text())):
+        raise OSError(
+            f"{uri} lies on a network disk ({kind}), where sqlite loses data; set tracking.uri to a local disk or to "
+            "the URL of a tracking server"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f"{path.name}.lock").open("a") as lock:
+        deadline = time.monotonic() + STORE_CREATION_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise OSError(
+                        f"{uri}: another process has been opening it for {STORE_CREATION_SECONDS:.0f} s"
+                    ) from None  # noqa: E501
+                time.sleep(0.1)
+        yield
+
+
+def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, Any]) -> Run | None:
+    """The run by its id, else by its key (if it was created and nobody saw the answer); None if there is none."""
+    if known:
+        try:
+            run = client.get_run(known)
+            if run.info.lifecycle_stage == "active":
+                return run
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    experiment = client.get_experiment_by_name(description["experiment"])
+    if experiment is None:
+        return None
+    query = f"tags.`{RUN_KEY}` = '{description['key']}'"
+    found = list(client.search_runs([experiment.experiment_id], filter_string=query, max_results=1))
+    return found[0] if found else None
+
+
+def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+    for _ in range(2):
+        if experiment := client.get_experiment_by_name(name):
+            if experiment.lifecycle_stage != "active":
+                raise OSError(
+                    f"the experiment {name} was deleted in MLflow: restore it or set another tracking.experiment"
+                )
+            return str(experiment.experiment_id)
+        try:
+            return str(client.create_experiment(name, tags=_EXPERIMENT_TAGS))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job was faster
+                raise
+    raise OSError(f"the experiment {name} can neither be found nor created in MLflow")
+
+
+def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any], files: RunFiles) -> None:
+    """Parameters, tags, artifacts and data sets of the attempt that begins."""
+    run_id, recorded = run.info.run_id, run.data.params
+    values = description["params"]
+    # MLflow refuses to change a parameter: what a restart changed is told by a tag.
+    changed = {f"changed.{k}": v for k, v in values.items() if k in recorded and recorded[k] != v}
+    params = [Param(key, value) for key, value in values.items() if key not in recorded]
+    tags = [RunTag(key, value[:LARGEST_TAG_CHARACTERS]) for key, value in (description["tags"] | changed).items()]
+    for begin in range(0, max(len(params), len(tags)), 100):
+        client.log_batch(run_id, params=params[begin : begin + 100], tags=tags[begin : begin + 100])
+    client.log_artifact(run_id, str(files.config))
+    if files.repro.is_dir():
+        client.log_artifacts(run_id, str(files.repro), "repro")
+    if not (run.inputs and run.inputs.dataset_inputs):
+        client.log_inputs(run_id, datasets=[_dataset_input(data) for data in description["data"]])
+
+
+def _dataset_input(data: dict[str, Any]) -> DatasetInput:
+    """MLflow's record of one data set; it allows 36 characters for a digest."""
+    source = resolve_dataset_source(data["url"])
+    dataset = MetaDataset(source, name=data["name"], digest=data["digest"][:32])  # type: ignore[abstract]
+    tags = [InputTag("mlflow.data.context", data["context"])]
+    tags += [InputTag(key, str(data[key])) for key in ("version", "images", "image_size")]
+    return DatasetInput(dataset._to_mlflow_entity(), tags)
+
+
+def _read_image(path: Path) -> Image.Image | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except OSError as error:
+        log.warning("%s cannot be read (%s), so MLflow does not get it", path, error)
+        return None
+
+
+def _is_gone(error: Exception) -> bool:
+    """Whether MLflow says that the run is not there any more."""
+    return isinstance(error, MlflowException) and (
+        error.error_code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in str(error)
+    )
