@@ -13,6 +13,7 @@ from collections.abc import Callable
 from data_pipeline.storage import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
+from trainer.redaction import guard_output
 
 FINISHED, USAGE, BUG, IN_USE, CHECKPOINT, STOPPED, DIVERGED = 0, 2, 70, 73, 74, 75, 76
 SUPERSEDED, HANG, INTERRUPTED = 77, 78, 130
@@ -73,7 +74,8 @@ def report(error: BaseException, code: int) -> None:
 
 
 def run_tool(tool: Callable[[], None]) -> int:
-    """Run a command-line tool of one process and return its exit code."""
+    """Run a command-line tool of one process and return its exit code; nothing secret is printed from here on."""
+    guard_output()
     try:
         tool()
     except KeyboardInterrupt:

@@ -54,6 +54,7 @@ from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, Window, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 from trainer.ranks import Ranks, from_rank_0, occupied_master_port, ranks_from_environment  # noqa: E402
+from trainer.redaction import guard_output  # noqa: E402
 from trainer.run_lock import RunLock  # noqa: E402
 from trainer.tracking import RunFiles, Tracker  # noqa: E402
 from trainer.training_samples import draw_grid  # noqa: E402
@@ -87,6 +88,7 @@ def main() -> int:
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # added by the launcher; LOCAL_RANK says the same
     arguments = parser.parse_args()
+    guard_output()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     ranks = ranks_from_environment()
     try:
@@ -147,7 +149,8 @@ def run(
         if problem := from_rank_0(count_start(files, config, step) if ranks.rank == 0 else None):
             raise NoProgress(problem)
         datasets = {"training": train_shards, "validation": validation_shards}
-        tracker = Tracker(config, rank=ranks.rank, world_size=ranks.world_size, datasets=datasets)
+        texts = {"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)}
+        tracker = Tracker(config, rank=ranks.rank, world_size=ranks.world_size, datasets=datasets, artifacts=texts)
         if newest is None:
             progress.note(f"a new run: {url} holds no checkpoint")
         else:
