@@ -136,7 +136,7 @@ def environment_file_problems(folders: Sequence[Path], name: str) -> Iterator[Pr
 
 def _value_problems(where: str, name: str, value: str) -> Iterator[Problem]:
     # The value is not repeated here: this text ends up in logs too.
-    if value and _SECRET.search(name):
+    if value and _SECRET.search(name) and not name.endswith(("_FILE", "_PATH")):
         home = "~/.mlflow/credentials" if name.startswith("MLFLOW") else "~/.aws/credentials"
         if not name.startswith(("MLFLOW", "AWS")):
             home = "a file that only you can read"

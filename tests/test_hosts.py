@@ -113,6 +113,7 @@ def test_a_secret_that_the_launcher_would_print_is_refused_and_not_repeated(
     [
         ("GLOO_SOCKET_IFNAME=eth0", 0, ""),
         ("EMPTY=", 0, ""),
+        ("AWS_SHARED_CREDENTIALS_FILE=/home/me/s3", 0, ""),
         ("AWS_SECRET_ACCESS_KEY=hunter2", 77, "keep it in ~/.aws/credentials"),
         ("HF_TOKEN=hunter2", 77, "a file that only you can read"),
         ("# comment", 2, "takes no comments and no empty lines"),
