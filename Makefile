@@ -1,4 +1,5 @@
-# Two commands on a fresh machine: `make quickstart` does the main job, `make test` runs the tests.
+# Two commands on a fresh machine: `make quickstart` does the main job, `make test` runs the tests. A third, as root on
+# Debian: `make test-cluster` launches over several machines by ssh and by Slurm, and breaks them.
 # Needed before: Linux, Python 3.11 or 3.12 with venv, g++. A GPU is used if there is one.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ export OMP_WAIT_POLICY := PASSIVE
 DATA := data/quickstart
 RUN := runs/quickstart
 
-.PHONY: quickstart test check install clean
+.PHONY: quickstart test test-cluster check install clean
 
 quickstart: install
 	@echo "== 1/5 Pack photographs into WebDataset shards: $(DATA)"
@@ -36,6 +37,9 @@ quickstart: install
 
 test: install check
 	pytest --numprocesses 2 --dist loadfile
+
+test-cluster: install
+	tests/cluster/run
 
 check: install
 	ruff check .

@@ -51,7 +51,7 @@ use = egg:swift#{server}
 
 PROXY_CONF = """
 [DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {address}
 bind_port = {port}
 workers = 0
 user = {user}
@@ -90,13 +90,14 @@ PLAIN_FILTERS = (
 
 
 class S3Server:
-    """Swift's account, container, object and proxy servers on free ports of the loopback device.
+    """Swift's account, container, object and proxy servers on free ports, the proxy on an address of one's choice.
 
     Objects live in the folder, so a server that was killed has them again after the next ``start``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
         self.folder = folder
+        self.address = address
         self.ports = dict(zip(SERVERS, free_ports(len(SERVERS)), strict=True))
         self.processes: list[subprocess.Popen[bytes]] = []
         self.buckets = 0
@@ -106,7 +107,7 @@ class S3Server:
 
     @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.ports['proxy']}"
+        return f"http://{self.address}:{self.ports['proxy']}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -140,7 +141,7 @@ class S3Server:
                     )
                 )
         deadline = time.monotonic() + START_SECONDS
-        while not (self._answers() and all(is_listening(port) for port in self.ports.values())):
+        while not (self._answers() and all(is_listening(self.ports[name]) for name in SERVERS[:3])):
             ended = [process.args for process in self.processes if process.poll() is not None]
             if ended or time.monotonic() > deadline:
                 logs = "\n".join(path.read_text()[-1000:] for path in self.folder.glob("*.log"))
@@ -203,7 +204,7 @@ class S3Server:
         for server in SERVERS:
             text = PROXY_CONF if server == "proxy" else STORAGE_CONF
             fields = {"folder": self.folder, "port": self.ports[server], "server": server, "user": getpass.getuser()}
-            text = text.format(**fields, pipeline=PIPELINE)
+            text = text.format(**fields, pipeline=PIPELINE, address=self.address)
             if server == "proxy":
                 text += "".join(f"[filter:{name}]\nuse = egg:swift#{name}\n" for name in PLAIN_FILTERS)
             (etc / f"{server}-server.conf").write_text(text)
