@@ -1,7 +1,7 @@
 """How is attention computed so that its cost follows the pattern and not the square of the length?
 
-Shapes: B batch, N heads, L positions in storage order, D head width, G blocks of one kind, Q queries and M
-memory keys of a block.
+Shapes: B batch, N heads, K heads of keys and values (N, or a divisor of it), L positions in storage order, D head
+width, G blocks of one kind, Q queries and M memory keys of a block.
 """
 
 import logging
@@ -42,7 +42,8 @@ def local_attention(
 ) -> Tensor:
     """softmax(scale q k^T) v over the keys that `pattern` lets each query see (equation 1 of the paper).
 
-    q, k, v and the result are [B, N, L, D] with tokens in pattern.storage_order; scale defaults to 1 / sqrt(D).
+    q and the result are [B, N, L, D], k and v [B, K, L, D], with tokens in pattern.storage_order; each head of keys
+    serves N / K neighbouring heads of queries (grouped-query attention); scale defaults to 1 / sqrt(D).
     - "triton": fused kernels, forward and backward; CUDA, heads 16, 32, 64 or 128 wide;
     - "flex": PyTorch's FlexAttention on our own list of tiles; CUDA, or a CPU without gradients;
     - "blocked": each block's keys only, anywhere; in fp32 it differs from "reference" by rounding, less than 2e-5 for
@@ -53,8 +54,12 @@ def local_attention(
     `deterministic` makes the gradients of "triton" the same bits every time, at 1.4 times the backward products; the
     others ignore it. ValueError: shapes that do not fit, or a backend that cannot compute these inputs.
     """
-    if not q.shape == k.shape == v.shape:
-        raise ValueError(f"q, k and v differ in shape: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    (batch, heads, *rest), (key_batch, key_heads, *key_rest) = q.shape, k.shape
+    if k.shape != v.shape or (batch, rest) != (key_batch, key_rest) or heads % key_heads:
+        raise ValueError(
+            f"q, k and v differ in shape: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}; k and v may have fewer "
+            "heads, a divisor of q's, and nothing else may differ"
+        )
     if q.shape[2] != pattern.length:
         raise ValueError(f"q has {q.shape[2]} tokens, but the pattern is made for {pattern.length}")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -132,11 +137,6 @@ def _log_choice(backend: str, why: str) -> None:
     _log_once(backend, why)
 
 
-# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes two seconds: called
-# while tracing, and not part of the graph, where a call of a logger would end it.
-_log_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @cache
 def _log_once(backend: str, why: str) -> None:
     logger.info("attention runs on %s: %s", backend, why)
@@ -149,16 +149,24 @@ def attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
+    k, v = _for_every_head(q, k, v)
     mask = pattern.mask_in_storage_order().to(q.device)
     scores = (scale * q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v
 
 
+def _for_every_head(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v repeated for the heads of q that they serve."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+
+
 def _blocked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
     """Blocks with equally many queries and memory keys are computed together, so nothing is padded."""
     given, dtype = q.dtype, product_dtype(q)
+    k, v = _for_every_head(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    plan = _plan(pattern, q.device)
+    plan = _plan_of(pattern, q.device)
     outputs = []
     for group in plan.groups:
         queries = _gather(q, group.query_chunks, group)
@@ -195,6 +203,10 @@ class _Plan:
     chunk: int
     restore: Tensor | None
     """int64: chunks of the concatenated groups in storage order; None if they are in order already."""
+
+
+def _plan_of(pattern: Pattern, device: torch.device) -> _Plan:
+    return _plan(pattern, device)
 
 
 @lru_cache(maxsize=64)
@@ -248,3 +260,9 @@ def _gather(x: Tensor, chunks: Tensor, group: _Group) -> Tensor:
     batch, heads, _, depth = x.shape
     # index_select and not unfold: compiled for the CPU, unfold gives wrong gradients of k (torch 2.13).
     return _chunked(x, group.chunk).index_select(2, chunks).view(batch * heads, group.num_blocks, -1, depth)
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes two seconds: called
+# while tracing, and not part of the graph, where a call of a logger or arithmetic on lists of blocks would end it.
+_log_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_plan_of._dynamo_marked_constant = True  # type: ignore[attr-defined]

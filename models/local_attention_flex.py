@@ -21,11 +21,11 @@ TILE = 128
 
 
 def flexible_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
-    """softmax(scale q k^T) v over the visible keys; q, k, v and the result [B, N, L, D].
+    """softmax(scale q k^T) v over the visible keys; q and the result [B, N, L, D], k and v [B, N / any, L, D].
 
     Compiled on a GPU, at the first call of each shape; on a CPU without gradients only, and with all scores in memory.
     """
-    mask = block_mask(pattern, q.device)
+    mask = _masks[_number_of(pattern, q.device)]
     if q.device.type == "cpu":
         # FlexAttention refuses leaves that ask for gradients on a CPU, also where none are computed.
         return _attend(q.detach(), k.detach(), v.detach(), mask, scale)
@@ -33,7 +33,7 @@ def flexible_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float) -> Tensor:
-    return flex_attention(q, k, v, block_mask=mask, scale=scale)
+    return flex_attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @lru_cache(maxsize=1)
@@ -41,7 +41,22 @@ def _compiled() -> Any:
     return torch.compile(_attend, dynamic=False)
 
 
-@lru_cache(maxsize=64)
+# Masks by the number of their first use: a compiler can look up a mask, but not follow how one is made.
+_numbers: dict[tuple[Pattern, torch.device], int] = {}
+_masks: list[BlockMask] = []
+
+
+def _number_of(pattern: Pattern, device: torch.device) -> int:
+    if (pattern, device) not in _numbers:
+        _numbers[pattern, device] = len(_masks)
+        _masks.append(block_mask(pattern, device))
+    return _numbers[pattern, device]
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler, which takes two seconds.
+_number_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def block_mask(pattern: Pattern, device: torch.device, tile: int = TILE) -> BlockMask:
     """The tiles of `tile` queries and keys that the pattern needs, and the mask inside those that are not full."""
     plan = plan_on_grid(pattern, tile)

@@ -5,6 +5,7 @@ and tells those where every query sees every key, so that only the others are ma
 pattern and their memory, in time that grows with the number of pairs, never from a dense mask.
 
 Tiles are cut from the first slot of each block and of each range of its memory, so that none lies in two blocks.
+Neighbouring tiles without a mask make one run: a kernel walks along it without looking anything up.
 """
 
 from bisect import bisect_right
@@ -22,13 +23,13 @@ Partner = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class TilePlan:
-    """For each tile, the tiles of the other side that it meets: first those without a mask, then the others."""
+    """For each tile, what it meets of the other side: first runs of whole tiles without a mask, then masked tiles."""
 
     tiles: Tensor
     """int32 [tiles, 5]: first slot, one past the last slot, and in `partners` the first one, the first masked one, and
     one past the last one."""
     partners: Tensor
-    """int32 [pairs, 4]: first and one past the last slot of the partner; first and one past the last visible key."""
+    """int32 [runs and masked tiles, 4]: first and one past the last slot; first and one past the last visible key."""
 
     def to(self, device: torch.device) -> "TilePlan":
         return TilePlan(self.tiles.to(device), self.partners.to(device))
@@ -129,11 +130,23 @@ def _overlaps(tiles: list[Range], starts: list[int], block: QueryBlock) -> Itera
 
 
 def _packed(rows: Iterable[tuple[Range, Sequence[Partner], Sequence[Partner]]]) -> TilePlan:
-    """(tile, partners without a mask, masked partners) of each tile."""
+    """(tile, partners without a mask in ascending order, masked partners) of each tile."""
     tiles: list[tuple[int, ...]] = []
     partners: list[Partner] = []
     for (start, stop), full, masked in rows:
-        first = len(partners)
-        tiles.append((start, stop, first, first + len(full), first + len(full) + len(masked)))
-        partners += [*full, *masked]
+        first, runs = len(partners), _runs(full)
+        tiles.append((start, stop, first, first + len(runs), first + len(runs) + len(masked)))
+        partners += [*runs, *masked]
     return TilePlan(torch.tensor(tiles, dtype=torch.int32), torch.tensor(partners, dtype=torch.int32))
+
+
+def _runs(full: Sequence[Partner]) -> list[Partner]:
+    """Tiles that follow each other as one; the visible keys are those of all of them."""
+    runs: list[Partner] = []
+    for start, stop, first_key, last_key in full:
+        if runs and runs[-1][1] == start:
+            begin, _, begin_key, _ = runs[-1]
+            runs[-1] = (begin, stop, begin_key, last_key)
+        else:
+            runs.append((start, stop, first_key, last_key))
+    return runs

@@ -1,6 +1,6 @@
 """What does the compiler make of the attention kernels? Run as a program: one line of JSON for each kernel.
 
-    python -m tests.compile_attention_kernels 90 64 bf16 causal      # compute capability 9.0, head width 64; no GPU
+    python -m tests.compile_attention_kernels 90 64 bf16 causal 1    # compute capability 9.0, head width 64; no GPU
 
 In a process of its own, because Triton's interpreter excludes its compiler.
 """
@@ -29,15 +29,24 @@ from models.local_attention_triton import (
 )
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL")
+INSTRUCTIONS = ("HGMMA", "HMMA", "LDL", "STL", "UTMALDG", "UTMAREDG")
 NUMBERS = {"scale": "fp32", "num_tiles": "i32", "heads": "i32", "length": "i32"}
 TYPES = {**NUMBERS, "RANK": "*i32", "TILES": "*i32", "PARTNERS": "*i32"}
 FP32 = {"LSE", "DELTA"}
+# By kernel: what it copies or adds in its inner loop, and the side of the tile that this is.
+TILED = {
+    "forward_kernel": {"K": "BN", "V": "BN"},
+    "backward_kernel": {"Q": "BM", "DOUT": "BM"},
+    "gradient_of_q_kernel": {"K": "BN", "V": "BN"},
+}
 
 
 def compiled(kernel: Any, tile: Tile, capability: int, dtype: str, **constants: Any) -> dict[str, Any]:
     """Registers and stack bytes of a thread, bytes of shared memory, and counts of INSTRUCTIONS."""
     values = {"BM": tile.queries, "BN": tile.keys, **constants}
+    tiled = dict(TILED.get(kernel.__name__, {})) if constants.get("TMA") else {}
+    if tiled and constants.get("ADD_DQ"):
+        tiled["DQ"] = "BM"
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in values:
@@ -46,6 +55,9 @@ def compiled(kernel: Any, tile: Tile, capability: int, dtype: str, **constants: 
             signature[name] = TYPES.get(name, "*fp32")
         else:
             signature[name] = f"*{dtype}" if name.isupper() else "i32"
+        if name in tiled:
+            signature[name] = f"tensordesc<{signature[name][1:]}[1,1,{values[tiled[name]]},{values['D']}]>"
+            continue
         # What the launcher finds out about pointers and strides, not about the numbers of heads and tokens.
         if signature[name] != "constexpr" and name not in NUMBERS:
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -70,18 +82,24 @@ def compiled(kernel: Any, tile: Tile, capability: int, dtype: str, **constants: 
 
 
 def main() -> None:
-    capability, width, dtype, sees = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    capability, width, dtype, sees, group = (
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        sys.argv[3],
+        sys.argv[4],
+        int(sys.argv[5]),
+    )
     tiles: Tiles = TILES[capability // 10, 64 if width <= 64 else 128] if dtype != "fp32" else FP32_TILES
-    options = {"D": width, "CAUSAL": sees == "causal", "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+    options: dict[str, Any] = {"D": width, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
+    local = {**options, "GROUP": group, "CAUSAL": sees == "causal", "TMA": tiles.descriptors}
     for name, kernel, tile, constants in (
         ("forward", forward_kernel, tiles.forward, {}),
         ("backward", backward_kernel, tiles.backward, {"ADD_DQ": True}),
         ("backward, deterministic", backward_kernel, tiles.backward, {"ADD_DQ": False}),
         ("gradient of q", gradient_of_q_kernel, tiles.gradient_of_q, {}),
     ):
-        row = {"kernel": name, "tile": tile, **compiled(kernel, tile, capability, dtype, **options, **constants)}
+        row = {"kernel": name, "tile": tile, **compiled(kernel, tile, capability, dtype, **local, **constants)}
         print(json.dumps(row), flush=True)
-    options.pop("CAUSAL")
     print(json.dumps({"kernel": "delta", **compiled(delta_kernel, tiles.forward, capability, dtype, **options)}))
 
 

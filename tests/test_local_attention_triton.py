@@ -166,28 +166,35 @@ def test_interpreted_kernels_pass_their_tests() -> None:
 
 
 @pytest.mark.parametrize(
-    ("capability", "width", "dtype", "sees"),
+    ("capability", "width", "dtype", "sees", "group"),
     [
-        (90, 64, "bf16", "causal"),
-        pytest.param(90, 32, "bf16", "causal", marks=pytest.mark.slow),
-        pytest.param(90, 128, "bf16", "causal", marks=pytest.mark.slow),
-        pytest.param(80, 64, "bf16", "causal", marks=pytest.mark.slow),
-        pytest.param(80, 128, "bf16", "causal", marks=pytest.mark.slow),
-        pytest.param(90, 64, "fp16", "both sides", marks=pytest.mark.slow),
-        pytest.param(90, 128, "fp32", "causal", marks=pytest.mark.slow),
+        (90, 64, "bf16", "causal", 1),
+        pytest.param(90, 32, "bf16", "causal", 1, marks=pytest.mark.slow),
+        pytest.param(90, 128, "bf16", "causal", 1, marks=pytest.mark.slow),
+        pytest.param(80, 64, "bf16", "causal", 1, marks=pytest.mark.slow),
+        pytest.param(80, 128, "bf16", "causal", 1, marks=pytest.mark.slow),
+        pytest.param(90, 64, "fp16", "both sides", 4, marks=pytest.mark.slow),
+        pytest.param(90, 128, "fp32", "causal", 1, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_kernels_fit_the_gpu(capability: int, width: int, dtype: str, sees: str, tmp_path: Path) -> None:
-    """Tensor cores are used, no register is spilled to memory, shared memory suffices."""
+def test_compiled_kernels_fit_the_gpu(
+    capability: int, width: int, dtype: str, sees: str, group: int, tmp_path: Path
+) -> None:
+    """Tensor cores are used, and on Hopper the tensor memory unit; no register is spilled to memory, shared memory
+    suffices."""
     pytest.importorskip("triton")
-    arguments = ["-m", "tests.compile_attention_kernels", str(capability), str(width), dtype, sees]
+    arguments = ["-m", "tests.compile_attention_kernels", str(capability), str(width), dtype, sees, str(group)]
     rows = [json.loads(line) for line in run(arguments, TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
     assert len(rows) == 5
     for row in rows:
+        name = row["kernel"]
         assert row["shared"] <= SHARED_MEMORY[capability], row
         # delta multiplies no matrices. fp32 is there for its precision: older instructions, and some spills.
-        assert (row["HMMA" if dtype == "fp32" else TENSOR_CORES[capability]] > 0) == (row["kernel"] != "delta"), row
+        assert (row["HMMA" if dtype == "fp32" else TENSOR_CORES[capability]] > 0) == (name != "delta"), row
         assert dtype == "fp32" or row["stack"] == row["LDL"] == row["STL"] == 0, row
+        by_descriptors = capability == 90 and dtype != "fp32"
+        assert (row["UTMALDG"] > 0) == (by_descriptors and name != "delta"), row
+        assert (row["UTMAREDG"] > 0) == (by_descriptors and name == "backward"), row
 
 
 def on_gpu(pattern: Pattern, width: int, dtype: torch.dtype) -> list[Tensor]:
