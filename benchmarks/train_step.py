@@ -30,11 +30,12 @@ from benchmarks.attention import Case, Clock, raster_mask, versions
 from benchmarks.report import table, write_json, write_section
 from data_pipeline.batch import Batch
 from models.image_transformer import ImageTransformer, model_flops
+from models.likelihood import nats
 from models.local_attention import local_attention
 from models.pixel_order import grid_shape
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, init_distributed
-from trainer.loop import micro_step
+from trainer.model_inputs import model_inputs
 from trainer.ranks import Ranks, ranks_from_environment
 
 OURS = "ours"
@@ -97,11 +98,12 @@ class Step:
 
     def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, change: Callable[..., None]) -> None:
         torch.manual_seed(0)
-        model = ImageTransformer(config.model, checkpoint_every_layers=config.train.activation_checkpoint_every_layers)
+        model = ImageTransformer(
+            config.model,
+            checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+            checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+        )
         change(model.to(device))
-        if config.train.compile:
-            for layer in model.layers:
-                layer.compile()
         self.config = config
         self.engine = DeepSpeedEngine(model, config, ranks, device)
         self.engine.train(True)
@@ -110,14 +112,19 @@ class Step:
         labels = torch.zeros(count, dtype=torch.int64, device=device)
         self.batch = Batch(images, labels, None, 0)
 
-    def update(self) -> float:
-        """One update; its loss."""
-        return float(micro_step(self.engine, self.config, self.batch, config_rate(self.config)))
+    def update(self) -> Tensor:
+        """One update, as trainer/loop.py does it; its loss."""
+        parameters = self.engine.forward(*model_inputs(self.batch, self.config.model))
+        images = self.batch.images
+        loss = nats(self.config.model.output, parameters, images).sum() / images.numel()
+        self.engine.backward(loss)
+        self.engine.step(config_rate(self.config))
+        return loss.detach()
 
     def seconds(self) -> float:
         synchronize(self.engine.device)
         begin = time.perf_counter()
-        micro_step(self.engine, self.config, self.batch, config_rate(self.config))
+        self.update()
         synchronize(self.engine.device)
         return time.perf_counter() - begin
 
@@ -142,7 +149,7 @@ def build(
     for name in names:
         try:
             step = Step(config, ranks, device, VARIANTS[name])
-            loss, norm = step.update(), step.engine.gradient_norm() or math.nan
+            loss, norm = float(step.update()), step.engine.gradient_norm() or math.nan
         except Exception as problem:  # noqa: BLE001  a rival fails in any way; the table says how
             if name == OURS:
                 raise
