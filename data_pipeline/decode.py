@@ -55,9 +55,11 @@ def decode(data: bytes, name: str, edge: int | None = None) -> tuple[Image.Image
 
 def oddities(image: Image.Image, name: str) -> list[str]:
     """What is worth counting about an opened file; DataError for what has no obvious 8-bit RGB."""
-    if image.mode.startswith(("I", "F")):
+    # Pillow would clip 16-bit gray, and cut off the lower half of other 16-bit values; either without a word.
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    if image.mode.startswith(("I", "F")) or any("16" in mode for mode in raw_modes):
         raise DataError(
-            f"{name} has {image.mode} pixels, more than 8 bits of gray: convert it to 8 bits first", EXIT_CORRUPT
+            f"{name} has {image.mode} pixels of more than 8 bits a channel: convert it to 8 bits first", EXIT_CORRUPT
         )
     notes = []
     if image.mode in UNUSUAL_MODES:

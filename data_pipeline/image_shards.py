@@ -16,6 +16,7 @@ from data_pipeline.storage import EXIT_CORRUPT, DataError
 IMAGE_EXTENSIONS = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 LARGEST_IMAGE_BYTES = 64 << 20
 LARGEST_LABEL_BYTES = 64
+MOST_MEMBERS = 64  # of one sample
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def samples_in(file: IO[bytes], where: str, *, complete: bool = True) -> Iterato
         key = base
         seen.add(base)
         members.append(member)
+        if len(members) > MOST_MEMBERS:
+            raise DataError(f"{where}: sample {key!r} has more than {MOST_MEMBERS} members", EXIT_CORRUPT)
     if members:
         yield sample_of(str(key), members, where)
 

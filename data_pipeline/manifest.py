@@ -140,26 +140,34 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
     """The manifest below a URL and its digest; ``DataError`` says what is missing or wrong."""
     url = store.url_of(MANIFEST_NAME)
     if not store.exists(MANIFEST_NAME):
+        pattern = any(character in store.url for character in "{}*?[]") or store.url.endswith(".tar")
         shards = [name for name in store.names() if name.endswith(".tar")]
-        if shards:
+        if shards and not pattern:
             raise DataError(
                 f"{store.url} holds {len(shards)} shards but no {MANIFEST_NAME}, so it is not complete: "
                 "let the packing command that makes it finish"
             )
         missing = store.missing_part() or f"there is no {MANIFEST_NAME}"
+        missing += " (give the folder of the shards, not their names or a pattern)" if pattern else ""
         raise DataError(f"no shards at {store.url}: {missing}; pack them first or correct the URL")
     document = read_json(store, MANIFEST_NAME, LARGEST_MANIFEST_BYTES)
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{url} has format version {version!r} and this program reads version {FORMAT_VERSION}; pack the data again"
+            f"{url} has format version {version!r} and this program reads version {FORMAT_VERSION}; "
+            "remove the data set and pack it again, or use the version of the program that wrote it"
         )
     if document.get("digest") != digest_of(document):
         raise DataError(f"{url} does not match its own digest: it was edited or damaged; pack again", EXIT_CORRUPT)
     try:
         manifest = from_json(document)
         check(manifest)
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise DataError(
+            f"{url} has no {error}: another version of this program wrote it; remove the data set and pack it again",
+            EXIT_CORRUPT,
+        ) from error
+    except (TypeError, ValueError) as error:
         raise DataError(f"{url} is not a valid manifest: {type(error).__name__}: {error}", EXIT_CORRUPT) from error
     if manifest.count == 0:
         raise DataError(f"{store.url} holds no images (count 0)")

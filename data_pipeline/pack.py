@@ -30,6 +30,25 @@ from data_pipeline.storage import DataError
 
 SHARD_IMAGES = 8192
 
+EXAMPLES = """examples:
+  python -m data_pipeline.pack --source imagenet-train --input s3://raw/ILSVRC2012_img_train.tar \\
+      --dest s3://bucket/imagenet64/train --size 64 --split train
+  python -m data_pipeline.pack --source imagenet-validation --input s3://raw/ILSVRC2012_img_val.tar \\
+      --labels s3://raw/ILSVRC2012_devkit_t12.tar.gz --dest s3://bucket/imagenet64/validation \\
+      --size 64 --split validation
+
+several machines:
+  Give each the same command with --task-count N and its own --task-index 0 to N - 1, for example those of a Slurm
+  array (cluster/pack.sbatch does all of this):
+      python -m data_pipeline.pack ... --scratch /shared/scratch --task-index $SLURM_ARRAY_TASK_ID --task-count 16
+  A task that did its share while shares of others are missing ends with 75: run it again when they are done. In one
+  round all decode, in the next they write shards, and the task that finds the last one written writes the manifest
+  and ends with 0. Killed tasks are run again; nothing is done twice, and the bytes are those of a single machine.
+
+exit codes:
+  0 complete  2 wrong option, or no such input  65 damaged input  69 storage away for 10 minutes
+  73 cannot write  75 waiting for other tasks  77 refused for safety  130 interrupted"""
+
 SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
     "photographs": (
         "random crops of photographs inside installed packages; takes --images, no --input",
@@ -91,6 +110,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline.pack",
         description=f"Pack images into shards.\n\nsources:\n{listing}",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--source", required=True, choices=SOURCES, metavar="SOURCE", help="one of the list above")
@@ -104,14 +124,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="photographs only: how many crops to take")
     parser.add_argument("--seed", type=int, default=0, help="of the crops and of the shuffle (default 0)")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help="how images are resized (default chrabaszcz)")
-    parser.add_argument("--shard-images", type=int, default=SHARD_IMAGES, help="images per shard, at most")
-    parser.add_argument("--max-skipped", type=int, default=0, help="undecodable images to leave out and list, at most")
+    parser.add_argument("--shard-images", type=int, default=SHARD_IMAGES, help="per shard, at most (default 8192)")
+    parser.add_argument("--max-skipped", type=int, default=0, help="undecodable images to leave out (default 0)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
-    parser.add_argument("--scratch", help="folder for unfinished work (default: at a local destination, or /tmp)")
     parser.add_argument(
-        "--task-index", type=int, default=0, help="part of the work to do, when several machines share it"
+        "--scratch",
+        help="folder for unfinished work, as large as the result; several machines need one that all see (default: "
+        "inside a local destination, else below /tmp)",
     )
-    parser.add_argument("--task-count", type=int, default=1, help="number of parts")
+    parser.add_argument("--task-index", type=int, default=0, help="which share of the work to do, from 0 (default 0)")
+    parser.add_argument("--task-count", type=int, default=1, help="how many shares there are (default 1: all of it)")
     return parser.parse_args(arguments)
 
 

@@ -155,7 +155,13 @@ class ShardTask:
         for rows in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
             group = int(groups[rows[0]])
             path = f"{staged_path(self.scratch, group)}.raw"
-            staged = np.memmap(path, np.uint8, "r").reshape(-1, self.size, self.size, 3)
+            try:
+                staged = np.memmap(path, np.uint8, "r").reshape(-1, self.size, self.size, 3)
+            except OSError as error:
+                raise DataError(
+                    f"cannot read {path} of the scratch folder ({error.strerror}): run the same command again",
+                    EXIT_UNREACHABLE,
+                ) from error
             images[rows] = staged[self.samples[rows] - self.group_starts[group]]
         return images
 
@@ -189,11 +195,11 @@ def record_name(number: int) -> str:
 def read_staged(scratch: str, number: int, size: int) -> Staged | None:
     """The record of a group that was staged before, or None."""
     record, pixels = Path(f"{staged_path(scratch, number)}.json"), Path(f"{staged_path(scratch, number)}.raw")
-    if not record.exists():
+    try:
+        staged, length = Staged(**json.loads(record.read_bytes())), pixels.stat().st_size
+    except FileNotFoundError:
         return None
-    staged = Staged(**json.loads(record.read_bytes()))
-    whole = pixels.exists() and pixels.stat().st_size == len(staged.labels) * size * size * 3
-    return staged if whole else None
+    return staged if length == len(staged.labels) * size * size * 3 else None
 
 
 def run_all(tasks: Sequence[Task], workers: int, progress: Any) -> Iterator[tuple[int, Any]]:

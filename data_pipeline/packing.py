@@ -118,14 +118,27 @@ def pack(source: Source, settings: Settings, dest: str, workforce: Workforce) ->
     plan = plan_of(source, settings)
     digest = digest_of(plan)
     finished = find_finished(store, digest)
-    if finished is not None and not (damaged := damaged_shards(store, finished)):
-        store.remove(JOURNAL)
-        return finished, False
     if finished is None:
         claim(store, plan)
-    else:
-        for number in damaged:
-            store.remove(record_name(number))
+    elif not damaged_shards(store, finished):
+        store.remove(JOURNAL)
+        return finished, False
+    try:
+        return pack_missing(source, settings, store, workforce, digest, finished)
+    except DataError:
+        # Records and scratch space vanish under the hands of a task while another one, the last, cleans up.
+        if workforce.task_count > 1 and finished is None and (manifest := find_finished(store, digest)):
+            return manifest, False
+        raise
+
+
+def pack_missing(
+    source: Source, settings: Settings, store: Store, workforce: Workforce, digest: str, finished: Manifest | None
+) -> tuple[Manifest, bool]:
+    """Write what is not there yet: everything, or the damaged shards of a finished set."""
+    damaged = damaged_shards(store, finished) if finished else []
+    for number in damaged:
+        store.remove(record_name(number))
     workspace = Path(workforce.scratch or default_scratch(store, digest, workforce))
     prepare_scratch(workspace)
     staged = stage(source, settings, workspace, workforce)
@@ -233,20 +246,29 @@ def stage(source: Source, settings: Settings, workspace: Path, workforce: Workfo
     there = sum(len(record.labels) for record in records if record)
     total = source.count - there if source.count and workforce.task_count == 1 else None
     workers = max(1, min(workforce.workers, len(tasks) // GROUPS_PER_WORKER))
-    skipped = [name for record in records if record for name in record.skipped]
     with PackingProgress("decoding and resizing", total) as progress:
         for index, record in run_all(tasks, workers, progress.counter):
             records[missing[index]] = record
-            skipped += record.skipped
-            if len(skipped) > workforce.max_skipped:
-                raise DataError(
-                    f"more images than --max-skipped {workforce.max_skipped} cannot be decoded, e.g. {skipped[0]}",
-                    EXIT_CORRUPT,
-                )
-    unfinished = records.count(None)
-    if unfinished:
-        raise DataError(f"{unfinished} groups of other tasks are not decoded yet; run this again", EXIT_COME_AGAIN)
+            limit_skipped(records, workforce)
+    for number, record in enumerate(records):  # others were at work meanwhile
+        records[number] = record or read_staged(str(workspace), number, settings.size)
+    limit_skipped(records, workforce)
+    if unfinished := records.count(None):
+        raise DataError(
+            f"this task's share is decoded, {unfinished} groups of others are not yet; when they are, run this again",
+            EXIT_COME_AGAIN,
+        )
     return [record for record in records if record is not None]
+
+
+def limit_skipped(records: list[Staged | None], workforce: Workforce) -> None:
+    """DataError when more images were left out, by all tasks together, than may be."""
+    skipped = [name for record in records if record for name in record.skipped]
+    if len(skipped) > workforce.max_skipped:
+        raise DataError(
+            f"more images than --max-skipped {workforce.max_skipped} cannot be decoded, e.g. {skipped[0]}",
+            EXIT_CORRUPT,
+        )
 
 
 def write_shards(
@@ -281,8 +303,15 @@ def write_shards(
     with PackingProgress("writing shards", sum(len(task.samples) for task in tasks)) as progress:
         for index, record in run_all(tasks, workers, progress.counter):
             records[tasks[index].number] = record
+    written = {f"{JOURNAL}/{name}" for name in store.names(JOURNAL)}
+    for number in wanted:  # others were at work meanwhile
+        if number not in records and record_name(number) in written:
+            records[number] = ShardRecord(**read_json(store, record_name(number), 1 << 24))
     if unfinished := len(wanted) - len(records):
-        raise DataError(f"{unfinished} shards of other tasks are not written yet; run this again", EXIT_COME_AGAIN)
+        raise DataError(
+            f"this task's share is written, {unfinished} shards of others are not yet; when they are, run this again",
+            EXIT_COME_AGAIN,
+        )
     return [records[number] for number in sorted(records)]
 
 

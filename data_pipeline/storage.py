@@ -362,6 +362,8 @@ def classify(error: Exception) -> tuple[str, int] | None:
         return "there is no such bucket, folder or object", EXIT_USAGE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"the disk is full or not writable ({reason_of(error)})", EXIT_CANNOT_WRITE
+    if isinstance(error, OSError) and error.errno == errno.EREMCHG:  # what s3fs makes of S3's redirects
+        return f"the bucket is in another region: set AWS_DEFAULT_REGION ({reason_of(error)})", EXIT_USAGE
     if isinstance(error, PermissionError):
         return f"access is denied ({reason_of(error)})", EXIT_USAGE
     if isinstance(error, IsADirectoryError | NotADirectoryError):

@@ -56,6 +56,7 @@ def test_shards_written_by_webdataset_are_read() -> None:
         ({"0.png": PNG[0], "0.cls": b""}, "0.cls is '', not a class number"),
         ({"0.png": PNG[0], "0.cls": b"9" * 60}, "not a class number"),
         ({"0.png": PNG[0][:-40]}, "0.png is damaged"),
+        ({"0.png": PNG[0], **{f"0.x{i}": b"" for i in range(100)}}, "sample '0' has more than 64 members"),
         ({"0.png": b""}, "0.png is not an image"),
         ({"0.png": image_bytes(random_pixels(63, 65, 0))}, "0.png is 65 x 63, not 8 x 8"),
         ({"0.png": image_bytes(np.zeros((9000, 9000, 3), np.uint8))}, "0.png is 9000 x 9000, not 8 x 8"),

@@ -65,7 +65,7 @@ def set_key(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (set_key("blocks", []), "the blocks hold 0", 65),
         (set_key("shards", None), "not a valid manifest", 65),
         (set_key("classes", 7), "not a valid manifest", 65),
-        (set_key("image", {}), "not a valid manifest", 65),
+        (set_key("image", {}), "has no 'size': another version of this program wrote it", 65),
         (set_block(0, 5), "refers to shard 5", 65),
         (set_block(0, -1), "refers to shard -1", 65),
         (set_block(1, 0), "bytes for 512 samples", 65),
@@ -91,6 +91,24 @@ def test_a_manifest_that_does_not_hold_together_is_refused(
     with pytest.raises(DataError, match=message) as caught:
         open_shards(str(tmp_path))
     assert caught.value.exit_code == code
+
+
+def test_a_manifest_from_before_a_key_was_added_is_refused_with_what_to_do(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    del document["image"]["encoding"]
+    document["digest"] = digest_of(document)
+    (tmp_path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="manifest.json has no 'encoding': another version .* pack it again") as caught:
+        open_shards(str(tmp_path))
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("pattern", ["train-{000000..000010}.tar", "train-*.tar", "train-000000.tar"])
+def test_a_pattern_or_a_shard_instead_of_the_folder_is_explained(packed: Path, pattern: str) -> None:
+    with pytest.raises(DataError, match="no shards at .*give the folder of the shards, not their names") as caught:
+        open_shards(f"{packed}/{pattern}")
+    assert caught.value.exit_code == 2
 
 
 def test_an_edited_manifest_does_not_match_its_digest(document: dict[str, Any], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import pickle
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from data_pipeline import storage
 from data_pipeline.storage import DataError, Store, normalised, open_filesystem, path_of, read_json, with_retries
 from tests.conftest import forget_filesystems
 from tests.faulty_filesystem import FAULTS, FaultyFilesystem
+from tests.faulty_s3 import FaultyS3
 from tests.s3_server import S3Server
 
 
@@ -186,6 +187,55 @@ def test_wrong_credentials_are_reported_at_once(s3_bucket: str, monkeypatch: pyt
         with pytest.raises(DataError, match=f"cannot [a-z ]* s3://{s3_bucket}/x/y.*access is denied") as caught:
             action()
         assert caught.value.exit_code == 2
+
+
+@pytest.fixture
+def faulty_s3(s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """A proxy in front of the server, which this process's S3 client goes through."""
+    proxy = FaultyS3(s3_server.endpoint)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, proxy.endpoint)
+    forget_filesystems()
+    yield proxy
+    proxy.stop()
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("fault", ["busy", "broken off", "trickle"])
+def test_a_busy_breaking_or_trickling_server_gives_the_right_bytes_in_the_end(
+    fault: str, faulty_s3: FaultyS3, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 40
+    store = Store(f"s3://{s3_bucket}", 120.0)
+    store.write("x", data)
+    monkeypatch.setattr(storage, "REQUEST_SECONDS", 2.0 if fault == "trickle" else 60.0)
+    faulty_s3.meet(fault, times=1 if fault == "trickle" else 5)
+    for begin in range(0, len(data), 2048):
+        piece, got = data[begin : begin + 2048], bytearray(2048)
+        store.read_block("x", begin, memoryview(got), xxhash.xxh3_64_hexdigest(piece), threading.Event())
+        assert got == piece
+    assert faulty_s3.met == (1 if fault == "trickle" else 5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "code"),
+    [
+        ("forbidden", "access is denied", 2),
+        ("skewed", "access is denied .*made up", 2),
+        ("expired", "access is denied .*made up", 2),
+        ("elsewhere", "the bucket is in another region", 2),
+        ("busy", "gave up after 1 s and .* tries", 69),
+    ],
+)
+def test_an_answer_that_stays_is_named(
+    fault: str, message: str, code: int, faulty_s3: FaultyS3, s3_bucket: str
+) -> None:
+    store = Store(f"s3://{s3_bucket}", 1.0 if fault == "busy" else 600.0)
+    store.write("x", bytes(100))
+    faulty_s3.meet(fault, times=10**9)
+    with pytest.raises(DataError, match=rf"^cannot read s3://{s3_bucket}/x \(bytes 0-100\): .*{message}") as caught:
+        store.read("x", 0, 100)
+    assert caught.value.exit_code == code
 
 
 def test_a_server_that_is_away_too_long_is_one_sentence(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
