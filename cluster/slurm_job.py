@@ -11,9 +11,11 @@ exit codes: 0 finished · 69 preflight found a bad node · 70 no progress · 75 
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from cluster.attempts import BUG, STOPPED, UNAVAILABLE, Attempts, decide, read_s
 
 FIRST_PORT, PORTS = 20000, 10000
 """Ports for the ranks' first meeting: one for each job and attempt, below those that the kernel gives out."""
+EXITED = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: Exited with exit code (\d+)$")
 POLL_SECONDS = 0.5
 REQUEUE_SECONDS = 600.0
 """After `scontrol requeue`, Slurm ends this process; it waits so long for that."""
@@ -127,12 +130,32 @@ class Job:
         return len(self.nodes) * int(os.environ["SLURM_NTASKS_PER_NODE"])
 
     def start(self, command: list[str], *, saves: bool) -> int:
-        """Run a step to its end and pass the warning on to one that saves its work; returns its exit code."""
-        process = subprocess.Popen(command, env=os.environ | self.meeting_point(), stdin=subprocess.DEVNULL)
+        """Run a step to its end and pass the warning on to one that saves its work.
+
+        Returns the exit code of the rank that ended first with one. srun's own is of no use: it is the highest one, and
+        ranks that were ended because of the first have 143.
+        """
+        environment = os.environ | self.meeting_point()
+        process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace"
+        )
+        codes: list[int] = []
+
+        def pass_errors_on() -> None:
+            assert process.stderr is not None
+            for line in process.stderr:
+                print(line, end="", flush=True)
+                if match := EXITED.search(line):
+                    codes.append(int(match[1]))
+
+        reader = threading.Thread(target=pass_errors_on, daemon=True)
+        reader.start()
         passed_on = False
         while True:
             try:
-                return process.wait(POLL_SECONDS)
+                code = process.wait(POLL_SECONDS)
+                reader.join()
+                return codes[0] if codes else code
             except subprocess.TimeoutExpired:
                 if self.warned_at is None:
                     continue

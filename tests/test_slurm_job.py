@@ -127,3 +127,13 @@ def test_bad_nodes_are_left_out_or_named(
     monkeypatch.setattr(job, "command", lambda srun, program: ["sh", *program])
     assert job.check_nodes([], preflight_that_says(tmp_path, code, *bad)) == expected
     assert words in capsys.readouterr().out
+
+
+def test_the_first_rank_that_ends_gives_the_code_and_not_those_that_were_ended_for_it(
+    job: slurm_job.Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = "srun: error: n2: task 1: Exited with exit code 2\nsrun: error: n[1,3]: tasks 0,2-3: Terminated"
+    assert job.start(["sh", "-c", f'echo "{lines}" >&2; exit 143'], saves=True) == 2
+    assert "n2: task 1: Exited" in capsys.readouterr().out
+    assert job.start(["sh", "-c", "exit 143"], saves=True) == 143
+    assert job.start(["true"], saves=True) == 0
