@@ -61,7 +61,7 @@ def decide(before: State, after: State, code: int, *, leaving: bool) -> Decision
     said_how_it_ended = after.get("ended") is not None and after.get("ended") != before.get("ended")
     if said_how_it_ended:
         state, code = after.get("state"), int(after.get("code", BUG))
-        reason = f"{after.get('reason', 'no reason given')} (step {after.get('step', '?')})"
+        reason = str(after.get("reason", "no reason given")) + (f" (step {after['step']})" if "step" in after else "")
         if state == "finished":
             return Decision("done", FINISHED, reason)
         if state == "stopped":
