@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from data_pipeline.storage import TORN_FILE, DataError, Store
 from tests.conftest import pack_photographs
 from tests.s3_server import S3Server
+from tests.small_disk import on_small_disk
 
 BLOCK = 10_000
 NUM_BLOCKS = 12
@@ -150,6 +152,30 @@ def test_a_full_disk_ends_the_caching_but_not_the_reading(
             assert read(cache, store, number) == DATA[number].tobytes()
     assert caplog.text.count("no more caching in") == 1 and "No space left on device" in caplog.text
     assert cached(tmp_path / "cache") == []
+
+
+READ_ALL = """
+import sys, threading
+import xxhash
+from data_pipeline.block_cache import BlockCache
+from data_pipeline.storage import Store
+
+store, block = Store(sys.argv[1], 0.5), 10_000
+cache = BlockCache(sys.argv[2], 1 << 30)
+for epoch in range(2):
+    for number, xxh3 in enumerate(sys.argv[3:]):
+        into = memoryview(bytearray(block))
+        cache.read_block(store, "x", number * block, into, xxh3, threading.Event())
+        assert xxhash.xxh3_64_hexdigest(into) == xxh3
+print("all read")
+"""
+
+
+def test_a_disk_that_is_really_full_ends_the_caching_but_not_the_reading(store: Store, tmp_path: Path) -> None:
+    arguments = [store.url, f"{tmp_path}/disk/cache", *(xxhash.xxh3_64_hexdigest(row.tobytes()) for row in DATA)]
+    done = on_small_disk(tmp_path / "disk", 64, '"$@"', sys.executable, "-c", READ_ALL, *arguments)
+    assert done.returncode == 0 and done.stdout == "all read\n", done.stderr
+    assert done.stderr.count("no more caching in") == 1 and "No space left on device" in done.stderr
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

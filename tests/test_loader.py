@@ -1,6 +1,7 @@
 """Does every rank get its batches, exactly and in order, and does every failure end in one sentence?"""
 
 import gc
+import gzip
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from data_pipeline.manifest import Block, Manifest, Shard, write_manifest
 from data_pipeline.order import TrainingOrder
 from data_pipeline.shard_format import SampleLayout, decode, encode, end_of_shard
 from data_pipeline.storage import DataError, Store
-from tests.conftest import pack_photographs
+from tests.conftest import forget_filesystems, pack_photographs
 from tests.faulty_filesystem import FAULTS, FaultyFilesystem
 from tests.s3_server import S3Server
 
@@ -239,9 +240,25 @@ def replace_by_web_page(shard: Path, place: int) -> None:
     shard.write_bytes(b"<html>502 Bad Gateway</html>")
 
 
+def empty(shard: Path, place: int) -> None:
+    shard.write_bytes(b"")
+
+
+def compress(shard: Path, place: int) -> None:
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+
+
+def replace_by_another_shard(shard: Path, place: int) -> None:
+    pack_photographs(str(shard.parent / "other"), images=1200, seed=1)
+    os.replace(shard.parent / "other" / shard.name, shard)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (empty, "0 bytes came instead of"),
+        (compress, "bytes came instead of|the checksum is"),
+        (replace_by_another_shard, "the checksum is"),
         (flip_a_bit, "the checksum is"),
         (cut, "bytes came instead of"),
         (remove, "there is no such .* object, although the manifest lists it"),
@@ -252,11 +269,13 @@ def test_damage_is_found_named_and_ends_with_code_65(
     damaged: Shards, damage: Callable[[Path, int], None], message: str
 ) -> None:
     block = damaged.manifest.blocks[1]
+    whole = list(evaluation_batches(damaged, rank=0, world_size=1, batch_images=256, limit=None))
     damage(Path(damaged.url) / damaged.manifest.shards[0].name, block.begin + 5000)
     batches = evaluation_batches(damaged, rank=0, world_size=1, batch_images=256, limit=None)
     with pytest.raises(DataError, match=rf"cannot read .*train-000000.tar \(bytes \d+-\d+\).*{message}") as caught:
         for batch in batches:
             assert batch.position < 2, "nothing of the damaged block is handed out"
+            assert torch.equal(batch.images, whole[batch.position].images)
     assert caught.value.exit_code == 65
 
 
@@ -306,6 +325,29 @@ def test_a_server_away_for_longer_than_the_deadline_is_one_sentence(s3_bucket: s
     finally:
         s3_server.start()
     assert caught.value.exit_code == 69
+
+
+def test_a_shard_that_disappears_from_s3_in_the_middle_of_an_epoch_is_named_at_once(s3_bucket: str) -> None:
+    pack_photographs(f"s3://{s3_bucket}/train", images=6000)
+    remote = open_shards(f"s3://{s3_bucket}/train", read_deadline_seconds=600.0)
+    with pytest.raises(DataError, match="there is no such .* object, although the manifest lists it") as caught:
+        for batch in evaluation_batches(remote, rank=0, world_size=1, batch_images=64, limit=None):
+            if batch.position == 1:
+                remote.store.remove("train-000000.tar")
+    assert caught.value.exit_code == 65 and f"s3://{s3_bucket}/train/train-000000.tar" in str(caught.value)
+
+
+def test_no_bucket_and_wrong_credentials_are_named_when_a_data_set_is_opened(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="no shards at s3://no-such-bucket/x: there is no bucket no-such-b") as caught:
+        open_shards("s3://no-such-bucket/x")
+    assert caught.value.exit_code == 2
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    forget_filesystems()
+    with pytest.raises(DataError, match=f"s3://{s3_bucket}/x/manifest.json: access is denied") as caught:
+        open_shards(f"s3://{s3_bucket}/x")
+    assert caught.value.exit_code == 2
 
 
 def test_a_program_that_ends_without_closing_the_iterator_ends_at_once(shards: Shards) -> None:

@@ -1,5 +1,7 @@
 """Are staged groups and shards functions of their task alone, with exact statistics?"""
 
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,3 +81,17 @@ def test_errors_in_worker_processes_arrive_whole(tmp_path: Path, workers: int) -
     with pytest.raises(DataError, match="5 does not fit") as caught:
         list(run_all(tasks, workers, None))
     assert caught.value.exit_code == 65
+
+
+@dataclass(frozen=True)
+class OutOfMemory:
+    """Work that the kernel kills."""
+
+    def run(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_the_kernel_kills_ends_the_packing_in_one_sentence() -> None:
+    with pytest.raises(DataError, match="^a packing process was killed, probably because memory ran out") as caught:
+        list(run_all([OutOfMemory(), OutOfMemory()], 2, None))
+    assert caught.value.exit_code == 69

@@ -2,11 +2,17 @@
 
 import hashlib
 import re
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from data_pipeline.decode import decode
 from data_pipeline.imagenet_classes import IMAGENET_CLASSES
@@ -14,8 +20,12 @@ from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from data_pipeline.pack import main
 from data_pipeline.packing import shard_bounds
 from data_pipeline.resize import to_pixels
+from data_pipeline.storage import Store
+from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
 from tests.imagenet_forms import WNIDS, image_bytes, put, random_pixels, train_tar, training_files
+from tests.s3_server import S3Server
+from tests.small_disk import on_small_disk
 
 PHOTOGRAPHS = ["--source", "photographs", "--size", "8", "--split", "train", "--images", "3000", "--workers", "1"]
 
@@ -134,6 +144,123 @@ def test_a_full_disk_ends_packing_in_one_sentence(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "No space left on device" in error and error.startswith("pack: cannot write")
     assert main([*PHOTOGRAPHS, "--dest", str(tmp_path / "d")]) == 0, "it goes on when there is room again"
+
+
+@pytest.mark.parametrize("scratch", ["beside the shards", "elsewhere"])
+def test_a_disk_that_is_full_ends_packing_and_with_more_room_it_goes_on(
+    packed: Path, tmp_path: Path, scratch: str
+) -> None:
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    arguments = [sys.executable, "-m", "data_pipeline.pack", *PHOTOGRAPHS, "--dest", f"{disk}/d"]
+    arguments += ["--scratch", f"{tmp_path}/scratch"] if scratch == "elsewhere" else []
+    script = f'"$@"; echo "code $?" >&2; grow 40000; "$@" || exit; cp -r "{disk}/d" "{kept}"'
+    done = on_small_disk(disk, 400, script, *arguments)
+    assert done.returncode == 0, done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("pack: ")]
+    assert "No space left on device" in error and f"{disk}/d" in error and "code 73\n" in done.stderr
+    assert contents(kept) == contents(packed)
+
+
+def test_storage_that_is_away_for_longer_than_the_deadline_ends_packing(
+    s3_bucket: str, s3_server: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_pipeline.packing.WRITE_DEADLINE_SECONDS", 2.0)
+    s3_server.kill()
+    try:
+        assert main([*PHOTOGRAPHS, "--dest", f"s3://{s3_bucket}/train"]) == 69
+    finally:
+        s3_server.start()
+    error = capsys.readouterr().err
+    where = rf"s3://{s3_bucket}/train/manifest.json"
+    assert re.fullmatch(rf"pack: cannot look for {where}: gave up after \d+ s and \d+ tries; last: .*\n", error)
+
+
+def put_forms(folder: Path) -> dict[str, list[str]]:
+    """The same twelve images as a tar of tars, class folders and parquet; what to tell the packer about each."""
+    train_tar(folder / "raw" / "train.tar")
+    files = {wnid: images for wnid, images in training_files().items()}
+    for wnid, images in files.items():
+        for name, data in images.items():
+            put(folder / "raw" / "extracted" / wnid / name, data)
+    rows = [(data, IMAGENET_CLASSES.index(wnid)) for wnid, images in files.items() for data in images.values()]
+    images_column = [{"bytes": data, "path": "x.JPEG"} for data, _ in rows]
+    table = pyarrow.table({"image": images_column, "label": [label for _, label in rows]})
+    (folder / "raw" / "hugging").mkdir()
+    pyarrow.parquet.write_table(table, folder / "raw" / "hugging" / "train-00000-of-00001.parquet", row_group_size=5)
+    return {
+        "imagenet-train": ["--input", "raw/train.tar"],
+        "imagenet-folder": ["--input", "raw/extracted"],
+        "imagenet-parquet": ["--input", "raw/hugging"],
+    }
+
+
+def test_sources_on_s3_give_the_same_bytes_as_on_the_disk(tmp_path: Path, s3_bucket: str) -> None:
+    forms = put_forms(tmp_path)
+    for path in (tmp_path / "raw").rglob("*"):
+        if path.is_file():
+            Store(f"s3://{s3_bucket}", 60.0).write(str(path.relative_to(tmp_path)), path.read_bytes())
+    for form, (option, place) in forms.items():
+        for root, dest in ((f"{tmp_path}", "disk"), (f"s3://{s3_bucket}", "s3")):
+            arguments = ["--source", form, option, f"{root}/{place}", "--size", "8", "--split", "train"]
+            assert main([*arguments, "--workers", "1", "--dest", f"{tmp_path}/{dest}/{form}"]) == 0
+        assert contents(tmp_path / "disk" / form) == contents(tmp_path / "s3" / form)
+        assert open_shards(f"{tmp_path}/disk/{form}").count == 12
+
+
+def test_oddities_are_counted_in_the_report_and_in_the_manifest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = random_pixels(9, 7, 0)
+    files = {
+        "plain.jpg": image_bytes(pixels, "JPEG"),
+        "cmyk.jpg": image_bytes(pixels, "JPEG", "CMYK"),
+        "gray.jpg": image_bytes(pixels, "JPEG", "L"),
+        "gray2.jpg": image_bytes(pixels, "JPEG", "L"),
+        "n02105855_2933.JPEG": image_bytes(pixels, "PNG"),
+        "rotated.jpg": image_bytes(pixels, "JPEG", exif=exif),
+        "truncated.jpg": image_bytes(pixels, "JPEG")[:-40],
+    }
+    for name, data in files.items():
+        put(tmp_path / "in" / name, data)
+    arguments = ["--source", "folder", "--input", str(tmp_path / "in"), "--size", "8", "--split", "train"]
+    assert main([*arguments, "--dest", str(tmp_path / "d"), "--max-skipped", "1"]) == 0
+    expected = {"cmyk": 1, "exif_rotation_ignored": 1, "gray": 2, "png_named_jpeg": 1}
+    shards = open_shards(str(tmp_path / "d"))
+    assert shards.manifest.source["oddities"] == expected and shards.count == 6
+    report = "".join(f"  {oddity}: {count}\n" for oddity, count in expected.items())
+    assert f"{report}  skipped: {tmp_path}/in/truncated.jpg\n" in capsys.readouterr().out
+
+
+def test_tasks_killed_at_any_moment_are_run_again_with_the_bytes_of_one(packed: Path, tmp_path: Path) -> None:
+    shared = [*PHOTOGRAPHS, "--dest", str(tmp_path / "d"), "--scratch", str(tmp_path / "scratch"), "--task-count", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    for wanted in ("scratch/group-000001.json", "d/_packing/plan.json"):
+        command = [sys.executable, "-m", "data_pipeline.pack", *shared, "--task-index", "1"]
+        process = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
+        while process.poll() is None and not (tmp_path / wanted).exists():
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+    codes = []
+    while 0 not in codes[-2:]:
+        codes += [main([*shared, "--task-index", str(task)]) for task in (0, 1)]
+        assert set(codes) <= {0, 75} and len(codes) <= 6
+    assert contents(tmp_path / "d") == contents(packed)
+
+
+@pytest.mark.parametrize("url", ["pipe:cat x.tar", "cmd:cat x.tar", "filecache::s3://a/b", "s3://user:secret@bucket/x"])
+def test_urls_that_run_programs_or_hold_secrets_end_with_code_77(
+    tmp_path: Path, url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "0.png", image_bytes(random_pixels(8, 8, 0)))
+    arguments = ["--source", "folder", "--size", "8", "--split", "train"]
+    assert main([*arguments, "--input", url, "--dest", str(tmp_path / "d")]) == 77
+    assert main([*arguments, "--input", str(tmp_path), "--dest", url]) == 77
+    assert verify_main([url]) == 77
+    error = capsys.readouterr().err
+    assert error.count("\n") == 3 and "secret@" not in error
 
 
 def test_a_protocol_that_does_not_belong_to_the_source_is_refused(
