@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from deepspeed.launcher.runner import fetch_hostfile
+from deepspeed.launcher.runner import EXPORT_ENVS, fetch_hostfile
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -106,6 +106,10 @@ def test_a_secret_that_the_launcher_would_print_is_refused_and_not_repeated(
     assert found == code, text
     assert "hunter2" not in text
     assert (name in text) == (code != 0)
+
+
+def test_every_variable_that_this_deepspeed_forwards_is_looked_at() -> None:
+    assert set(EXPORT_ENVS) <= set(hosts.FORWARDED)
 
 
 @pytest.mark.parametrize(
