@@ -349,7 +349,8 @@ def with_retries(
                 ) from error
             ceiling = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(tries, 10))
             delay = min(random.uniform(0, ceiling), max(0.0, deadline_seconds - elapsed))
-            log.warning("cannot %s (%s); trying again in %.1f s", what, reason_of(error), delay)
+            if final is None:  # the other kind is reported in a moment, unless it was a slip
+                log.warning("cannot %s (%s); trying again in %.1f s", what, reason_of(error), delay)
         if stop is None:
             time.sleep(delay)
         else:
