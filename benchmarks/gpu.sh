@@ -36,6 +36,8 @@ part train_step 300 "$PYTHON" benchmarks/train_step.py --json "$OUT/train_step.j
 part train_step_no_recomputation 300 "$PYTHON" benchmarks/train_step.py \
     --name imagenet64_big_no_recomputation --set train.activation_checkpoint_every_layers=0 \
     --json "$OUT/train_step_no_recomputation.json"
+part train_step_compiled 300 "$PYTHON" benchmarks/train_step.py --name imagenet64_big_compiled \
+    --set train.compile=true --set train.activation_checkpoint_every_layers=0 --json "$OUT/train_step_compiled.json"
 part train_step_2d 300 "$PYTHON" benchmarks/train_step.py --name imagenet64_big_2d \
     --set model.attention=local_2d --set "model.query_block=[8, 32]" --set "model.memory=[8, 16]" \
     --json "$OUT/train_step_2d.json"
