@@ -85,14 +85,33 @@ def mixture_nats(parameters: Tensor, images: Tensor) -> Tensor:
     values of the channels before them; the outermost bins reach to infinity; improbable bins use the density
     at their centre.
     """
+    log_weights, log_probabilities = _component_log_probabilities(parameters, images)
+    return -torch.logsumexp(log_weights + log_probabilities.sum(-1), dim=-1)
+
+
+def nats_by_channel(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of red, of green given red, and of blue given both: [B, H, W, 3].
+
+    Their sum over channels is that of `nats`. For the mixture by the chain rule, with the joint likelihoods of the
+    first one, two and three channels.
+    """
+    if output == "categorical":
+        return nats(output, parameters, images)
+    log_weights, log_probabilities = _component_log_probabilities(parameters, images)
+    joint = -torch.logsumexp(log_weights.unsqueeze(-1) + log_probabilities.cumsum(-1), dim=-2)
+    return joint.diff(dim=-1, prepend=torch.zeros_like(joint[..., :1]))
+
+
+def _component_log_probabilities(parameters: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-weights of the components [B, H, W, K], and what each gives to the three intensities [B, H, W, K, 3]."""
     mixture = split_mixture(parameters)
     pixels = (images.float() / 127.5 - 1).unsqueeze(-2)
     red, green, _ = pixels.unbind(-1)
     on_green, red_on_blue, green_on_blue = mixture.coefficients.unbind(-1)
     shift = torch.stack([torch.zeros_like(on_green), on_green * red, red_on_blue * red + green_on_blue * green], dim=-1)
     centred = pixels - mixture.means - shift
-    log_probabilities = log_bin_probability(centred, mixture.log_scales, images.unsqueeze(-2)).sum(-1)
-    return -torch.logsumexp(mixture.logits.log_softmax(-1) + log_probabilities, dim=-1)
+    log_probabilities = log_bin_probability(centred, mixture.log_scales, images.unsqueeze(-2))
+    return mixture.logits.log_softmax(-1), log_probabilities
 
 
 def log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor) -> Tensor:

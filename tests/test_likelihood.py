@@ -2,13 +2,14 @@
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from models.likelihood import bits_per_dim, initial_mixture, mixture_nats, nats, split_mixture
+from models.likelihood import bits_per_dim, initial_mixture, mixture_nats, nats, nats_by_channel, split_mixture
 
 REFERENCE = sorted((Path(__file__).parent / "reference").glob("dmol*.npz"))
 
@@ -125,3 +126,25 @@ def test_probabilities_of_all_colours_sum_to_one() -> None:
 def test_a_number_of_parameters_that_is_no_mixture_is_refused() -> None:
     with pytest.raises(ValueError, match="10 parameters per component, got 25"):
         mixture_nats(torch.zeros(1, 1, 1, 25), torch.zeros(1, 1, 1, 3, dtype=torch.uint8))
+
+
+def test_nats_by_channel_follow_the_chain_rule() -> None:
+    """The probabilities of red, of green given red, and of blue given both each sum to one over the 256 intensities."""
+    torch.manual_seed(0)
+    parameters = torch.randn(1, 1, 1, 10 * 4)
+    parameters[..., 16:28] = -2.0  # log-scales: wide enough that no bin is taken for improbable
+    for channel, given in enumerate(((0, 0, 0), (90, 0, 0), (90, 180, 0))):
+        images = torch.tensor(given, dtype=torch.uint8).repeat(256, 1, 1, 1)
+        images[..., channel] = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
+        found = nats_by_channel("mixture", parameters.expand(256, 1, 1, -1), images)
+        assert (-found[..., channel].double()).exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("output", ["mixture", "categorical"])
+def test_nats_by_channel_add_up_to_the_nats(output: Literal["mixture", "categorical"]) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 4, 3), dtype=torch.uint8)
+    parameters = torch.randn(2, 3, 4, 50) if output == "mixture" else torch.randn(2, 3, 4, 3, 256)
+    total = nats(output, parameters, images)
+    expected = total if output == "mixture" else total.sum(-1)
+    torch.testing.assert_close(nats_by_channel(output, parameters, images).sum(-1), expected)

@@ -1,29 +1,42 @@
 """How many bits per dimension does a model need for images it was not trained on? Exactly, each image once.
 
-`python -m trainer.evaluate --run runs/quickstart` scores the newest checkpoint of a run, beside what lossless image
-formats need for the same images, and records both in the run.
+python -m trainer.evaluate --run runs/quickstart --weights ema
+deepspeed --module trainer.evaluate --run runs/imagenet64_big --weights ema      # on all GPUs of this machine
+
+Scores the newest checkpoint of a run on any number of ranks, beside what lossless image formats need for the same
+images, and says how the bits are spread over channels and over the image. All of it goes into the run's folder
+(`evaluation/`) and into its MLflow run.
 """
 
 import argparse
+import contextlib
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from data_pipeline.loader import evaluation_batches, open_shards
-from models.image_transformer import ImageTransformerConfig
-from models.likelihood import nats
-from trainer.exit_codes import run_tool
+from data_pipeline.loader import Shards, evaluation_batches, open_shards
+from models.image_transformer import ImageTransformer, ImageTransformerConfig
+from models.likelihood import nats, nats_by_channel
+from trainer.exit_codes import code_of, run_tool
+from trainer.heat_map import heat_map
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.model_inputs import model_inputs
-from trainer.ranks import all_sum
-from trainer.run_folder import add_run_arguments, load_trained_model
+from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
+from trainer.run_folder import TrainedModel, add_run_arguments, load_trained_model
 from trainer.tracking import record_results
 
 Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
+
+CHANNELS = ("red", "green", "blue")
 
 
 def evaluate(
@@ -32,9 +45,11 @@ def evaluate(
     batches: Iterator[Batch],
     device: torch.device,
     expected_images: int,
+    nats_by_position: Tensor | None = None,
 ) -> dict[str, float]:
     """Mean bits/dim over the valid images of all ranks' batches, and its standard error over images; collective.
 
+    To `nats_by_position`, fp64 [H, W, 3] on the device, this rank's nats of each sub-pixel are added.
     Raises RuntimeError if the ranks together did not see `expected_images` images.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=device)  # bits/dim of an image: sum, sum of squares, count
@@ -45,6 +60,9 @@ def evaluate(
             image_nats = nats(model.output, parameters, batch.images).double().flatten(1).sum(1)
             bits = image_nats[batch.valid] / (batch.images[0].numel() * math.log(2))
             totals += torch.stack([bits.sum(), bits.square().sum(), bits.new_tensor(len(bits))])
+            if nats_by_position is not None:
+                by_channel = nats_by_channel(model.output, parameters, batch.images)
+                nats_by_position += by_channel[batch.valid].double().sum(0)
     total, squares, count = all_sum(totals).tolist()
     if count != expected_images:
         raise RuntimeError(f"scored {count:.0f} validation images instead of {expected_images}")
@@ -59,35 +77,131 @@ def evaluate(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed
     arguments = parser.parse_args()
-    return run_tool(lambda: _evaluate_run(arguments))
+    return run_tool(lambda: _evaluate_run(arguments, ranks_from_environment()))
 
 
-def _evaluate_run(arguments: argparse.Namespace) -> None:
-    weights = arguments.weights
-    trained = load_trained_model(arguments.run, weights, arguments.last)
-    config = trained.config
-    shards = open_shards(config.data.validation_url)
+def _evaluate_run(arguments: argparse.Namespace, ranks: Ranks) -> None:
+    with _all_ranks(ranks):
+        trained = _load_on_all_ranks(arguments, ranks)
+        config = trained.config
+        shards = open_shards(config.data.validation_url)
+        size = config.model.image_size
+        by_position = torch.zeros(size, size, 3, dtype=torch.float64, device=trained.device)
+        batches = evaluation_batches(
+            shards,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            batch_images=config.evaluate.batch_images,
+            limit=None,
+        )
+        total = -(-shards.count // (ranks.world_size * config.evaluate.batch_images))
+        watched = _with_progress(batches, total) if ranks.rank == 0 else batches
+        scores = evaluate(trained.model, config.model, watched, trained.device, shards.count, by_position)
+        all_sum(by_position)
+        if ranks.rank == 0:
+            bits = (by_position / (shards.count * math.log(2))).cpu().numpy()
+            _report(arguments.weights, trained, shards, scores, bits)
 
-    def batches() -> Iterator[Batch]:
-        return evaluation_batches(shards, rank=0, world_size=1, batch_images=config.evaluate.batch_images, limit=None)
 
-    scores = evaluate(trained.model, config.model, batches(), trained.device, shards.count)
-    results = {f"final/{weights}_bits_per_dim": scores["val/bits_per_dim"]}
+@contextlib.contextmanager
+def _all_ranks(ranks: Ranks) -> Iterator[None]:
+    """The process group of several ranks, on this rank's GPU if there are any."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(ranks.local_rank)
+    if ranks.world_size > 1:
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    yield
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedModel:
+    """The model as rank 0 reads it: while a run trains, another rank could find a newer checkpoint."""
+    trained, problem = None, None
+    if ranks.rank == 0:
+        try:
+            trained = load_trained_model(arguments.run, arguments.weights, arguments.last)
+        except Exception as error:  # noqa: BLE001 (the other ranks wait for it; raised below)
+            problem = error
+    if ranks.world_size == 1 and problem is None:
+        assert trained is not None
+        return trained
+    code = from_rank_0(None if problem is None else code_of(problem))
+    if problem is not None:
+        raise problem
+    if code is not None:
+        raise SystemExit(code)  # rank 0 tells why
+    told = from_rank_0((trained.config, trained.step, trained.files) if trained else None)
+    if trained is None:
+        config, step, files = told
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        trained = TrainedModel(ImageTransformer(config.model).to(device).eval(), config, step, files, device)
+    if trained.device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+    for tensor in trained.model.state_dict().values():
+        torch.distributed.broadcast(tensor, src=0)
+    return trained
+
+
+def _report(weights: str, trained: TrainedModel, shards: Shards, scores: dict[str, float], bits: np.ndarray) -> None:
+    """Record and print the result; `bits` are the mean bits of each sub-pixel, [H, W, 3]."""
+    mean, error = scores["val/bits_per_dim"], scores["val/bits_per_dim_stderr"]
+    channels = dict(zip(CHANNELS, bits.mean(axis=(0, 1)).tolist(), strict=True))
+    final = {f"final/{weights}_bits_per_dim": mean, f"final/{weights}_bits_per_dim_stderr": error}
+    final |= {f"final/{weights}_bits_per_dim_{channel}": value for channel, value in channels.items()}
+    formats = {}
     for codec in available_codecs():
-        images = (image for batch in batches() for image in batch.images[batch.valid].numpy())
-        name = codec.lower().replace(" ", "_").replace("-", "_")
-        results[f"final/{name}_bits_per_dim"] = codec_bits_per_dim(codec, images)
-    record_results(trained.files, trained.step, results, [])
+        batches = evaluation_batches(shards, rank=0, world_size=1, batch_images=128, limit=None)
+        images = (image for batch in batches for image in batch.images[batch.valid].numpy())
+        formats[codec] = codec_bits_per_dim(codec, images)
+        final[f"final/{codec.lower().replace(' ', '_').replace('-', '_')}_bits_per_dim"] = formats[codec]
+    details = {
+        "weights": weights,
+        "step": trained.step,
+        "data": {"url": shards.url, "name": shards.manifest.name, "digest": shards.digest, "images": shards.count},
+        "bits_per_dim": mean,
+        "standard_error": error,
+        "bits_per_dim_by_channel": channels,
+        "bits_per_dim_by_row": bits.mean(axis=(1, 2)).tolist(),
+        "bits_per_dim_by_column": bits.mean(axis=(0, 2)).tolist(),
+    }
+    record_results(trained.files, trained.step, final, _write(trained, weights, bits, details), folder="evaluation")
+
     print(f"bits/dim over all {shards.count} validation images of {shards.url}")
     print(f"  {'uniform model':<18} {UNIFORM_BITS_PER_DIM:.3f}")
-    for codec in available_codecs():
-        name = codec.lower().replace(" ", "_").replace("-", "_")
-        print(f"  {codec:<18} {results[f'final/{name}_bits_per_dim']:.3f}   (one file an image)")
-    print(
-        f"  {'this model':<18} {scores['val/bits_per_dim']:.3f} +- {scores['val/bits_per_dim_stderr']:.3f}   "
-        f"(step {trained.step}, {weights} weights)"
-    )
+    for codec, value in formats.items():
+        print(f"  {codec:<18} {value:.3f}   (one file an image)")
+    print(f"  {'this model':<18} {mean:.3f} +- {error:.3f}   (step {trained.step}, {weights} weights)")
+    print(f"  {'':<18} {', '.join(f'{channel} {value:.3f}' for channel, value in channels.items())}")
+    print(f"bits of each position: {trained.files.folder / 'evaluation'}/{_stem(trained, weights)}.png, .npy, .json")
+
+
+def _write(trained: TrainedModel, weights: str, bits: np.ndarray, details: dict[str, object]) -> list[Path]:
+    """The files of the breakdown, in the run's folder `evaluation`."""
+    stem = trained.files.folder / "evaluation" / _stem(trained, weights)
+    stem.parent.mkdir(exist_ok=True)
+    array, picture, text = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npy", ".png", ".json"))
+    np.save(array, bits.astype(np.float32))
+    maps = {"all channels": bits.mean(axis=2)} | {name: bits[:, :, index] for index, name in enumerate(CHANNELS)}
+    heat_map(maps, "bits per sub-pixel").save(picture)
+    text.write_text(json.dumps(details, indent=1))
+    return [picture, array, text]
+
+
+def _stem(trained: TrainedModel, weights: str) -> str:
+    return f"bits-{weights}-step-{trained.step:09d}"
+
+
+def _with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:
+    """The same batches, with a live line on a terminal."""
+    for done, batch in enumerate(batches, start=1):
+        yield batch
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r\x1b[Kscored batch {done}/{total}", end=end, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

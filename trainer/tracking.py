@@ -241,8 +241,10 @@ class Uploader(threading.Thread):
             self._opened.set()
 
 
-def record_results(files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path]) -> None:
-    """Add what a tool found out about a run to its files and its MLflow run; files go to the run's `samples`."""
+def record_results(
+    files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path], folder: str = "samples"
+) -> None:
+    """Add what a tool found out about a run to its files and its MLflow run; artifacts go to a folder there."""
     journal, events, now = Journal(files.metrics), Journal(files.events), time.time()
     last_steps = files.last_steps()
     named = {metric_name(name): float(value) for name, value in metrics.items()}
@@ -250,7 +252,7 @@ def record_results(files: RunFiles, step: int, metrics: Mapping[str, float], art
         journal.append({"step": step, "time": now, "metrics": fresh})
     for path in artifacts:
         place = _place(files, path)
-        events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": "samples"})
+        events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": folder})
     try:
         catch_up(files, end=False)
     except MirrorInUse:
