@@ -148,11 +148,19 @@ class Decoding:
         self._num_given = torch.zeros(windows, 1, dtype=torch.int64, device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._parameters: dict[int, Tensor] = {}
+        self._rows = 0
 
     @property
     def images(self) -> Tensor:
         """uint8 [B, H, W, 3]; what is not drawn yet is as in the prefix, or black."""
         return to_images(self._values, self._model.config.image_size)
+
+    @property
+    def parameters(self) -> Tensor:
+        """What the values of the last step were drawn from: [B, G, C, 256] or [B, G, 10 mixtures]; overwritten by the
+        next step."""
+        return self._parameters[self._rows]
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
@@ -193,6 +201,7 @@ class Decoding:
 
     def _advance(self, rows: int) -> None:
         """Draw the next position of the first `rows` blocks."""
+        self._rows = rows
         if self._slots.device.type != "cuda":
             self._draw_next(rows)
             return
@@ -220,6 +229,7 @@ class Decoding:
         slots = self._slots[: self._padded(rows)].index_select(1, self._step).squeeze(1)
         parameters = model.head(self._hidden(slots, self._cache.attend_step(rows, self._step)))[:, :rows]
         parameters, without_class = parameters.chunk(2) if self._copies == 2 else (parameters, None)
+        self._parameters[rows] = parameters
         noise = self._noise[:, :rows].index_select(2, self._step).squeeze(2)
         if model.config.output == "categorical":
             noise = noise[..., : self._values.shape[2]]

@@ -1,0 +1,348 @@
+"""How near to the limit of the machine is drawing images, and what does the window's cache gain?
+
+    python benchmarks/sampling.py --json sampling.json
+    python benchmarks/sampling.py --config configs/imagenet64_big.yaml --batch-images 64
+
+Untrained weights, random images as the beginning. At a few blocks, spread over the image, each sampler computes the
+same next positions: ours dozens of them, the others one or a few, since an image takes them hours. A sampler
+whose logits are not those of the full forward pass is not timed. Rivals:
+
+- recompute: the whole beginning goes through the model again for each position, as in the original's code;
+- full cache: keys and values of all positions are kept, and a mask says which are seen; not captured as a graph.
+
+The limit: the bytes of the weights and of the keys and values that the pattern lets a query see, read once a step, at
+the rate of a copy measured in between.
+"""
+
+import argparse
+import dataclasses
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.attention import versions
+from benchmarks.report import table, write_json, write_section
+from models.decode_plan import decode_plan
+from models.generate import Decoding
+from models.image_transformer import ImageTransformer, ImageTransformerConfig
+from models.local_attention import local_attention
+from models.pattern import Pattern, QueryBlock
+from models.pixel_order import to_positions
+from trainer.config import load_config
+from trainer.model_inputs import area_downsample
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_CONFIG, GPU_CONFIG = ROOT / "configs/cifar10_cat.yaml", ROOT / "configs/imagenet64_big.yaml"
+CPU_BATCH, GPU_BATCH = 4, 64
+CPU_STEPS, GPU_STEPS = 64, 512
+# Of the norm of the logits: fp32 sums in another order, and bf16 keeps 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+WAVES = {"attention": "local_2d", "query_block": (8, 32), "memory": (8, 16), "shift": "block"}
+
+
+class WrongLogits(RuntimeError):
+    """A sampler computes something else than the model."""
+
+
+class Task:
+    """A model, and images of which it is to draw the rest."""
+
+    def __init__(self, model: ImageTransformer, batch_images: int) -> None:
+        config, device = model.config, model.positions.device
+        generator = torch.Generator().manual_seed(0)
+        shape = (batch_images, config.image_size, config.image_size, 3)
+        self.model = model
+        self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        classes = config.num_classes
+        self.labels = torch.arange(batch_images, device=device) % classes if classes else None
+        self.condition = area_downsample(self.images, config.condition_size) if config.condition_size else None
+        self.values = to_positions(self.images, config.input)
+        self.keys_values: list[Tensor] = []
+        """Of each layer, [2, B, N, L, K] in generation order."""
+        self.hidden = self._forward()
+
+    def _forward(self) -> Tensor:
+        """The token of every position [B, L, D] in generation order, from the full forward pass."""
+        pattern, slots = self.model.pattern, torch.arange(self.model.pattern.length, device=self.values.device)
+        in_order = pattern.slot_of_rank.to(slots)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.keys_values.append(torch.stack([k, v]).index_select(3, in_order))
+            return local_attention(q, k, v, pattern)
+
+        return self.tokens(slots, [attend] * len(self.model.layers)).index_select(1, in_order)
+
+    def tokens(self, slots: Tensor, attends: list[Callable[[Tensor, Tensor, Tensor], Tensor]]) -> Tensor:
+        """Tokens [B, T, D] of storage slots, given the images' values."""
+        inputs = self.values.index_select(1, self.model.sources[slots].clamp(min=0))
+        return self.model.hidden(inputs, slots, self.labels, self.model.encode(self.condition), attends)
+
+    def check(self, name: str, logits: Tensor, rank: int) -> None:
+        """Raise WrongLogits unless these [B, ...] are the model's for the position of that rank."""
+        expected = self.model.head(self.hidden[:, rank : rank + 1]).flatten(1).double()
+        error = (logits.flatten(1).double() - expected).norm() / expected.norm()
+        if not error < TOLERANCE[self.values_dtype]:
+            raise WrongLogits(f"{name} at position {rank}: logits differ by {error:.1e} of their norm; not timed")
+
+    @property
+    def values_dtype(self) -> torch.dtype:
+        return self.model.head.weight.dtype
+
+
+def ours(task: Task, block: QueryBlock) -> float:
+    """Seconds a step from the start of a block; the first one, which captures the graph, is checked instead."""
+    decoding = Decoding(
+        task.model, len(task.images), seed=0, labels=task.labels, condition=task.condition,
+        prefix=task.images, keep=block.start, in_waves=False,
+    )  # fmt: skip
+    steps = iter(decoding)
+    next(steps)
+    task.check("ours", decoding.parameters[:, 0], block.start)
+    most = GPU_STEPS if task.values.device.type == "cuda" else CPU_STEPS
+    count = min(block.num_queries, most, task.model.pattern.length - block.start - 1)
+    begin = _now()
+    for _ in range(count):
+        next(steps)
+    return (_now() - begin) / count
+
+
+def recompute(task: Task, block: QueryBlock) -> float:
+    """Seconds for the position in the middle of a block, from the values before it."""
+    pattern, rank = task.model.pattern, (block.start + block.stop) // 2
+    beginning = _beginning(pattern, rank)
+    slots = torch.arange(beginning.length, device=task.values.device)
+    place = int(pattern.slot_of_rank[rank])
+
+    def step() -> Tensor:
+        attends = [partial(local_attention, pattern=beginning)] * len(task.model.layers)
+        return task.model.head(task.tokens(slots, attends)[:, place : place + 1])
+
+    if task.values.device.type == "cuda":
+        step()  # compiles
+    begin = _now()
+    logits = step()
+    seconds = _now() - begin
+    task.check("recompute", logits, rank)
+    return seconds
+
+
+def full_cache(task: Task, block: QueryBlock) -> float:
+    """Seconds a step in the middle of a block."""
+    pattern, rank = task.model.pattern, (block.start + block.stop) // 2
+    device = task.values.device
+    slot = pattern.slot_of_rank[rank : rank + 1].to(device)
+    seen = torch.zeros(pattern.length, dtype=torch.bool)
+    for start, stop in block.memory:
+        seen[pattern.rank[start:stop]] = True
+    seen[block.start : rank + 1] = True
+    mask = seen[None, : rank + 1].to(device)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache = task.keys_values[layer]
+        cache[0, :, :, rank : rank + 1], cache[1, :, :, rank : rank + 1] = k, v
+        keys, values = cache[:, :, :, : rank + 1]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+    attends = [partial(attend, layer) for layer in range(len(task.model.layers))]
+
+    def step() -> Tensor:
+        return task.model.head(task.tokens(slot, attends))
+
+    task.check("full cache", step(), rank)
+    count = 5
+    begin = _now()
+    for _ in range(count):
+        step()
+    return (_now() - begin) / count
+
+
+def _beginning(pattern: Pattern, rank: int) -> Pattern:
+    """The pattern of what is generated up to a position; up to the end of its block where storage is in cells."""
+    blocks = [block for block in pattern.blocks if block.start <= rank]
+    stop = rank + 1 if pattern.stored_in_raster_order else blocks[-1].stop
+    blocks[-1] = dataclasses.replace(blocks[-1], stop=stop)
+    # Raster positions are not asked for: slots are given to the model.
+    return Pattern(torch.arange(stop), pattern.rank[:stop], tuple(blocks), pattern.causal)
+
+
+def bytes_a_step(model: ImageTransformer, batch_images: int) -> float:
+    """What must be read to draw one position of each image: weights once, and of each image what it sees."""
+    config = model.config
+    weights = sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if not name.startswith(("embed_", "encoder.")) and ".encoder_attention.kv." not in name
+    )
+    keys = model.pattern.num_pairs / model.pattern.length + 3 * config.condition_size**2
+    return weights + batch_images * config.layers * keys * 2 * config.attention_width * model.head.weight.element_size()
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written a second by a copy that no cache holds."""
+    source = torch.ones((1 << 30 if device.type == "cuda" else 1 << 28) // 4, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        begin = _now()
+        target.copy_(source)
+        seconds.append(_now() - begin)
+    return 2 * source.numel() * source.element_size() / min(seconds)
+
+
+def wave_steps(image_size: int, device: torch.device) -> dict[str, float]:
+    """One image of a small 2D model with the shift inside each block, block after block and in waves."""
+    config = load_config(ROOT / "configs/quickstart.yaml", []).model
+    blocks = {"query_block": (image_size // 8, image_size // 2), "memory": (image_size // 8, image_size // 4)}
+    config = dataclasses.replace(
+        config, image_size=image_size, input="categorical", output="categorical", mixtures=0, **{**WAVES, **blocks}
+    )
+    torch.manual_seed(0)
+    model = ImageTransformer(config).to(device).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(10)  # images with structure: some values are much likelier than others
+    images, seconds, steps = [], [], []
+    for in_waves in (True, False):
+        decoding = Decoding(model, 1, seed=0, in_waves=in_waves)
+        begin = _now()
+        steps.append(sum(1 for _ in decoding))
+        seconds.append(_now() - begin)
+        images.append(decoding.images)
+    if not torch.equal(*images):
+        raise WrongLogits("waves: not the image that is drawn block after block; not timed")
+    return {"waves_fewer_steps": steps[1] / steps[0], "waves_speedup": seconds[1] / seconds[0]}
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def measure(task: Task, blocks: list[QueryBlock]) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds a step of each sampler by block, in turns, and rates of copies in between."""
+    samplers = {"ours": ours, "recompute": recompute, "full cache": full_cache}
+    seconds: dict[str, list[float]] = {name: [] for name in samplers}
+    rates = []
+    for block in blocks:
+        rates.append(copy_rate(task.values.device))
+        for name, sampler in samplers.items():
+            seconds[name].append(sampler(task, block))
+    return seconds, rates
+
+
+def main(arguments: list[str] | None = None) -> int:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description="Measure drawing images beside other ways to do it, and the limit.")
+    parser.add_argument("--config", type=Path, default=GPU_CONFIG if on_gpu else CPU_CONFIG)
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="section.key=value")
+    parser.add_argument("--batch-images", type=int, default=GPU_BATCH if on_gpu else CPU_BATCH)
+    parser.add_argument("--blocks", type=int, default=3, help="query blocks at which to measure (default 3)")
+    parser.add_argument("--waves-size", type=int, default=64, help="image size for waves of blocks (default 64)")
+    parser.add_argument("--json", type=Path, help="file for the numbers")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    config = load_config(options.config, options.overrides).model
+    torch.manual_seed(0)
+    model = ImageTransformer(config).to(device).eval()
+    if on_gpu:
+        model.bfloat16()
+    with torch.no_grad():
+        task = Task(model, options.batch_images)
+    all_blocks = model.pattern.blocks
+    chosen = {round(index * (len(all_blocks) - 1) / max(options.blocks - 1, 1)) for index in range(options.blocks)}
+    seconds, rates = measure(task, [all_blocks[index] for index in sorted(chosen)])
+    waves = wave_steps(options.waves_size, device)
+
+    overrides = "".join(f" --set {override}" for override in options.overrides)
+    command = (
+        f"python benchmarks/sampling.py --config configs/{options.config.name}{overrides} "
+        f"--batch-images {options.batch_images}"
+    )
+    starts = [all_blocks[index].start for index in sorted(chosen)]
+    report(options.config.stem, config, task, starts, seconds, rates, waves, command, options.json)
+    return 0
+
+
+def report(
+    name: str,
+    config: ImageTransformerConfig,
+    task: Task,
+    starts: list[int],
+    seconds: dict[str, list[float]],
+    rates: list[float],
+    waves: dict[str, float],
+    command: str,
+    json_file: Path | None,
+) -> None:
+    """Means over the blocks, and ratios of them: a table, RESULTS.md, and the JSON file."""
+    batch, length = len(task.images), task.model.pattern.length
+    on_gpu = task.values.device.type == "cuda"
+    mean = {sampler: statistics.mean(times) for sampler, times in seconds.items()}
+    rate = statistics.median(rates)
+    limit = bytes_a_step(task.model, batch) / rate
+    metrics = {
+        "sampling_vs_recompute": mean["recompute"] / mean["ours"],
+        "sampling_vs_full_cache": mean["full cache"] / mean["ours"],
+        "sampling_vs_bandwidth_limit": limit / mean["ours"],
+        "sampling_slowest_vs_fastest_block": max(seconds["ours"]) / min(seconds["ours"]),
+        **{f"sampling_{key}": value for key, value in waves.items()},
+    }
+    plan = decode_plan(task.model.pattern, config.shift, in_waves=False)
+    where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+    text = (
+        f"{date.today()}, {where}, {', '.join(versions())}; {batch} images of {config.image_size} at once, {length} "
+        f"positions, {task.values_dtype}. A copy runs at {rate / 1e9:.3g} GB/s. The cache holds {plan.num_keys} of "
+        f"{length} positions.\n\n"
+    )
+    header = ["", "images/s", "ms a step", *(f"ms at {start}" for start in starts), "ours is so many times it"]
+    rows = [
+        [
+            sampler,
+            _significant(batch / (length * mean[sampler])),
+            _significant(1e3 * mean[sampler]),
+            *(_significant(1e3 * each) for each in times),
+            _significant(mean[sampler] / mean["ours"]),
+        ]
+        for sampler, times in seconds.items()
+    ]
+    rows.append(
+        [
+            "limit of memory",
+            _significant(batch / (length * limit)),
+            _significant(1e3 * limit),
+            *("" for _ in starts),
+            _significant(limit / mean["ours"]),
+        ]
+    )
+    text += table(header, rows)
+    text += (
+        "\n\nA small 2D model with the shift inside each block draws the same image in waves of blocks in "
+        f"{waves['waves_fewer_steps']:.2f} times fewer steps, {waves['waves_speedup']:.2f} times as fast."
+    )
+    print(text)
+    write_section(f"sampling of {name} on a {'GPU' if on_gpu else 'CPU'}", command, text)
+    if json_file:
+        details = {"seconds": seconds, "copy_rates": rates, "limit_seconds": limit, "starts": starts}
+        write_json(json_file, metrics, details)
+
+
+def _significant(number: float) -> str:
+    """Three significant digits, without an exponent."""
+    digits = max(0, 2 - math.floor(math.log10(number))) if number > 0 else 0
+    return f"{number:,.{digits}f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

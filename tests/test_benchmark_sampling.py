@@ -1,0 +1,60 @@
+"""Does the benchmark of drawing run, and does it refuse to time a sampler that computes something else?"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report, sampling
+from models.decode_plan import decode_plan
+from models.image_transformer import ImageTransformer
+from tests.launch import QUICKSTART, TINY_MODEL
+from tests.tiny_model import tiny_config
+
+TWO_DIMENSIONS = ["model.attention=local_2d", "model.query_block=[2, 4]", "model.memory=[2, 2]"]
+
+
+def tiny_settings(*changes: str) -> list[str]:
+    values = [f"{name}={value}" for name, value in TINY_MODEL.items()]
+    return [argument for value in (*values, *changes) for argument in ("--set", value)]
+
+
+@pytest.mark.parametrize("changes", [[], TWO_DIMENSIONS], ids=["1d", "2d"])
+def test_it_reports_ratios_and_writes_them_down(
+    changes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(sampling, "copy_rate", lambda device: 1e9)
+    arguments = ["--config", str(QUICKSTART), *tiny_settings(*changes), "--batch-images", "2", "--waves-size", "8"]
+    assert sampling.main([*arguments, "--json", str(tmp_path / "sampling.json")]) == 0
+    numbers = json.loads((tmp_path / "sampling.json").read_text())
+    for key in ("sampling_vs_recompute", "sampling_vs_full_cache", "sampling_vs_bandwidth_limit"):
+        assert 0 < numbers[key] < math.inf
+    assert numbers["sampling_waves_fewer_steps"] > 1.3
+    assert "sampling of quickstart on a CPU" in (tmp_path / "RESULTS.md").read_text()
+    assert "limit of memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sampler", [sampling.ours, sampling.recompute, sampling.full_cache])
+def test_a_sampler_that_computes_something_else_is_not_timed(sampler, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        task = sampling.Task(ImageTransformer(tiny_config()).eval(), 1)
+        block = task.model.pattern.blocks[2]
+        assert sampler(task, block) > 0
+        task.hidden = task.hidden + 0.01
+        with pytest.raises(sampling.WrongLogits, match="logits differ by .* not timed"):
+            sampler(task, block)
+
+
+def test_the_limit_counts_weights_once_and_what_each_image_sees() -> None:
+    model = ImageTransformer(tiny_config())
+    one, three = (sampling.bytes_a_step(model, number) for number in (1, 3))
+    seen = model.pattern.mask().sum().item() / model.pattern.length
+    assert (three - one) / 2 == pytest.approx(2 * 2 * seen * 16 * 4)  # layers, keys and values, width, bytes
+    embeddings = sum(p.numel() for n, p in model.named_parameters() if n.startswith("embed"))
+    weights = sum(p.numel() for p in model.parameters()) - embeddings
+    assert one - (three - one) / 2 == pytest.approx(4 * weights)
+    assert decode_plan(model.pattern, "generation").num_keys == 16
