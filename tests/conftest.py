@@ -27,6 +27,15 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with packed 8x8 crops: 3000 in `train`, 400 of other photographs in `validation`."""
+    folder = tmp_path_factory.mktemp("splits")
+    pack_photographs(str(folder / "train"), images=3000)
+    pack_photographs(str(folder / "validation"), images=400, split="validation")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shards(packed: Path) -> Shards:
     return open_shards(str(packed))
 

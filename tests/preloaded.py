@@ -20,6 +20,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from tests.s3_server import die_with_parent
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -49,7 +51,8 @@ class Rank:
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
         self.wait(timeout)
-        return self.stdout.read_text(), self.stderr.read_text()
+        texts = [path.read_text() if path.exists() else "" for path in (self.stdout, self.stderr)]  # killed at once
+        return texts[0], texts[1]
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -72,7 +75,11 @@ def start_rank(arguments: list[str], environment: dict[str, str], folder: Path) 
 
 @lru_cache(maxsize=1)
 def _server() -> "subprocess.Popen[str]":
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment = os.environ | {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }  # read when torch is loaded
     return subprocess.Popen(
         [sys.executable, "-m", "tests.preloaded"],
         cwd=ROOT,
@@ -117,6 +124,7 @@ def _become(request: dict[str, object], main: object, answers: TextIO) -> NoRetu
     code = 70
     try:
         os.setsid()
+        die_with_parent()
         answers.close()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, name in ((1, "stdout"), (2, "stderr")):

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.conftest import pack_photographs
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
 from trainer import evaluate, run, sample
@@ -22,15 +21,6 @@ from trainer import evaluate, run, sample
 STEPS = 50
 LAUNCHER = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
 LAUNCHER_ENVIRONMENT = os.environ | {"DS_ACCELERATOR": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def splits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with packed 8x8 crops: 3000 in `train`, 400 of other photographs in `validation`."""
-    folder = tmp_path_factory.mktemp("splits")
-    pack_photographs(str(folder / "train"), images=3000)
-    pack_photographs(str(folder / "validation"), images=400, split="validation")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ def _after_update(
     job.progress.note(text)
     job.tracker.event(state.step, "skipped_update", text, first_sample=first, end_sample=state.samples, ranks=blamed)
     if skips.total < SAVED_SKIPPED_BATCHES:
-        _keep_batches(job, state.step, [micro_batches[index][0] for index in bad])
+        _keep_batches(job, state.step, [b for i, (b, _) in enumerate(micro_batches) if i in bad or not blamed])
     newest = job.checkpoints.newest(job.progress.note) if skips.in_a_row + 1 >= skips.limit else None
     match skips.skipped(can_roll_back=newest is not None):
         case "give up":
@@ -180,7 +180,7 @@ def _after_update(
 
 
 def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
-    """Put this rank's micro-batches with a bad loss into the run's folder, for a look at them."""
+    """Put suspicious micro-batches of this rank into the run's folder, for a look at them."""
     folder = job.files.folder / "skipped"
     for index, batch in enumerate(batches):
         folder.mkdir(exist_ok=True)

@@ -16,6 +16,8 @@ import os  # noqa: E402
 # Read when torch is loaded: CPU threads that wait for each other sleep instead of spinning. On a machine that other
 # processes use too, spinning made steps seven times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Warnings of torch's C++ code are stack traces of sockets that a lost rank has closed.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
@@ -104,7 +106,8 @@ def main() -> int:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
         code = code_of(error)
-        if ranks.local_rank == 0 or code == BUG:  # one sentence a machine, not one a rank
+        # One sentence a machine, not one a rank; the first one may be the one that is lost.
+        if ranks.local_rank == 0 or code == BUG or (isinstance(error, LostRank) and ranks.local_rank == 1):
             report(error, code)
         return code
 

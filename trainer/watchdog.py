@@ -134,10 +134,12 @@ class Watchdog:
                         HANG,
                     )
                 )
-            elif self._store is not None and silent > self._limits.lost_rank_seconds:
+            elif self._store is not None and silent > (
+                DEAD_SECONDS if self._failed else self._limits.lost_rank_seconds
+            ):
                 self._verdict = Verdict(
                     f"rank 0 is lost: rank {self._ranks.rank} on {socket.gethostname()} had no answer from "
-                    f"{os.environ['MASTER_ADDR']} for {silent:.0f} s (limits.lost_rank_seconds)",
+                    f"{os.environ['MASTER_ADDR']} for {silent:.0f} s",
                     HANG,
                 )
 
@@ -160,7 +162,9 @@ class Watchdog:
                     self._verdict = Verdict(**json.loads(store.get("verdict")))
                     return
                 self._contact = time.monotonic()
-            except RuntimeError:  # of the store's connection; the watching thread counts the time
+            except torch.distributed.DistNetworkError:  # closed for good; the watching thread counts the time
+                return
+            except RuntimeError:  # no answer in time
                 continue
 
     def _look_at_others(self, store: torch.distributed.TCPStore, beats: dict[int, tuple[bytes, float]]) -> None:
