@@ -37,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--run-dir", type=Path, required=True, help="run.dir of the config")
     parser.add_argument("--warn-seconds", type=float, default=300.0, help="N of sbatch --signal=B:USR1@N (300)")
+    parser.add_argument("--tasks-per-node", type=int, default=1, help="ranks on each node (1)")
     parser.add_argument("--min-nodes", type=int, default=0, help="train on so many nodes if others are bad (all)")
     parser.add_argument("--without-progress", type=int, default=3, help="attempts in a row that may bring no step (3)")
     ours, *commands = split(list(sys.argv[1:] if arguments is None else arguments))
@@ -124,10 +125,11 @@ class Job:
 
     def command(self, srun: list[str], program: list[str]) -> list[str]:
         """The step that runs a program on this job's good nodes."""
-        return [srun[0], f"--nodes={len(self.nodes)}", f"--nodelist={','.join(self.nodes)}", *srun[1:], *program]
+        place = [f"--nodes={len(self.nodes)}", f"--nodelist={','.join(self.nodes)}", f"--ntasks={self.ranks()}"]
+        return [srun[0], *place, *srun[1:], *program]
 
     def ranks(self) -> int:
-        return len(self.nodes) * int(os.environ["SLURM_NTASKS_PER_NODE"])
+        return len(self.nodes) * int(self.options.tasks_per_node)
 
     def start(self, command: list[str], *, saves: bool) -> int:
         """Run a step to its end and pass the warning on to one that saves its work.

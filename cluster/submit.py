@@ -134,6 +134,8 @@ def submit_training(options: argparse.Namespace) -> int:
         "WARN_SECONDS": str(options.warn_seconds),
         "PREFLIGHT": "no" if options.preflight == "no" else " ".join([*preflight, options.preflight]).strip(),
         "MIN_NODES": str(least),
+        "TASKS_PER_NODE": str(per_node),
+        "CPUS_PER_TASK": str(options.cpus_per_task),
     }
     if options.interface:
         variables |= {"GLOO_SOCKET_IFNAME": options.interface, "NCCL_SOCKET_IFNAME": options.interface}
@@ -141,7 +143,7 @@ def submit_training(options: argparse.Namespace) -> int:
         options,
         settings["run"]["name"],
         nodes=options.nodes,
-        ntasks_per_node=per_node,
+        cpus_per_task=per_node * options.cpus_per_task,
         signal=f"B:USR1@{options.warn_seconds}",
         output=f"{logs}/slurm-%j.log",
     )

@@ -76,10 +76,12 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> slurm_job.Job:
     (tmp_path / "bin/scontrol").write_text(SCONTROL)
     (tmp_path / "bin/scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    for name, value in {"JOB_ID": "42", "JOB_NODELIST": "n[1-3]", "NTASKS_PER_NODE": "2", "RESTART_COUNT": "1"}.items():
+    for name, value in {"JOB_ID": "42", "JOB_NODELIST": "n[1-3]", "RESTART_COUNT": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     kept = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    options = argparse.Namespace(run_dir=tmp_path / "run", warn_seconds=300.0, min_nodes=2, without_progress=3)
+    options = argparse.Namespace(
+        run_dir=tmp_path / "run", warn_seconds=300.0, tasks_per_node=2, min_nodes=2, without_progress=3
+    )
     result = slurm_job.Job(options)
     for number, handler in kept.items():
         signal.signal(number, handler)
@@ -95,7 +97,7 @@ def preflight_that_says(folder: Path, code: int, *bad: str) -> list[str]:
 def test_the_ranks_meet_at_the_first_good_node_at_a_port_of_this_attempt(job: slurm_job.Job) -> None:
     assert job.meeting_point() == {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": str(20000 + 42 * 7 + 1)}
     assert job.ranks() == 6
-    assert job.command(["srun", "-x"], ["p"]) == ["srun", "--nodes=3", "--nodelist=n1,n2,n3", "-x", "p"]
+    assert job.command(["srun", "-x"], ["p"]) == ["srun", "--nodes=3", "--nodelist=n1,n2,n3", "--ntasks=6", "-x", "p"]
 
 
 def test_preemption_is_seen(job: slurm_job.Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def flags(script: str) -> dict[str, str]:
 def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = [*CONFIG, "--nodes", "6-8", "--time", "1-12", "--after", "12,13", "--interface", "ib0"]
     options += ["--set", f"run.dir={tmp_path}/my run", "--set", "tracking.uri=http://mlflow:5000"]
-    script = dry_run(capsys, *options, "--warn-seconds", "600", "--venv", "/opt/venv")
+    script = dry_run(capsys, *options, "--warn-seconds", "600", "--venv", "/opt/venv", "--cpus-per-task", "12")
     assert flags(script) == {
         "requeue": "",
         "open-mode": "append",
@@ -49,11 +49,10 @@ def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureF
         "job-name": "quickstart",
         "time": "1-12",
         "gpus-per-node": "8",
-        "cpus-per-task": "1",
+        "cpus-per-task": "96",
         "dependency": "afterok:12:13",
         "kill-on-invalid-dep": "yes",
         "nodes": "6-8",
-        "ntasks-per-node": "8",
         "output": f"{tmp_path}/my run/logs/slurm-%j.log",
     }
     for line in (
@@ -61,6 +60,8 @@ def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureF
         "export PYTHON=/opt/venv/bin/python",
         "export NCCL_SOCKET_IFNAME=ib0",
         "export MIN_NODES=6",
+        "export TASKS_PER_NODE=8",
+        "export CPUS_PER_TASK=12",
         "export WARN_SECONDS=600",
         f"set -- {' '.join(CONFIG[:2])} --set 'run.dir={tmp_path}/my run' --set tracking.uri=http://mlflow:5000",
     ):
@@ -77,8 +78,8 @@ def test_the_site_comes_from_the_environment_and_options_win(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CONTAINER", "apptainer exec --nv train.sif")
     script = dry_run(capsys, *CONFIG, "--nodes", "2", "--time", "60", "--partition", "h100")
-    assert {k: flags(script)[k] for k in ("partition", "account", "gpus-per-node", "ntasks-per-node", "nodes")} == {
-        "partition": "h100", "account": "me", "gpus-per-node": "4", "ntasks-per-node": "4", "nodes": "2"
+    assert {k: flags(script)[k] for k in ("partition", "account", "gpus-per-node", "cpus-per-task", "nodes")} == {
+        "partition": "h100", "account": "me", "gpus-per-node": "4", "cpus-per-task": "4", "nodes": "2"
     }  # fmt: skip
     assert "export CONTAINER='apptainer exec --nv train.sif'" in script
 
