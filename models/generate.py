@@ -149,7 +149,7 @@ class Decoding:
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._parameters: dict[int, Tensor] = {}
-        self._rows = 0
+        self._num_rows = 0
 
     @property
     def images(self) -> Tensor:
@@ -160,7 +160,7 @@ class Decoding:
     def parameters(self) -> Tensor:
         """What the values of the last step were drawn from: [B, G, C, 256] or [B, G, 10 mixtures]; overwritten by the
         next step."""
-        return self._parameters[self._rows]
+        return self._parameters[self._num_rows]
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Step]:
@@ -201,7 +201,7 @@ class Decoding:
 
     def _advance(self, rows: int) -> None:
         """Draw the next position of the first `rows` blocks."""
-        self._rows = rows
+        self._num_rows = rows
         if self._slots.device.type != "cuda":
             self._draw_next(rows)
             return
@@ -219,7 +219,8 @@ class Decoding:
                 self._step.copy_(before)  # drawing a position again changes nothing
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as loaders, may go on with CUDA meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._draw_next(rows)
         return graph
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import generate as generate_module
 from models.draw import Sampling
@@ -31,7 +32,7 @@ def opinionated(model: ImageTransformer) -> ImageTransformer:
 def decoded_parameters(model: ImageTransformer, num_images: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The images, the parameters [B, L, ...] that their values were drawn from, and the positions drawn in order."""
     decoding = Decoding(model, num_images, seed=0, **options)
-    steps = [(step.positions, decoding.parameters) for step in decoding]
+    steps = [(step.positions, decoding.parameters.clone()) for step in decoding]
     positions, parameters = torch.cat([p for p, _ in steps]), torch.cat([p for _, p in steps], dim=1).flatten(2)
     by_position = parameters.new_full((num_images, model.pattern.length, parameters.shape[2]), math.nan)
     by_position[:, positions] = parameters
@@ -195,6 +196,42 @@ def test_guidance_by_0_draws_what_no_class_does() -> None:
     ]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[2], drawn[3])
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "guidance": 2.0}], ids=["plain", "all options"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head", HEADS)
+def test_a_step_can_be_captured(head: str, block: str, options: dict[str, Any]) -> None:
+    """What a graph needs: no look at a value on the host, which tensors without values show, and a step that can be
+    done again, as it is before the capture."""
+    model = build(**PATTERNS["2d block shift"], **HEADS[head], **BLOCKS[block], **GUIDED)
+    labels, sampling = torch.tensor([1, 4]), Sampling(**options)
+    decoding = Decoding(model, 2, seed=0, labels=labels, sampling=sampling)
+    for number, _ in enumerate(decoding):
+        after = decoding._step.clone()
+        if number == 0:
+            with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+                decoding._draw_next(1)
+            decoding._step.copy_(after)
+        if number % 3 == 1:
+            decoding._step.copy_(after - 1)
+            with torch.no_grad():
+                decoding._draw_next(decoding._num_rows)
+            assert torch.equal(decoding._step, after)
+    assert torch.equal(decoding.images, generate(model, 2, seed=0, labels=labels, sampling=sampling))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_captured_steps_are_the_full_forward_pass(pattern: str, head: str, block: str) -> None:
+    model = build(**PATTERNS[pattern], **HEADS[head], **BLOCKS[block]).cuda()
+    images, decoded, _ = decoded_parameters(model, 3)
+    with torch.no_grad():
+        full = model(images).reshape(3, model.pattern.length, -1)
+    torch.testing.assert_close(decoded, full, rtol=0, atol=1e-4)
 
 
 def test_consistency_is_the_distance_of_the_shrunk_image_to_the_small_one() -> None:
