@@ -22,7 +22,7 @@ ALLOWED = {
 # Replacing one of these libraries touches these files only.
 HOME = {
     "deepspeed": {"trainer/deepspeed_engine.py"},
-    "mlflow": {"trainer/mlflow_mirror.py", "trainer/system_metrics.py", "trainer/tracking.py"},
+    "mlflow": {f"trainer/{name}.py" for name in ("mlflow_mirror", "run_history", "system_metrics", "tracking")},
     "yaml": {"trainer/config.py", "cluster/submit.py"},
     "pydantic": {"trainer/config.py"},
     "safetensors": {"trainer/checkpoint.py"},

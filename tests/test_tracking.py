@@ -135,7 +135,8 @@ def test_code_packages_data_and_texts_are_recorded(tmp_path: Path) -> None:
     (dataset,) = run.inputs.dataset_inputs
     assert (dataset.dataset.name, dataset.dataset.digest) == ("imagenet-64-oord", "ab" * 16)
     tags = {tag.key: tag.value for tag in dataset.tags}
-    assert tags == {"mlflow.data.context": "training", "version": "A", "images": "1281149", "image_size": "64"}
+    described = {"version": "A", "form": "imagenet", "images": "1281149", "image_size": "64"}
+    assert tags == {"mlflow.data.context": "training"} | described
     assert (run.data.tags["data.version"], run.data.tags["data.digest"]) == ("A", "ab" * 32)
     assert run.data.params["model.width"] == "96"
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")

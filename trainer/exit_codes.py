@@ -6,6 +6,7 @@
 The launcher loses exit codes and signals, so `run_state.json` in the run's folder says the same.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -80,6 +81,9 @@ def run_tool(tool: Callable[[], None]) -> int:
         tool()
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:  # whoever reads what is printed has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return FINISHED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
         code = code_of(error)
         # A tool that cannot find its run was called with the wrong folder.

@@ -343,7 +343,7 @@ def _dataset_input(data: dict[str, Any]) -> DatasetInput:
     source = resolve_dataset_source(data["url"])
     dataset = MetaDataset(source, name=data["name"], digest=data["digest"][:32])  # type: ignore[abstract]
     tags = [InputTag("mlflow.data.context", data["context"])]
-    tags += [InputTag(key, str(data[key])) for key in ("version", "images", "image_size")]
+    tags += [InputTag(key, str(data[key])) for key in ("version", "form", "images", "image_size")]
     return DatasetInput(dataset._to_mlflow_entity(), tags)
 
 

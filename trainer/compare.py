@@ -1,0 +1,224 @@
+"""What is the difference between two or more runs, in their settings and in what came of them?
+
+python -m trainer.compare runs/small runs/large --html comparison.html
+python -m trainer.compare --experiment imagenet64 --filter "params.`model.width` = '512'" --html comparison.html
+
+A run is the folder of a run, for which no server is needed, or an id of MLflow. Prints a table: the parameters that
+differ, and what came of them. `--html` writes one file with curves and pictures that opens anywhere.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trainer.comparison_page import comparison_page
+from trainer.exit_codes import UsageError, run_tool
+from trainer.line_chart import number
+from trainer.published import PUBLISHED, data_set_key
+from trainer.run_history import (
+    RUN_ID,
+    RunHistory,
+    histories_of_experiment,
+    history_of_folder,
+    history_of_run,
+    open_store,
+)
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+_NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")
+"""Beginnings of parameters that say where things are, not what was trained."""
+_NONE = "–"
+
+Row = tuple[str, list[str]]
+
+
+def parameters_that_differ(runs: Sequence[RunHistory]) -> list[Row]:
+    """Each parameter of which two runs have different values, with its value in each."""
+    names = sorted({name for run in runs for name in run.params if not name.startswith(_NOT_COMPARED)})
+    rows = [(name, [run.params.get(name, _NONE) for run in runs]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values) - {_NONE}) > 1]
+
+
+def results(runs: Sequence[RunHistory]) -> list[Row]:
+    """What came of each run; a line for each measure that at least one of them has."""
+    hours = "GPU-hours" if all(run.gpu for run in runs) else "rank-hours (on GPUs: GPU-hours)"
+    measures: list[tuple[str, Callable[[RunHistory], str]]] = [
+        ("status", lambda run: run.status),
+        ("steps", lambda run: _steps(run)),
+        ("images seen", lambda run: _value(run.last("progress/images_seen"))),
+        ("final bits/dim", lambda run: _bits(run, best=False)),
+        ("best bits/dim", lambda run: _bits(run, best=True)),
+    ]
+    for weights in ("raw", "ema", "avg"):
+        measures.append((f"evaluated, {weights} weights", lambda run, weights=weights: _evaluated(run, weights)))  # type: ignore[misc]
+    measures += [
+        ("training bits/dim", lambda run: _value(run.last("train/bits_per_dim"))),
+        ("images/s", lambda run: _value(run.median("perf/images_per_s"))),
+        ("MFU", lambda run: _percent(run.median("perf/mfu"))),
+        ("peak memory, GiB", lambda run: _value(run.last("mem/peak_gib"))),
+        ("ranks", _ranks),
+        ("wall time, hours", lambda run: _value(run.wall_hours(), 3)),
+        (hours, lambda run: _value(run.rank_hours(), 3)),
+        ("GPU", lambda run: run.gpu or _NONE),
+        ("validation images", lambda run: _data(run)),
+    ]
+    rows = [(name, [measure(run) for run in runs]) for name, measure in measures]
+    return [(name, values) for name, values in rows if set(values) != {_NONE}]
+
+
+def warnings(runs: Sequence[RunHistory]) -> list[str]:
+    """Why the figures must not be compared as they stand; a sentence each."""
+    found = []
+    digests = {str(run.data.get("digest", ""))[:32] for run in runs}
+    if len(digests - {""}) > 1:
+        found.append("These runs score different images: their bits/dim must not be compared with each other.")
+    if len(digests) > 1 and "" in digests:
+        found.append("Some runs do not say which images they score: make sure that they are the same.")
+    counts = {run.last("val/images") for run in runs} - {None}
+    if len(counts) > 1:
+        found.append("The last evaluations took different numbers of images.")
+    return found
+
+
+def comparable_key(runs: Sequence[RunHistory]) -> str | None:
+    """The data set whose published figures stand beside these runs: that of all of them, in the very same version."""
+    keys = {data_set_key(run.data) for run in runs}
+    # With a small image to start from, another question is asked.
+    unconditional = all(run.params.get("model.condition_size", "0") == "0" for run in runs)
+    return keys.pop() if len(keys) == 1 and unconditional else None
+
+
+def table(runs: Sequence[RunHistory], rows: Sequence[Row], width: int) -> str:
+    """Rows of text, a column for each run; as many side by side as fit into the width."""
+    label = max(len(name) for name, _ in rows)
+    columns = [[unique_names(runs)[index], *(values[index] for _, values in rows)] for index in range(len(runs))]
+    widths = [min(max(map(len, column)), 40) for column in columns]
+    blocks, begin = [], 0
+    while begin < len(runs):
+        end, used = begin, label
+        while end < len(runs) and (end == begin or used + 2 + widths[end] <= width):
+            used += 2 + widths[end]
+            end += 1
+        lines = [
+            "  ".join([name.ljust(label), *(_fit(columns[i][row], widths[i]) for i in range(begin, end))]).rstrip()
+            for row, name in enumerate(["", *(name for name, _ in rows)])
+        ]
+        blocks.append("\n".join(lines))
+        begin = end
+    return "\n\n".join(blocks)
+
+
+def unique_names(runs: Sequence[RunHistory]) -> list[str]:
+    """The runs' names; with their places behind where two have the same."""
+    names = [run.name for run in runs]
+    places = [run.place[:8] if RUN_ID.fullmatch(run.place) else run.place for run in runs]
+    return [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, places, strict=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run (run.dir), or an id of MLflow")
+    parser.add_argument("--experiment", help="also the runs of this MLflow experiment, the newest 50")
+    parser.add_argument("--filter", default="", help="of these only those that MLflow's search finds with this")
+    parser.add_argument("--uri", default=DEFAULT_URI, help=f"MLflow store of ids and experiments ({DEFAULT_URI})")
+    parser.add_argument("--html", metavar="FILE", help="write a page with curves and pictures")
+    arguments = parser.parse_args()
+    return run_tool(lambda: _compare(arguments))
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    runs = _histories(arguments)
+    rows = parameters_that_differ(runs)
+    outcome = results(runs)
+    notes = warnings(runs)
+    key = comparable_key(runs)
+    width = shutil.get_terminal_size((120, 24)).columns
+    if rows and len(runs) > 1:
+        print(f"Parameters that differ\n{table(runs, rows, width)}\n")
+    print(f"Results (bits/dim ± standard error)\n{table(runs, outcome, width)}")
+    for note in notes:
+        print(f"\nwarning: {note}")
+    if key in PUBLISHED:
+        lines = "\n".join(f"  {str(entry):>6}  {entry.model}  ({entry.source})" for entry in PUBLISHED[key])
+        print(f"\nPublished for {key}\n{lines}")
+    if arguments.html:
+        path = Path(arguments.html)
+        page = comparison_page(runs, unique_names(runs), rows, outcome, notes, key)
+        try:
+            path.write_text(page)
+        except OSError as error:
+            raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error
+        print(f"\n{path}")
+
+
+def _histories(arguments: argparse.Namespace) -> list[RunHistory]:
+    if not arguments.runs and not arguments.experiment:
+        raise UsageError("name at least one run: its folder or its id in MLflow, or --experiment")
+    found = []
+    for run in arguments.runs:
+        if Path(run).is_dir():
+            found.append(history_of_folder(Path(run)))
+        elif RUN_ID.fullmatch(run):
+            found.append(history_of_run(open_store(arguments.uri), run))
+        else:
+            raise UsageError(f"{run}: is neither the folder of a run nor an id of MLflow (32 hexadecimal digits)")
+    if arguments.experiment:
+        known = {run.place for run in found}
+        more = histories_of_experiment(open_store(arguments.uri), arguments.experiment, arguments.filter)
+        found += [run for run in more if run.place not in known]
+    return found
+
+
+def _steps(run: RunHistory) -> str:
+    last = max((int(curve.steps[-1]) for name, curve in run.curves.items() if name.startswith("train/")), default=0)
+    planned = run.params.get("train.steps")
+    return f"{last:,} of {int(planned):,}" if planned and planned.isdigit() else f"{last:,}"
+
+
+def _bits(run: RunHistory, *, best: bool) -> str:
+    curve = run.curves.get("val/bits_per_dim")
+    if curve is None:
+        return _NONE
+    index = int(curve.values.argmin()) if best else -1
+    step, value = float(curve.steps[index]), float(curve.values[index])
+    error, images = run.at("val/bits_per_dim_stderr", step), run.at("val/images", step)
+    text = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    where = [f"step {step:,.0f}"] if best else []
+    where += [f"{images:,.0f} images"] if images is not None else []
+    return f"{text} ({', '.join(where)})" if where else text
+
+
+def _evaluated(run: RunHistory, weights: str) -> str:
+    value, error = (run.last(f"final/{weights}_bits_per_dim{end}") for end in ("", "_stderr"))
+    if value is None:
+        return _NONE
+    return f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
+def _data(run: RunHistory) -> str:
+    if not run.data:
+        return _NONE
+    version = run.data["version"] if data_set_key(run.data) else ""
+    return str(run.data["name"]) + (f" (version {version})" if version in ("A", "B", "C") else "")
+
+
+def _ranks(run: RunHistory) -> str:
+    return ", ".join(dict.fromkeys(str(attempt["world_size"]) for attempt in run.attempts)) or _NONE
+
+
+def _value(value: float | None, digits: int = 4) -> str:
+    return _NONE if value is None else number(value, digits)
+
+
+def _percent(value: float | None) -> str:
+    return _NONE if value is None else f"{100 * value:.1f} %"
+
+
+def _fit(text: str, width: int) -> str:
+    return text.ljust(width) if len(text) <= width else f"{text[: width - 1]}…"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,237 @@
+"""What happened in a run, as read from its folder or from MLflow: parameters, curves, pictures, time?"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from data_pipeline.storage import EXIT_UNREACHABLE, DataError
+from trainer.config import ConfigError, flat, load_config
+from trainer.exit_codes import UsageError
+from trainer.journal import Journal, RunFiles, read_json, working_seconds
+from trainer.mlflow_mirror import open_client
+from trainer.tracking import one_line
+
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+MOST_RUNS = 50
+_CURVES = ("train/", "val/", "perf/", "optim/", "progress/", "final/", "data/", "mem/")
+"""Metrics that are read; MLflow's system metrics are left out."""
+_PICTURE = re.compile(r"(?P<key>.+)-step-(?P<step>\d+)\.png")
+_LOGGED_PICTURE = re.compile(r"(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+.*(?<!compressed)\.png")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One metric's points, in order of their steps."""
+
+    steps: np.ndarray
+    times: np.ndarray
+    """Seconds since 1970."""
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """A run as it is compared with others."""
+
+    name: str
+    place: str
+    """Its folder, or its id in MLflow."""
+    status: str
+    params: Mapping[str, str]
+    curves: Mapping[str, Curve]
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The validation images: name, digest, version, image_size, form; empty where nothing says so."""
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    """Each start of the run: `started`, `world_size`."""
+    gpu: str | None = None
+    pictures: Mapping[str, Mapping[int, Callable[[], bytes]]] = field(default_factory=dict)
+    """By key and step, a function that reads the PNG."""
+
+    def last(self, metric: str) -> float | None:
+        """The value at the highest step."""
+        curve = self.curves.get(metric)
+        return float(curve.values[-1]) if curve else None
+
+    def at(self, metric: str, step: float) -> float | None:
+        """The value recorded at exactly this step."""
+        if (curve := self.curves.get(metric)) is None:
+            return None
+        found = curve.values[curve.steps == step]
+        return float(found[0]) if len(found) else None
+
+    def median(self, metric: str) -> float | None:
+        curve = self.curves.get(metric)
+        return float(np.median(curve.values)) if curve else None
+
+    def images_seen(self, steps: np.ndarray) -> np.ndarray | None:
+        """Training images consumed after so many steps."""
+        if seen := self.curves.get("progress/images_seen"):
+            return np.interp(steps, np.concatenate([[0], seen.steps]), np.concatenate([[0], seen.values]))
+        batch = self.params.get("train.global_batch_images")
+        return steps * float(batch) if batch else None
+
+    def working_hours(self, times: np.ndarray) -> np.ndarray:
+        """Hours that the run had been at work at these times; pauses between attempts do not count."""
+        spent = np.zeros(len(times))
+        for attempt, seconds in working_seconds(self._starts(), self._all_times()):
+            spent += np.clip(times - attempt["started"], 0, seconds)
+        return spent / 3600
+
+    def wall_hours(self) -> float:
+        return sum(seconds for _, seconds in working_seconds(self._starts(), self._all_times())) / 3600
+
+    def rank_hours(self) -> float | None:
+        """Hours times ranks; None for a run whose number of ranks is not recorded."""
+        if not self.attempts:
+            return None
+        spent = working_seconds(self.attempts, self._all_times())
+        return sum(int(attempt["world_size"]) * seconds for attempt, seconds in spent) / 3600
+
+    def _starts(self) -> list[dict[str, Any]]:
+        return self.attempts or [{"started": min(self._all_times(), default=0.0)}]
+
+    def _all_times(self) -> list[float]:
+        # What tools add long after the training (final/...) is not work of the run.
+        return sorted(
+            float(time) for name, curve in self.curves.items() if not name.startswith("final/") for time in curve.times
+        )
+
+
+def history_of_folder(folder: Path) -> RunHistory:
+    """A run from its folder, without MLflow. Raises UsageError for a folder that holds no run."""
+    files = RunFiles(folder)
+    if not files.metrics.exists():
+        raise UsageError(f"{folder}: holds no run (no {files.metrics.name}); give the run.dir of a config")
+    points: dict[str, dict[int, tuple[float, float]]] = {}
+    for record in Journal(files.metrics).records():
+        for name, value in record["metrics"].items():
+            if name.startswith(_CURVES):
+                points.setdefault(name, {}).setdefault(record["step"], (record["time"], value))
+    description = read_json(files.description)
+    params = description.get("params")
+    if params is None:
+        try:
+            params = {key: str(value) for key, value in flat(load_config(files.config, [])).items()}
+        except ConfigError:  # of another version of this program
+            params = {}
+    return RunHistory(
+        name=description.get("name") or params.get("run.name") or folder.name,
+        place=str(folder),
+        status=str(files.read_state().get("state", "")),
+        params=params,
+        curves={name: _curve(by_step) for name, by_step in points.items()},
+        data=next((data for data in description.get("data", []) if data["context"] == "validation"), {}),
+        attempts=description.get("attempts", []),
+        gpu=description.get("tags", {}).get("gpu.name"),
+        pictures=_pictures_of_folder(files),
+    )
+
+
+def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
+    """A run from MLflow. Raises UsageError if there is none of that id."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            raise UsageError(f"{run_id}: MLflow has no such run; give --uri of the store that has it") from error
+        raise
+    curves = {}
+    for name in run.data.metrics:
+        if name.startswith(_CURVES):
+            by_step: dict[int, tuple[float, float]] = {}
+            for point in client.get_metric_history(run_id, name):
+                by_step.setdefault(point.step, (point.timestamp / 1000, point.value))
+            curves[name] = _curve(by_step)
+    return RunHistory(
+        name=str(run.info.run_name or run_id[:8]),
+        place=run_id,
+        status=str(run.info.status).lower(),
+        params=run.data.params,
+        curves=curves,
+        data=_validation_data(run),
+        attempts=_attempts(run.data.tags),
+        gpu=run.data.tags.get("gpu.name"),
+        pictures=_pictures_of_run(client, run_id),
+    )
+
+
+def histories_of_experiment(client: mlflow.MlflowClient, name: str, filter_string: str) -> list[RunHistory]:
+    """The newest runs of an experiment that a filter of MLflow's finds. Raises UsageError if there are none."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        known = ", ".join(sorted(found.name for found in client.search_experiments()))
+        raise UsageError(f"--experiment {name}: MLflow has no such experiment; it has {known}")
+    try:
+        runs = client.search_runs([experiment.experiment_id], filter_string=filter_string, max_results=MOST_RUNS)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        raise UsageError(
+            f"--filter {filter_string!r}: MLflow does not understand it ({one_line(error)}); "
+            "an example is \"params.`model.width` = '512' and metrics.`final/val_bits_per_dim` < 4\""
+        ) from error
+    if not runs:
+        raise UsageError(f"--experiment {name}: no run{' that the filter finds' if filter_string else ''}")
+    return [history_of_run(client, run.info.run_id) for run in runs]
+
+
+def open_store(uri: str) -> mlflow.MlflowClient:
+    """A client of a store that exists. Raises UsageError, or DataError with exit code 69 if it does not answer."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UsageError(f"--uri {uri}: there is no such file")
+    try:
+        return open_client(uri)
+    except (MlflowException, OSError) as error:
+        raise DataError(f"--uri: MLflow at {uri} does not answer ({one_line(error)})", EXIT_UNREACHABLE) from error
+
+
+def _curve(by_step: dict[int, tuple[float, float]]) -> Curve:
+    steps = sorted(by_step)
+    times, values = zip(*(by_step[step] for step in steps), strict=True)
+    return Curve(np.array(steps, dtype=float), np.array(times, dtype=float), np.array(values, dtype=float))
+
+
+def _validation_data(run: Run) -> dict[str, Any]:
+    for entry in run.inputs.dataset_inputs if run.inputs else []:
+        tags = {tag.key: tag.value for tag in entry.tags}
+        if tags.get("mlflow.data.context") == "validation":
+            return {"name": entry.dataset.name, "digest": entry.dataset.digest, **tags}
+    return {}
+
+
+def _attempts(tags: Mapping[str, str]) -> list[dict[str, Any]]:
+    found = []
+    number = 1
+    while started := tags.get(f"attempt.{number}.started"):
+        found.append({"started": float(started), "world_size": int(tags[f"attempt.{number}.world_size"])})
+        number += 1
+    return found
+
+
+def _pictures_of_folder(files: RunFiles) -> dict[str, dict[int, Callable[[], bytes]]]:
+    found: dict[str, dict[int, Callable[[], bytes]]] = {}
+    for folder in (files.samples, files.folder / "evaluation"):
+        for path in sorted(folder.glob("*.png")):
+            if match := _PICTURE.fullmatch(path.name):
+                found.setdefault(match["key"], {})[int(match["step"])] = path.read_bytes
+    return found
+
+
+def _pictures_of_run(client: mlflow.MlflowClient, run_id: str) -> dict[str, dict[int, Callable[[], bytes]]]:
+    found: dict[str, dict[int, Callable[[], bytes]]] = {}
+    for folder, pattern in (("images", _LOGGED_PICTURE), ("samples", _PICTURE), ("evaluation", _PICTURE)):
+        for artifact in client.list_artifacts(run_id, folder):
+            if match := pattern.fullmatch(Path(artifact.path).name):
+
+                def read(path: str = artifact.path) -> bytes:
+                    return Path(client.download_artifacts(run_id, path)).read_bytes()
+
+                found.setdefault(match["key"].replace("~", "/"), {})[int(match["step"])] = read
+    return found
