@@ -15,6 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import safetensors
@@ -305,6 +306,11 @@ def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) 
             f"{store.url_of(checkpoints[0].name)}: holds no average of the weights (optimizer.ema_decay was 0)"
         )
     return {name: state[kind] for name, state in states.items()}
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file that is not part of a checkpoint."""
+    safetensors.torch.save_file(tensors, path)
 
 
 def remove(store: Store, folder: str) -> None:

@@ -5,13 +5,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
 from models.likelihood import nats
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, write_tensors
 from trainer.config import RunConfig
 from trainer.divergence import SkipCounter, SpikeAlarm
 from trainer.engine import Engine
@@ -186,7 +185,7 @@ def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
         folder.mkdir(exist_ok=True)
         tensors = {"images": batch.images.cpu()} | ({} if batch.labels is None else {"labels": batch.labels.cpu()})
         name = f"step-{step:09d}-rank-{job.ranks.rank:05d}-{index}.safetensors"
-        safetensors.torch.save_file(tensors, folder / name)
+        write_tensors(folder / name, tensors)
 
 
 def _log(

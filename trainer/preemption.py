@@ -19,6 +19,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 3.0
 """Ctrl-C reaches a rank two or three times: from the terminal, and passed on by each process of the launcher."""
 STOP_FILE = "stop"
+REASONS = ("", "the launcher died", "reached limits.run_minutes", "found the file `stop`", "received a signal")
+"""By number, so that the ranks can agree on one: the largest."""
 LOOK_AGAIN_SECONDS = 1.0
 
 
@@ -39,10 +41,12 @@ class StopRequest:
 
     def __init__(self, run_dir: str, budget_seconds: float | None = None) -> None:
         """Install the handlers; collective, after torch.distributed is initialised (or without it)."""
-        self.reason: str | None = None
+        self.reason = ""
+        """Why the job stops, the same on all ranks; empty before it was agreed."""
         self._seen_at: float | None = None
         self._stop_file = Path(run_dir) / STOP_FILE
         self._looked = 0.0
+        self._local_reason = ""
         self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
         self._launcher = os.getppid() if _is_launcher(os.getppid()) else None
         # Agreement over gloo on host memory: asking the GPU would make every step wait for its queue to drain.
@@ -54,35 +58,38 @@ class StopRequest:
         now = time.monotonic()
         if self._seen_at is None:
             self._seen_at = now
-            self.reason = f"received {signal.Signals(number).name}"
         elif now - self._seen_at > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def agreed(self, *, superseded: bool = False, checkpoint_written: bool = True) -> Agreed:
         """True on all ranks where it is true on one (launchers often signal only one); collective."""
-        facts = torch.tensor([self._asked(), superseded, not checkpoint_written])
+        facts = torch.tensor([REASONS.index(self._asked()), superseded, not checkpoint_written])
         if self._group is not None:
             torch.distributed.all_reduce(facts, torch.distributed.ReduceOp.MAX, group=self._group)
-        stop, superseded, writing = facts.tolist()
-        return Agreed(stop, superseded, not writing)
+        reason, newer_attempt, writing = facts.tolist()
+        self.reason = REASONS[reason]
+        return Agreed(reason > 0, newer_attempt > 0, not writing)
 
     def forget_stop_file(self) -> None:
         """The request was followed: the next start shall not stop at once."""
         with contextlib.suppress(OSError):
             self._stop_file.unlink(missing_ok=True)
 
-    def _asked(self) -> bool:
+    def _asked(self) -> str:
+        """Why this rank would stop, one of REASONS."""
+        if self._seen_at is not None:
+            return "received a signal"
         now = time.monotonic()
-        if self.reason is None and now - self._looked >= LOOK_AGAIN_SECONDS:
+        if not self._local_reason and now - self._looked >= LOOK_AGAIN_SECONDS:
             self._looked = now
             if self._stop_file.exists():
-                self.reason = f"found the file {self._stop_file}"
+                self._local_reason = "found the file `stop`"
             elif self._deadline is not None and now >= self._deadline:
-                self.reason = "reached limits.run_minutes"
+                self._local_reason = "reached limits.run_minutes"
             elif self._launcher is not None and os.getppid() != self._launcher:
-                self.reason = "the launcher died"
-        return self.reason is not None
+                self._local_reason = "the launcher died"
+        return self._local_reason
 
 
 def _is_launcher(pid: int) -> bool:

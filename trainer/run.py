@@ -231,7 +231,7 @@ def run(
         progress.note(f"finished: {config.run.dir}")
     else:
         stop.forget_stop_file()
-        tracker.close("stopped", code=STOPPED, reason=stop.reason or "stop requested", step=state.step)
+        tracker.close("stopped", code=STOPPED, reason=stop.reason, step=state.step)
         progress.note(f"stopped at step {state.step} on request; the same command goes on from there")
     torch.distributed.destroy_process_group()
     return FINISHED if finished else STOPPED
