@@ -67,7 +67,7 @@ svg .axis line { stroke: var(--line); } svg .axis .base { stroke: var(--soft); }
 svg .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 svg .faint { fill: none; stroke-width: 1; opacity: .28; }
 svg .error { opacity: .14; } svg line.mark { stroke: var(--soft); stroke-dasharray: 3 4; }
-svg text.mark { text-anchor: end; font-size: 11px; } svg line.cursor { stroke: var(--soft); }
+svg text.mark { font-size: 11px; } svg line.cursor { stroke: var(--soft); }
 #tip { position: fixed; pointer-events: none; display: none; background: var(--card); border: 1px solid var(--line);
   border-radius: 6px; padding: 6px 10px; font-size: 13px; box-shadow: 0 2px 10px #0003; }
 .pictures { display: grid; gap: 12px 16px; align-items: start; }
@@ -161,16 +161,19 @@ def _charts(runs: Sequence[RunHistory], names: Sequence[str], published_key: str
         for key in _AXES
     )
     labels = "".join(f'<label for="by-{key}">{html.escape(label)}</label>' for key, (label, _) in _AXES.items())
+    # The paper's figure first, then from the best one on.
+    entries = sorted(
+        PUBLISHED.get(published_key or "", ()),
+        key=lambda entry: (entry.model != "Image Transformer", entry.bits_per_dim),
+    )
+    marks = [(f"{entry.model} {entry}", entry.bits_per_dim) for entry in entries]
     figures = []
     for metric, title in CHARTS.items():
         if not any(metric in run.curves for run in runs):
             continue
-        marks = [(f"{entry.model} {entry}", entry.bits_per_dim) for entry in PUBLISHED.get(published_key or "", ())]
         charts = "".join(
             f'<div class="by by-{key}">'
-            + line_chart(
-                title, label, _lines(runs, names, metric, axis), _spread(marks) if metric[:4] == "val/" else ()
-            )
+            + line_chart(title, label, _lines(runs, names, metric, axis), marks if metric[:4] == "val/" else ())
             + "</div>"
             for key, (label, axis) in _AXES.items()
         )
@@ -189,15 +192,6 @@ def _lines(runs: Sequence[RunHistory], names: Sequence[str], metric: str, axis: 
         smooth = metric.startswith(("train/", "perf/", "optim/grad"))
         lines.append(Line(names[index], index, x, curve.values, error, smooth))
     return lines
-
-
-def _spread(marks: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """Of figures that lie on top of each other only one keeps its line; the table below has all of them."""
-    kept: list[tuple[str, float]] = []
-    for text, value in sorted(marks, key=lambda mark: "Image Transformer" not in mark[0]):
-        if all(abs(value - other) > 0.025 for _, other in kept):
-            kept.append((text, value))
-    return kept
 
 
 def _pictures(runs: Sequence[RunHistory], names: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f
 SETTLED_FRACTION = 0.1
 """The scale ignores this share of each curve at its beginning, where a loss is many times what it becomes."""
 MOST_POINTS = 1000
+MARK_PIXELS = 16
 
 
 Scale = Callable[[np.ndarray], np.ndarray]
@@ -37,7 +38,9 @@ class Line:
 
 
 def line_chart(title: str, x_label: str, lines: Sequence[Line], marks: Sequence[tuple[str, float]] = ()) -> str:
-    """An SVG element. `marks` are horizontal lines with names, shown where they fall inside the scale."""
+    """An SVG element. `marks` are horizontal lines with names, the most important ones first; shown are those inside
+    the scale that leave each other room.
+    """
     lines = [_finite(line) for line in lines]
     lines = [line for line in lines if len(line.x)]
     if not lines:
@@ -63,11 +66,13 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], marks: Sequence[
     parts.append(f'<clipPath id="c{(clip := _clip_id(title, x_label))}"><rect x="{LEFT}" y="{TOP}" '
                  f'width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/></clipPath>')  # fmt: skip
     parts.append(f'<g clip-path="url(#c{clip})">')
+    taken: list[float] = []
     for text, value in marks:
-        if low <= value <= high:
-            y = float(up(np.array([value]))[0])
+        y = float(up(np.array([value]))[0])
+        if low <= value <= high and all(abs(y - other) >= MARK_PIXELS for other in taken):
+            taken.append(y)
             parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="mark"/>')
-            parts.append(f'<text x="{WIDTH - RIGHT - 4}" y="{y - 4:.1f}" class="mark">{html.escape(text)}</text>')
+            parts.append(f'<text x="{LEFT + 4}" y="{y - 4:.1f}" class="mark">{html.escape(text)}</text>')
     for line in lines:
         parts += _curve(line, across, up)
     parts.append("</g>")
