@@ -317,7 +317,7 @@ def model_flops(
     """Exact: attention counts the pairs that the pattern lets see each other, and nothing else.
 
     Recomputation is that of every n-th layer of the decoder (0: none), with `checkpoint_keeps_attention` all of it but
-    the self-attention. What fused kernels compute again inside (scores in the backward pass) is not counted.
+    attention. What fused kernels compute again inside (scores in the backward pass) is not counted.
     """
     with torch.device("meta"):
         model = ImageTransformer(config)
@@ -338,7 +338,7 @@ def model_flops(
         if is_checkpointed(index, checkpoint_every_layers):
             # The keys and values of the encoder are computed for all layers at once, outside of them.
             inside = {n: p for n, p in products.items() if n.startswith(f"layers.{index}.") and not _reads_encoder(n)}
-            recomputed += sum(inside.values()) + across + (0 if checkpoint_keeps_attention else own)
+            recomputed += sum(inside.values()) + (0 if checkpoint_keeps_attention else own + across)
             if config.norm == "pre" and config.dropout == 0:
                 # Nothing after the layer's last product needs its result, so torch stops before it.
                 recomputed -= inside[f"layers.{index}.feed_forward.out"]

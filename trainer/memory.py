@@ -1,0 +1,245 @@
+"""How much memory does a rank need, part by part, at each ZeRO stage and with each choice of recomputation?
+
+Activations are not estimated: the model itself runs forward and backward without data (on torch's meta device, or on
+fake CPU tensors) while every storage that lives is counted, so the number follows the code. What DeepSpeed keeps is
+arithmetic on the number of parameters, as measured of DeepSpeed 0.19 (tests/test_memory.py runs it again).
+
+Not modelled: the CUDA context, NCCL's buffers, and fragmentation of the allocator.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models import image_transformer, layer
+from models.image_transformer import ImageTransformer, is_checkpointed, make_pattern
+from models.likelihood import nats
+from models.local_attention import local_attention
+from trainer.config import RunConfig
+
+MAX_REDUCE_BUCKET_ELEMENTS = 50_000_000
+STAGE_3_GATHERED = 2
+"""Copies of the weights that ZeRO-3 holds at its peak: the gathered weights, which DeepSpeed keeps for the backward
+pass where a model is not too large, and what the collectives put together. Measured with two ranks: 1.7 to 2.2."""
+STAGE_3_MAX_LIVE = 1_000_000_000
+"""DeepSpeed's stage3_max_live_parameters: larger models are gathered in parts."""
+
+Target = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """What a rank keeps from update to update, in bytes."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """fp32 master weights, Adam's moments, the average of the weights."""
+    buffers: int
+    """Where gradients are put together for a reduction and weights are gathered."""
+    update: int
+    """Only while weights are updated, when the activations are gone: a copy of the gradients."""
+    host: int
+    """Of these, what is offloaded to the host's memory or disk and not counted above."""
+
+    def peak(self, activations: int) -> int:
+        """The most that is needed at a time, with so many bytes of activations."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + max(activations, self.update)
+
+
+def reduce_bucket_elements(num_parameters: int) -> int:
+    """Gradients that are reduced together, for DeepSpeed's `reduce_bucket_size`.
+
+    DeepSpeed allocates the buffer in full, and two of them: with its default of 5e8 elements, 3.7 GiB in fp32 however
+    small the model is.
+    """
+    return min(num_parameters, MAX_REDUCE_BUCKET_ELEMENTS)
+
+
+def state_bytes(config: RunConfig, num_parameters: int, target: Target, *, stage: int, ranks: int) -> States:
+    """What one of `ranks` ranks keeps at a ZeRO stage."""
+    precision = config.train.precision
+    weight, gradient = (4, 4) if precision == "fp32" else (2, 4 if precision == "bf16" else 2)
+    share = num_parameters / ranks
+    master = 0 if stage == 0 else 4
+    optimizer = (master + 8 + (4 if config.optimizer.ema_decay else 0)) * (num_parameters if stage == 0 else share)
+    # Of two, one is filled while the other is reduced; gloo now and then lets go of one before the next is made.
+    buckets = round((2 if target == "cuda" else 1.5) * weight * reduce_bucket_elements(num_parameters))
+    weights: float = weight * num_parameters
+    gradients: float = gradient * (share if stage >= 2 else num_parameters)
+    buffers, update = buckets, 4 * share
+    if stage == 0:
+        buffers, update = 0, weight * num_parameters if ranks > 1 else 0  # one flat copy, to be reduced
+    elif stage == 1 and precision == "bf16":
+        gradients, buffers = gradients + weight * num_parameters, 0  # micro-batch's in bf16, their sum in fp32
+    elif stage == 3:
+        weights = weight * share
+        gathered = STAGE_3_GATHERED * weight * min(num_parameters, STAGE_3_MAX_LIVE) if ranks > 1 else 0
+        buffers = round(buckets + gathered)
+    host = 0.0
+    if config.train.offload_optimizer != "none" and stage >= 1:
+        host, optimizer = host + optimizer, 0
+    if config.train.offload_parameters != "none" and stage == 3:
+        host, weights = host + weights, 0
+    return States(
+        weights=round(weights),
+        gradients=round(gradients),
+        optimizer=round(optimizer),
+        buffers=buffers,
+        update=round(update),
+        host=round(host),
+    )
+
+
+def activation_bytes(
+    config: RunConfig, target: Target, *, checkpoint_every_layers: int, checkpoint_keeps_attention: bool = False
+) -> int:
+    """Most memory that one micro-batch's forward and backward pass and loss need at a time, besides weights and
+    gradients that stay."""
+    layers, every = config.model.layers, checkpoint_every_layers
+    # Every further period of layers adds the same to what is kept at the peak, which lies at the end of the model.
+    period = max(1, every)
+    few, more = 2 * period + layers % period, 3 * period + layers % period
+    if layers <= more:
+        peak = _traced_peak(config, target, every)
+    else:
+        low, high = (
+            _traced_peak(dataclasses.replace(config, model=dataclasses.replace(config.model, layers=n)), target, every)
+            for n in (few, more)
+        )
+        peak = low + (layers - few) // period * (high - low)
+    if checkpoint_keeps_attention:
+        tokens = config.train.micro_batch_images * make_pattern(config.model).length
+        results = tokens * (config.model.attention_width * _DTYPES[config.train.precision].itemsize)
+        results += tokens * 4 * config.model.heads  # and the logarithm of each sum of exponentials
+        results *= 2 if config.model.condition_size else 1  # to itself, and to the small image
+        peak += results * sum(is_checkpointed(layer, every) for layer in range(layers))
+    return peak
+
+
+def _traced_peak(config: RunConfig, target: Target, checkpoint_every_layers: int) -> int:
+    model_config, dtype = config.model, _DTYPES[config.train.precision]
+    device = "cpu" if target == "cpu" else "meta"
+    with torch.device("meta"):
+        model = ImageTransformer(model_config, checkpoint_every_layers=checkpoint_every_layers)
+    pattern = model.pattern
+    mode: contextlib.AbstractContextManager[Any]
+    if target == "cpu":
+        # Computed from values and kept: fake tensors have none.
+        one = torch.zeros(1, 1, pattern.length, 1)
+        local_attention(one, one, one, pattern)
+        assert pattern.stored_in_raster_order is not None and len(pattern.slot_of_position) == pattern.length
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    else:
+        mode = _all_attention_fused(model)
+    with mode:
+        _put_on(model, torch.device(device), dtype)
+        images, labels, condition = _inputs(config, torch.device(device))
+        storages = _LiveStorages(model)
+        with storages:
+            parameters = model(images, labels, condition)
+            loss = nats(model_config.output, parameters, images).sum() / images.numel()
+            del parameters
+            loss.backward()
+    return storages.peak
+
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class _LiveStorages(TorchDispatchMode):
+    """Adds up the storages that operators make, until each is freed; those of the model's weights do not count."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.peak = self._live = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._seen.add(tensor.untyped_storage())
+
+    def __torch_dispatch__(
+        self, operator: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                self._live += storage.nbytes()
+                weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return result
+
+    def _free(self, num_bytes: int) -> None:
+        self._live -= num_bytes
+
+
+class _FusedKernel(torch.autograd.Function):
+    """What a fused attention kernel allocates and keeps (models/local_attention_triton.py), without computing."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, log_sum = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, _, log_sum = ctx.saved_tensors
+        delta, summed = torch.empty_like(log_sum), torch.empty_like(q, dtype=torch.float32)
+        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        del delta, summed
+        return results
+
+
+def _as_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    result: Tensor = _FusedKernel.apply(q, k, v)
+    return result
+
+
+@contextlib.contextmanager
+def _all_attention_fused(model: ImageTransformer) -> Iterator[None]:
+    """Also attention without a pattern, which torch fuses on a GPU and on the meta device makes matrices of scores of.
+
+    By replacing the function: recomputation in the backward pass calls it outside of any mode of torch.
+    """
+    model.attend = _as_fused  # type: ignore[method-assign]
+    users, original = (layer, image_transformer), layer.attend_to_all
+    for module in users:
+        module.attend_to_all = _as_fused  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in users:
+            module.attend_to_all = original  # type: ignore[attr-defined]
+
+
+def _put_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters and buffers of the same shapes there, whose gradients are dropped as soon as they are complete."""
+
+    def drop_gradient(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            moved = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            moved.register_post_accumulate_grad_hook(drop_gradient)
+            setattr(module, name, moved)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+
+
+def _inputs(config: RunConfig, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    batch, size, small = config.train.micro_batch_images, config.model.image_size, config.model.condition_size
+    images = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
+    labels = torch.empty(batch, dtype=torch.int64, device=device) if config.model.num_classes else None
+    condition = torch.empty(batch, small, small, 3, dtype=torch.uint8, device=device) if small else None
+    return images, labels, condition
