@@ -25,7 +25,7 @@ HOME = {
     "mlflow": {f"trainer/{name}.py" for name in ("mlflow_mirror", "run_history", "system_metrics", "tracking")},
     "yaml": {"trainer/config.py", "cluster/submit.py"},
     "pydantic": {"trainer/config.py"},
-    "safetensors": {"trainer/checkpoint.py"},
+    "safetensors": {"trainer/checkpoint.py", "trainer/exported_model.py"},
     "PIL": {"data_pipeline", "trainer"},
     "starlette": {"trainer/demo.py"},
     "uvicorn": {"trainer/demo.py"},

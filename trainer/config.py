@@ -318,7 +318,16 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
     """
     values = _read_yaml(Path(path))
     problems = [problem for override in overrides if (problem := _apply_override(values, override))]
-    problems += _key_problems(values)
+    return _checked(values, str(path), problems)
+
+
+def config_from(values: dict[str, Any], source: str) -> RunConfig:
+    """The checked config of sections that were read from `source`; raises ConfigError as load_config does."""
+    return _checked(values, source, [])
+
+
+def _checked(values: dict[str, Any], source: str, problems: list[str]) -> RunConfig:
+    problems = problems + _key_problems(values)
     sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         if not isinstance(values.get(name), dict):
@@ -337,7 +346,7 @@ def load_config(path: str | Path, overrides: list[str]) -> RunConfig:
         problems = config.problems()
         if not problems:
             return config
-    raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    raise ConfigError("\n".join(f"{source}: {problem}" for problem in problems))
 
 
 def as_yaml(config: RunConfig) -> str:

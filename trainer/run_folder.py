@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from models.image_transformer import ImageTransformer
 from trainer.checkpoint import Weights, checkpoints_url, intact, read_weights
 from trainer.config import RunConfig, load_config
 from trainer.exit_codes import UsageError
+from trainer.exported_model import is_exported, load_exported
 from trainer.tracking import RunFiles
 
 
@@ -27,7 +29,7 @@ class TrainedModel:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The options by which every tool names a run and its weights."""
-    parser.add_argument("--run", required=True, help="folder of a run (run.dir of its config)")
+    parser.add_argument("--run", required=True, help="folder of a run (run.dir of its config) or of an exported model")
     parser.add_argument(
         "--weights",
         choices=["raw", "ema", "avg"],
@@ -38,20 +40,30 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> TrainedModel:
-    """Load a run's newest checkpoint, or with weights `avg` the mean of its `last` ones.
+    """Load a run's newest checkpoint, or with weights `avg` the mean of its `last` ones; or an exported model, which
+    has the weights that it was exported with.
 
-    Raises UsageError for a folder without a run, CheckpointError for a run without a checkpoint.
+    Raises UsageError for a folder without a run, CheckpointError for a run without a checkpoint or a damaged export.
     """
     if last < 1:
         raise UsageError(f"--last: must be at least 1, not {last}")
     files = RunFiles(Path(run_dir))
+    if is_exported(files.folder):
+        exported = load_exported(files.folder)
+        if weights not in ("raw", exported.origin.weights):  # raw is the default: nobody may have asked for it
+            raise UsageError(f"--weights {weights}: {run_dir} holds {exported.origin.weights} weights; leave it out")
+        return _on_device(exported.config, exported.state, exported.origin.step, files)
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
     config = load_config(files.config, [])
     store, checkpoints = intact(checkpoints_url(run_dir, config), last if weights == "avg" else 1)
+    return _on_device(config, read_weights(store, checkpoints, weights), checkpoints[0].step, files)
+
+
+def _on_device(config: RunConfig, state: dict[str, Tensor], step: int, files: RunFiles) -> TrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     model = ImageTransformer(config.model)
-    model.load_state_dict(read_weights(store, checkpoints, weights))
-    return TrainedModel(model.to(device).eval(), config, checkpoints[0].step, files, device)
+    model.load_state_dict(state)
+    return TrainedModel(model.to(device).eval(), config, step, files, device)

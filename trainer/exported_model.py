@@ -1,0 +1,171 @@
+"""What is an exported model: weights and their description in one folder, and is a folder such a thing, undamaged?
+
+`model.safetensors` holds fp32 weights by their names in the model; `config.json` what they are: the run's resolved
+config, the data set's digest, the step, the run, bits per dimension if they were evaluated, and the weights' size and
+checksum. Neither can execute code, and neither needs DeepSpeed.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from models.image_transformer import ImageTransformer
+from trainer.checkpoint import CheckpointError, Weights
+from trainer.config import RunConfig, config_from
+from trainer.engine import State
+from trainer.exit_codes import UsageError
+from trainer.journal import write_json
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where exported weights come from."""
+
+    run: str
+    """Name of the run."""
+    mlflow_run_id: str
+    """Empty where MLflow did not answer."""
+    step: int
+    weights: Weights
+    checkpoints: int
+    """How many were averaged; 1 unless weights is `avg`."""
+    data_digest: str
+    """Of the manifest of the training data: which data set, in which version."""
+    bits_per_dim: float | None
+    """Over the whole validation set; None where these weights were not evaluated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedModel:
+    """What was read from the folder of an exported model, checked."""
+
+    config: RunConfig
+    origin: Origin
+    state: dict[str, Tensor]
+    """fp32, by name: what the model's load_state_dict takes."""
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether a folder is, or was meant to be, that of an exported model and not of a run."""
+    return (folder / DESCRIPTION_FILE).exists() or (folder / WEIGHTS_FILE).exists()
+
+
+def write_exported(folder: Path, config: RunConfig, origin: Origin, state: dict[str, Tensor]) -> None:
+    """Write weights, then their description; a folder without the latter is not an exported model.
+
+    Raises UsageError where the folder holds something already or cannot be written.
+    """
+    tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UsageError(f"--to {folder}: is not empty; choose another folder, or delete that one")
+        safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
+        description = {
+            "format_version": FORMAT_VERSION,
+            "origin": dataclasses.asdict(origin),
+            "file": {
+                "name": WEIGHTS_FILE,
+                "bytes": (folder / WEIGHTS_FILE).stat().st_size,
+                "sha256": _checksum(folder / WEIGHTS_FILE),
+            },
+            "config": dataclasses.asdict(config),
+        }
+        write_json(folder / DESCRIPTION_FILE, description)
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--to {folder}: cannot be written ({reason})") from error
+
+
+def load_exported(folder: Path) -> ExportedModel:
+    """Read an exported model; raises CheckpointError for one that is incomplete, changed, or of another architecture,
+    ConfigError for one with a config that this version does not take."""
+    description, path = _description(folder), folder / WEIGHTS_FILE
+    try:
+        version, file = description["format_version"], description["file"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder / DESCRIPTION_FILE}: has format {version}, and this version of the trainer reads "
+                f"{FORMAT_VERSION}; use the version that wrote it"
+            )
+        size, checksum, sections = file["bytes"], file["sha256"], description["config"]
+        origin = Origin(**description["origin"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION_FILE}: is not the description of an exported model; export the run again"
+        ) from error
+    if not path.exists():
+        raise CheckpointError(f"{path}: is missing; copy the folder again, or export the run again")
+    if path.stat().st_size != size or _checksum(path) != checksum:
+        raise CheckpointError(
+            f"{path}: is not the file that {DESCRIPTION_FILE} describes (incomplete or changed); copy the folder again"
+        )
+    config = config_from(sections, str(folder / DESCRIPTION_FILE))
+    try:
+        state = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: is not a safetensors file ({error}); export the run again") from error
+    if problem := _misfit(config, state):
+        raise CheckpointError(f"{path}: does not fit the model of {DESCRIPTION_FILE}: {problem}; export the run again")
+    return ExportedModel(config=config, origin=origin, state=state)
+
+
+def first_states(folder: Path, config: RunConfig) -> Iterator[tuple[str, State]]:
+    """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: Adam starts anew, and so
+    does the average of the weights, from them.
+
+    Raises UsageError, before anything is yielded, where the run's model is another one; only dropout may differ.
+    """
+    exported = load_exported(folder)
+    mine, theirs = dataclasses.asdict(config.model), dataclasses.asdict(exported.config.model)
+    differing = [name for name in mine if mine[name] != theirs[name] and name != "dropout"]
+    if differing:
+        texts = [f"model.{name} ({theirs[name]}, not {mine[name]})" for name in differing]
+        raise UsageError(f"--from {folder}: was exported from a model with another {' and '.join(texts)}")
+    return _states(exported.state, keeps_average=config.optimizer.ema_decay > 0)
+
+
+def _states(state: dict[str, Tensor], keeps_average: bool) -> Iterator[tuple[str, State]]:
+    for name, weight in state.items():
+        first = {"weight": weight, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        yield name, first | ({"ema": weight.clone()} if keeps_average else {})
+
+
+def _description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise CheckpointError(f"{path}: cannot be read ({reason}); copy the folder again") from error
+    if not isinstance(description, dict):
+        raise CheckpointError(f"{path}: is not the description of an exported model; export the run again")
+    return description
+
+
+def _misfit(config: RunConfig, state: dict[str, Tensor]) -> str | None:
+    with torch.device("meta"):
+        expected = ImageTransformer(config.model).state_dict()
+    if odd := sorted(expected.keys() ^ state.keys()):
+        return f"{odd[0]} is {'missing' if odd[0] in expected else 'not part of it'}"
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
+            return f"{name} is {tensor.dtype} {list(tensor.shape)}, not fp32 {list(expected[name].shape)}"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
