@@ -72,7 +72,8 @@ def write_exported(folder: Path, config: RunConfig, origin: Origin, state: dict[
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UsageError(f"--to {folder}: is not empty; choose another folder, or delete that one")
-        safetensors.torch.save_file(tensors, folder / WEIGHTS_FILE)
+        # Not save_file, which makes a file that only its owner may read.
+        (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors))
         description = {
             "format_version": FORMAT_VERSION,
             "origin": dataclasses.asdict(origin),
