@@ -13,6 +13,7 @@ import dataclasses
 import json
 import statistics
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,9 @@ def warnings(plan: Plan) -> list[str]:
     total = plan.total_bytes(stage, plan.chosen)
     if total > plan.usable_bytes:
         free = plan.usable_bytes - plan.stages[stage].peak(0)
-        fitting = int(free / plan.choices[plan.chosen].activation_bytes * config.train.micro_batch_images)
+        of_an_image = plan.choices[plan.chosen].activation_bytes / config.train.micro_batch_images
+        images = config.train.global_batch_images // plan.cluster.ranks
+        fitting = max((n for n in range(1, images + 1) if images % n == 0 and n * of_an_image <= free), default=0)
         advice = (
             f"a micro-batch of {fitting} fits (train.micro_batch_images)"
             if fitting >= 1
@@ -252,7 +255,9 @@ def as_text(plan: Plan) -> str:
         f"{speed.images_per_s * plan.tokens_per_image:,.0f} tokens/s",
     ]
     if found := warnings(plan):
-        lines += ["", "Warnings", "", *(f"  - {text}" for text in found)]
+        lines += ["", "Warnings", ""]
+        for text in found:
+            lines += textwrap.wrap(text, 98, initial_indent="  - ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
