@@ -141,6 +141,7 @@ def test_code_packages_data_and_texts_are_recorded(tmp_path: Path) -> None:
     assert run.data.params["model.width"] == "96"
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     folder = Path(client.download_artifacts(run.info.run_id, "repro"))
+    assert folder.is_relative_to(tmp_path / "mlruns")  # beside the store, wherever the job was started
     assert (folder / "deepspeed.json").read_text() == '{"zero": 2}'
     assert f"torch=={run.data.tags['versions.torch']}\n" in (folder / "packages.txt").read_text()
     assert {"git.diff", "environment.txt"} <= {path.name for path in folder.iterdir()}

@@ -125,7 +125,8 @@ class Mirror:
             tags = {RUN_KEY: description["key"], MLFLOW_RUN_NAME: description["name"]}
             if known:
                 tags["resumed_from"] = known  # deleted, or on another server
-            run = client.create_run(_experiment_id(client, description["experiment"]), tags=tags)
+            began = int(description["attempts"][0]["started"] * 1000)
+            run = client.create_run(_experiment_id(client, description), start_time=began, tags=tags)
         run_id = run.info.run_id
         if sent.get("run_id") != run_id:
             sent.clear()
@@ -305,7 +306,12 @@ def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, An
     return found[0] if found else None
 
 
-def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
+def _experiment_id(client: mlflow.MlflowClient, description: dict[str, Any]) -> str:
+    name, place = description["experiment"], None
+    if description["uri"].startswith("sqlite:///"):
+        # Beside the store; MLflow would take `mlruns` below wherever the command is started.
+        folder = Path(description["uri"].removeprefix("sqlite:///")).resolve().parent
+        place = str(folder / "mlruns" / re.sub(r"[^\w.-]", "_", name))
     for _ in range(2):
         if experiment := client.get_experiment_by_name(name):
             if experiment.lifecycle_stage != "active":
@@ -314,7 +320,7 @@ def _experiment_id(client: mlflow.MlflowClient, name: str) -> str:
                 )
             return str(experiment.experiment_id)
         try:
-            return str(client.create_experiment(name, tags=_EXPERIMENT_TAGS))
+            return str(client.create_experiment(name, artifact_location=place, tags=_EXPERIMENT_TAGS))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another job was faster
                 raise
