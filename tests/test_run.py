@@ -174,8 +174,21 @@ def test_every_kind_of_model_is_trained_scored_and_sampled_by_the_commands(
 ) -> None:
     folder = tmp_path / "run"
     train(
-        settings(folder, splits, train__steps=3, train__precision="bf16", optimizer__ema_decay=0.5, **VARIANTS[variant])
+        settings(
+            folder,
+            splits,
+            train__steps=3,
+            train__precision="bf16",
+            optimizer__ema_decay=0.5,
+            tracking__sample_every_steps=2,
+            tracking__sample_images=3,
+            **VARIANTS[variant],
+        ),
+        ranks=2,
     )
+    (drawn_in_training,) = (folder / "samples").glob("*.png")
+    with Image.open(drawn_in_training) as picture:
+        assert picture.width > 2 * 128  # three images on two ranks, in two columns
     for weights in ("raw", "ema", "avg"):
         monkeypatch.setattr(sys, "argv", ["evaluate", "--run", str(folder), "--weights", weights])
         assert evaluate.main() == 0
@@ -186,7 +199,7 @@ def test_every_kind_of_model_is_trained_scored_and_sampled_by_the_commands(
     for arguments in ([], ["--complete-half"]):
         monkeypatch.setattr(sys, "argv", ["sample", "--run", str(folder), "--n", "4", *arguments])
         assert sample.main() == 0
-    pictures = sorted((folder / "samples").glob("*.png"))
+    pictures = sorted(set((folder / "samples").glob("*.png")) - {drawn_in_training})
     assert len(pictures) == 2
     for path in pictures:
         with Image.open(path) as picture:
