@@ -19,9 +19,11 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from models.image_transformer import num_parameters
 from models.layer import Layer
 from trainer.config import ConfigError, RunConfig
 from trainer.engine import Outcome, State
+from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import build_optimizer
 from trainer.ranks import Ranks
@@ -37,7 +39,12 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         "gradient_clipping": config.optimizer.clip_grad_norm,
         "steps_per_print": 2**62,  # our own progress line replaces DeepSpeed's
-        "zero_optimization": {"stage": train.zero_stage, "overlap_comm": on_gpu and train.zero_stage >= 2},
+        "zero_optimization": {
+            "stage": train.zero_stage,
+            "overlap_comm": on_gpu and train.zero_stage >= 2,
+            # DeepSpeed's default allocates gigabytes for a small model, too.
+            "reduce_bucket_size": reduce_bucket_elements(num_parameters(config.model)),
+        },
     }
     for what, where in (("offload_optimizer", train.offload_optimizer), ("offload_param", train.offload_parameters)):
         if where != "none":
