@@ -4,11 +4,13 @@
 added, and `mlflow_sent.json` holds how many bytes of each have arrived there.
 """
 
+import errno
 import json
 import logging
 import os
 import threading
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class Journal:
         self._lock = threading.Lock()
         self._backlog: list[bytes] = []
         self._torn = False
+        self._file: FileIO | None = None
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line; never raises. A disk that is full costs a warning, and the line is written with a later one."""
@@ -46,19 +49,25 @@ class Journal:
             self._backlog, self._torn = [], False
 
     def _write(self, data: bytes) -> None:
-        # One write with O_APPEND: lines of several processes (a tool beside the training job) do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            before = os.fstat(descriptor).st_size
-            written = os.write(descriptor, data)
-            if written < len(data):
-                # What fitted would be written again with the rest: take it back, or else end its line.
-                self._torn = True
-                os.ftruncate(descriptor, before)
-                self._torn = False
-                raise OSError(0, "no space left on device")
-        finally:
-            os.close(descriptor)
+        if self._file is None:
+            # Each line is one write that appends: lines of several processes (a tool beside the training job) do not
+            # mix. And the file stays open: while the sender is at work, every call of the system may cost the training
+            # thread a wait for Python's lock.
+            self._file = self.path.open("ab", buffering=0)
+        written = self._file.write(data)
+        if written < len(data):
+            # What fitted would be written again with the rest: take it back, or else end its line.
+            self._torn = True
+            self._file.truncate(os.fstat(self._file.fileno()).st_size - written)
+            self._torn = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Let go of the file; it is opened again when there is something to write."""
+        with self._lock:
+            if self._file is not None:
+                self._file.close()
+                self._file = None
 
     def repair(self) -> None:
         """Cut off a last line that a killed process left half-written."""

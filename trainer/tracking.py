@@ -174,6 +174,8 @@ class Tracker:
             self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self._files.state, error)
+        self._metrics.close()
+        self._events.close()
         unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
         if problem is not None:
             log.warning(
@@ -253,6 +255,8 @@ def record_results(
     for path in artifacts:
         place = _place(files, path)
         events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": folder})
+    journal.close()
+    events.close()
     try:
         catch_up(files, end=False)
     except MirrorInUse:
