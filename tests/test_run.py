@@ -45,7 +45,13 @@ def test_a_finished_run_is_in_mlflow_with_everything_that_made_it(reference: Pat
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     if commit.returncode == 0:
         assert found.data.tags["mlflow.source.git.commit"] == commit.stdout.strip()
-    datasets = {i.tags[0].value: i.dataset for i in found.inputs.dataset_inputs}
+    assert found.inputs is not None
+    datasets = {
+        tag.value: item.dataset
+        for item in found.inputs.dataset_inputs
+        for tag in item.tags
+        if tag.key == "mlflow.data.context"
+    }
     for context, folder in (("training", "train"), ("validation", "validation")):
         manifest = json.loads((splits / folder / "manifest.json").read_text())
         assert manifest["digest"].startswith(datasets[context].digest)
@@ -326,7 +332,7 @@ def test_check_prints_config_size_and_deepspeeds_part_without_training(
     monkeypatch.setattr(sys, "argv", ["trainer/run.py", *arguments])
     assert run.main() == 0
     text = capsys.readouterr().out
-    shown = yaml.safe_load(text.partition("parameters:")[0])
+    shown = yaml.safe_load(text.partition("\nparameters:")[0])
     assert shown["model"]["layers"] == 2
     assert '"gradient_accumulation_steps": 2' in text
     assert not (tmp_path / "run").exists()
