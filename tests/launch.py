@@ -1,7 +1,9 @@
 """How do tests start the main job for real: a tiny model on tiny shards, in one process or several."""
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -36,6 +38,7 @@ TINY_MODEL = {
 
 def mlflow_store(folder: Path) -> str:
     """The URI of an empty MLflow store in a folder: a copy, because making one takes MLflow seconds of migrations."""
+    folder.mkdir(exist_ok=True)
     if not (folder / "mlflow.db").exists():
         shutil.copy(_empty_mlflow_store(), folder / "mlflow.db")
     return f"sqlite:///{folder}/mlflow.db"
@@ -123,9 +126,12 @@ def curve(run_dir: Path, name: str = "train/bits_per_dim") -> list[tuple[int, fl
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that the kernel gives to outgoing connections."""
+    while True:
+        port = random.randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def _yaml(value: object) -> str:
