@@ -1,15 +1,19 @@
-"""What do many tests need: a small packed data set of real photographs, and a real S3 server."""
+"""What do many tests need: a small packed data set of real photographs, a real S3 server, a process group of one."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import s3fs
+import torch
+import torch.distributed
 
 from data_pipeline import storage
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.pack import main as pack_main
 from tests.s3_server import S3Server
+from trainer.deepspeed_engine import init_distributed
+from trainer.ranks import ranks_from_environment
 
 
 def pack_photographs(dest: str, *, images: int, size: int = 8, split: str = "train", seed: int = 0) -> None:
@@ -57,6 +61,14 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     forget_filesystems()
     yield s3_server.make_bucket()
     forget_filesystems()
+
+
+@pytest.fixture(scope="session")
+def device() -> Iterator[torch.device]:
+    """The device of the only rank of a process group. One for all tests: DeepSpeed keeps its first groups for ever."""
+    ranks_from_environment()
+    yield init_distributed(60, local_rank=0)
+    torch.distributed.destroy_process_group()
 
 
 def forget_filesystems() -> None:

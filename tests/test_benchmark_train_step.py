@@ -2,12 +2,10 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed
 
 from benchmarks import report, train_step
 from models.image_transformer import ImageTransformer
@@ -17,13 +15,7 @@ from tests.tiny_model import PATTERNS, random_images, tiny_config
 TINY = [f"--set={name}={value}" for name, value in (TINY_MODEL | {"train.micro_batch_images": 2}).items()]
 
 
-@pytest.fixture
-def no_process_group_is_left() -> Iterator[None]:
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("no_process_group_is_left")
+@pytest.mark.usefixtures("device")
 def test_the_command_writes_its_numbers_and_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
 

@@ -1,12 +1,10 @@
 """Does DeepSpeed compute what plain torch computes, at every stage, and does its state move between stages?"""
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,18 +12,11 @@ from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.launch import QUICKSTART, TINY_MODEL
 from trainer.config import ConfigError, RunConfig, load_config
-from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config, init_distributed
+from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config
 from trainer.engine import Engine, TorchEngine
-from trainer.ranks import Ranks, ranks_from_environment
+from trainer.ranks import Ranks
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
-
-
-@pytest.fixture(scope="module")
-def device() -> Iterator[torch.device]:
-    ranks_from_environment()
-    yield init_distributed(60, local_rank=0)
-    torch.distributed.destroy_process_group()
 
 
 def tiny(stage: int, precision: str, **changes: object) -> RunConfig:

@@ -31,9 +31,8 @@ def ranks_from_environment() -> Ranks:
     environment.setdefault("RANK", "0")
     environment.setdefault("LOCAL_RANK", "0")
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
-    if world_size == 1 and "MASTER_PORT" not in environment:
-        environment["MASTER_PORT"] = str(_free_port())
-    environment.setdefault("MASTER_PORT", str(DEFAULT_MASTER_PORT))
+    # Alone, torch's store listens on a port of the kernel's choice (0): one found beforehand may be gone by then.
+    environment.setdefault("MASTER_PORT", "0" if world_size == 1 else str(DEFAULT_MASTER_PORT))
     # deepspeed says LOCAL_SIZE, torchrun LOCAL_WORLD_SIZE.
     local = environment.get("LOCAL_SIZE") or environment.get("LOCAL_WORLD_SIZE") or "1"
     return Ranks(int(environment["RANK"]), world_size, int(environment["LOCAL_RANK"]), int(local))
@@ -82,9 +81,3 @@ def from_all_ranks(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
