@@ -1,25 +1,26 @@
-"""What is the peak of torch's allocations in real training steps? A job of its own, started by tests/test_memory.py.
+"""What is the peak of the memory that real training steps allocate? A job of its own, started by tests/test_memory.py.
 
-The allocations that torch's profiler records are added up over three updates, from before the model is built.
+The C library is asked, after every operator, for the bytes of its large allocations, from before the model is built.
+torch's profiler would not do: buffers whose last owner is a thread of gloo are freed there, where it does not look.
 """
 
+import ctypes
 import gc
-import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+import torch.distributed
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.image_transformer import ImageTransformer, num_parameters
+from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.launch import QUICKSTART
-from trainer import deepspeed_engine
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, init_distributed
-from trainer.memory import reduce_bucket_elements
 from trainer.ranks import ranks_from_environment
 
 # Weights and activations of like size, so that an error in either shows.
@@ -37,6 +38,8 @@ SIZES = {
 CASES = [(stage, "fp32", every) for stage, every in ((0, 0), (1, 1), (2, 2), (3, 0), (3, 1))]
 CASES += [(stage, "bf16", every) for stage, every in ((1, 0), (2, 1), (2, 2), (3, 2))]
 UPDATES = 2  # in the second one the optimizer's state is there
+LARGE_BYTES = "16384"
+"""For the environment's MALLOC_MMAP_THRESHOLD_: allocations from here on are mapped, which the C library counts."""
 
 
 def config_of(stage: int, precision: str, every: int) -> RunConfig:
@@ -68,11 +71,11 @@ def measure(case: tuple[int, str, int]) -> None:
     device = init_distributed(120, ranks.local_rank)
     config = config_of(*case)
     every = config.train.activation_checkpoint_every_layers
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with _PeakOfMapped() as mapped:
         model = ImageTransformer(config.model, checkpoint_every_layers=every)
         train(DeepSpeedEngine(model, config, ranks, device), config)
     if ranks.rank == 0:
-        print(json.dumps([*case, _peak(recorded)]))
+        print(json.dumps([*case, mapped.bytes]))
     torch.distributed.barrier()
 
 
@@ -86,24 +89,33 @@ def train(engine: DeepSpeedEngine, config: RunConfig) -> None:
         engine.step(1e-3)
 
 
-def _peak(recorded: Any) -> int:
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(changes))
+class _PeakOfMapped(TorchDispatchMode):
+    """The most bytes that are mapped after any operator, above those mapped before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self._before = 0, _mapped_bytes()
+
+    def __torch_dispatch__(
+        self, operator: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        self.bytes = max(self.bytes, _mapped_bytes() - self._before)
+        return result
 
 
-def _bound_the_bucket() -> None:
-    written = deepspeed_engine.deepspeed_config
+class _Mallinfo2(ctypes.Structure):
+    """glibc's struct of that name, of which `hblkhd` is the bytes in mapped allocations."""
 
-    def with_bucket(config: RunConfig, world_size: int) -> dict[str, Any]:
-        dictionary = written(config, world_size)
-        bucket = reduce_bucket_elements(num_parameters(config.model))
-        dictionary["zero_optimization"].setdefault("reduce_bucket_size", bucket)
-        return dictionary
+    _fields_ = [*((f"_{index}", ctypes.c_size_t) for index in range(4)), ("hblkhd", ctypes.c_size_t)]
+    _fields_ += [(f"_{index}", ctypes.c_size_t) for index in range(5, 10)]
 
-    deepspeed_engine.deepspeed_config = with_bucket
+
+def _mapped_bytes() -> int:
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = _Mallinfo2
+    return int(mallinfo2().hblkhd)
 
 
 if __name__ == "__main__":
-    _bound_the_bucket()
     main()

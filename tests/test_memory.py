@@ -13,7 +13,7 @@ import torch
 from models.image_transformer import ImageTransformer, num_parameters
 from models.likelihood import nats
 from tests.launch import QUICKSTART, ROOT, free_port
-from tests.measure_memory import CASES, config_of
+from tests.measure_memory import CASES, LARGE_BYTES, config_of
 from tests.tiny_model import BLOCKS, CONDITIONS, HEADS, PATTERNS, random_conditions, random_images, tiny_config
 from trainer.config import RunConfig, load_config
 from trainer.memory import _traced_peak, activation_bytes, reduce_bucket_elements, state_bytes
@@ -25,7 +25,7 @@ RANKS = 2
 def measured() -> dict[tuple[int, str, int], int]:
     """Peaks of rank 0 of two, by stage, precision and n of "recompute every n-th layer"."""
     common = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    common |= {"WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS)}
+    common |= {"WORLD_SIZE": str(RANKS), "LOCAL_SIZE": str(RANKS), "MALLOC_MMAP_THRESHOLD_": LARGE_BYTES}
     ports = [str(free_port()) for _ in CASES]
     processes = [
         subprocess.Popen(
