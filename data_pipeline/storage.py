@@ -271,7 +271,12 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
     if filesystem.async_impl:
         # A socket's read timeout never strikes while a dying server trickles bytes; this limit does.
         read = filesystem._cat_file
-        return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
+        try:
+            return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
+        except OSError as error:
+            if s3_code(error) == "InvalidRange":  # the object ends before the range begins
+                return b""
+            raise
     if type(filesystem) is LocalFileSystem:  # what its cat_file does, in a third of the time
         with open(path, "rb") as file:
             file.seek(begin or 0)
@@ -372,6 +377,12 @@ def classify(error: Exception) -> tuple[str, int] | None:
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", EXIT_USAGE
     return None
+
+
+def s3_code(error: Exception) -> str:
+    """The code that S3 gave to an error, e.g. InvalidRange; empty when it did not come from there."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 def reason_of(error: Exception) -> str:

@@ -169,6 +169,17 @@ def test_s3_objects_are_written_read_by_range_listed_and_removed(s3_bucket: str)
     assert store.names() == []
 
 
+@pytest.mark.parametrize("begin", [90, 100, 200])
+def test_an_object_on_s3_that_ends_too_early_is_corruption(s3_bucket: str, begin: int) -> None:
+    """Not storage that is away, wherever it ends: S3 answers a range behind the end with an error of its own."""
+    store = Store(f"s3://{s3_bucket}", 0.5)
+    store.write("x", bytes(100))
+    came = max(0, 100 - begin)
+    with pytest.raises(DataError, match=rf"cannot read .*/x \(bytes .*: {came} bytes came instead of 50") as caught:
+        store.read("x", begin, begin + 50)
+    assert caught.value.exit_code == 65
+
+
 def test_a_missing_bucket_is_named(s3_bucket: str) -> None:
     assert Store(f"s3://{s3_bucket}/nothing", 30.0).missing_part() is None
     assert (
