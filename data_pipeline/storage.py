@@ -78,6 +78,9 @@ class Store:
 
     url: str
     deadline_seconds: float
+    same_answers: int | None = None
+    """How often in a row a block's same wrong bytes have to come until they are taken for what the store holds, before
+    the deadline; None asks until then."""
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
@@ -102,16 +105,21 @@ class Store:
 
     def read_block(self, name: str, begin: int, into: memoryview, xxh3: str, stop: threading.Event) -> None:
         """Fill ``into`` with the bytes of an object from ``begin`` on, checked against their XXH3-64."""
-        path = self._path(name)
+        path, where = self._path(name), f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
+        wrong: list[str] = []  # checksums of what came, as long as it was the same
 
         def attempt() -> None:
             size, found = read_into(open_filesystem(self.url), path, begin, into)
+            if size == len(into) and found == xxh3:
+                return
+            what = f"the checksum is {found} instead of {xxh3}"
             if size != len(into):
-                raise CorruptRead(f"{size} bytes came instead of {len(into)}")
-            if found != xxh3:
-                raise CorruptRead(f"the checksum is {found} instead of {xxh3}")
+                what = f"{size} bytes came instead of {len(into)}"
+            wrong[:] = [*wrong, found] if found in wrong else [found]
+            if len(wrong) == self.same_answers:
+                raise DataError(f"cannot read {where}: {what}, {len(wrong)} times in a row", EXIT_CORRUPT)
+            raise CorruptRead(what)
 
-        where = f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
         try:
             with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
         except DataError as error:

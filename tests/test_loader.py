@@ -37,6 +37,7 @@ CONFIG = {
     "fetch_threads": 4,
     "prefetch_batches": 2,
     "read_deadline_seconds": 600.0,
+    "max_damaged_blocks": 0,
     "cache_dir": None,
     "cache_gib": 32.0,
 }
@@ -394,6 +395,7 @@ def test_a_data_set_smaller_than_a_global_batch_is_refused(shards: Shards) -> No
         ("fetch_threads", 0),
         ("prefetch_batches", -1),
         ("read_deadline_seconds", 0.0),
+        ("max_damaged_blocks", -1),
         ("cache_gib", 0.0),
     ],
 )
