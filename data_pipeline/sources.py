@@ -79,6 +79,8 @@ class Source:
     """What identifies the data; goes into the manifest. Equal origins mean equal images."""
     protocol: str | None = None
     """How the images came to their size, when the source holds them at that size; None when they are resized here."""
+    options: tuple[str, ...] = ()
+    """What names this source on the command line, without the places where it lies; for the command of a repair."""
 
 
 @dataclass(frozen=True)
