@@ -136,8 +136,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument(
         "--scratch",
-        help="folder for unfinished work, as large as the result; several machines need one that all see (default: "
-        "inside a local destination, else below /tmp)",
+        help="where a folder for unfinished work is made, as large as the result; several machines need one that all "
+        "see (default: inside a local destination, else below /tmp)",
     )
     parser.add_argument("--task-index", type=int, default=0, help="which share of the work to do, from 0 (default 0)")
     parser.add_argument("--task-count", type=int, default=1, help="how many shares there are (default 1: all of it)")

@@ -151,7 +151,7 @@ def pack_missing(
     """Write what is not there yet: everything, or the damaged shards of a finished set."""
     for number in damaged:
         store.remove(record_name(number))
-    workspace = Path(workforce.scratch or default_scratch(store, digest, workforce))
+    workspace = workspace_of(store, digest, workforce)
     prepare_scratch(workspace)
     staged = stage(source, settings, workspace, workforce)
     if finished is None:
@@ -228,13 +228,18 @@ def claim(store: Store, plan: dict[str, Any]) -> None:
     store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())
 
 
-def default_scratch(store: Store, digest: str, workforce: Workforce) -> str:
-    """Beside the shards when they are local; otherwise a folder that the same command finds again."""
+def workspace_of(store: Store, digest: str, workforce: Workforce) -> Path:
+    """Where the unfinished work of this data set lies; nothing else does, so that all of it can be removed.
+
+    Beside the shards when they are local; otherwise where the same command finds it again.
+    """
+    if workforce.scratch:
+        return Path(workforce.scratch) / f"pack-{digest[:16]}"
     if store.is_local:
-        return f"{store.local_path}/{JOURNAL}/scratch"
+        return Path(store.local_path) / JOURNAL / "scratch"
     if workforce.task_count > 1:
         raise DataError("tasks that share the work need a --scratch folder that all machines see")
-    return f"{tempfile.gettempdir()}/pack-{getpass.getuser()}-{digest[:16]}"
+    return Path(tempfile.gettempdir()) / f"pack-{getpass.getuser()}-{digest[:16]}"
 
 
 def prepare_scratch(workspace: Path) -> None:
