@@ -70,7 +70,7 @@ SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
         lambda o: chrabaszcz(o.input, o.split, o.size),
     ),
     "imagenet-oord": ("train_64x64.tar of PNG files, or a npy mirror of it", lambda o: oord(o.input, o.size)),
-    "cifar10": ("cifar-10-python.tar.gz or the folder in it", lambda o: cifar10(o.input, o.split)),
+    "cifar10": ("cifar-10-python.tar.gz or the folder in it", lambda o: cifar10(o.input, o.split, o.size)),
     "celeba": ("img_align_celeba.zip or the folder in it", lambda o: celeba(o.input, o.split)),
 }
 EXTRA_OPTIONS = {"photographs": {"images"}, "imagenet-validation": {"input", "labels"}}

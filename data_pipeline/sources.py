@@ -192,8 +192,8 @@ def folder(url: str) -> Source:
 
 def image_names(url: str) -> dict[str, int]:
     """Size in bytes of every image below a folder by its name; DataError when there is none."""
-    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    found = Store(url, READ_DEADLINE_SECONDS).files()
     images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
     if not images:
-        raise DataError(f"no images at {url}: looked for files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"no images at {url}: none of its files ends in {', '.join(IMAGE_SUFFIXES)}")
     return images

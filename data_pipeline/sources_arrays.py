@@ -100,7 +100,7 @@ class NpyRows:
 def chrabaszcz(url: str, split: str, size: int) -> Source:
     """``train_data_batch_1..10`` or ``val_data`` below a folder, pickled or npz; labels 1 to 1000 in devkit order."""
     url = normalised(url)
-    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    found = Store(url, READ_DEADLINE_SECONDS).files()
     prefix = {"train": "train_data_batch_", "validation": "val_data"}.get(split)
     if prefix is None:
         raise DataError(f"--split {split}: the Imagenet32/64 batches are train and validation")
@@ -117,18 +117,20 @@ def chrabaszcz(url: str, split: str, size: int) -> Source:
     return Source("imagenet", IMAGENET_CLASSES, groups, None, origin, "chrabaszcz")
 
 
-def cifar10(url: str, split: str) -> Source:
+def cifar10(url: str, split: str, size: int) -> Source:
     """CIFAR-10's python version, as ``cifar-10-python.tar.gz`` or the folder in it; the test set is ``validation``."""
     url = normalised(url)
     if split not in CIFAR10_FILES:
         raise DataError(f"--split {split}: CIFAR-10 has train and validation (its test set)")
+    if size != 32:
+        raise DataError(f"--size {size}: the images of CIFAR-10 have 32 x 32 pixels and are not resized")
     wanted = CIFAR10_FILES[split]
     if url.endswith((".tar.gz", ".tgz")):
         groups: list[Group] = [PlanarBatch(url, name, 32, None, 0) for name in wanted]
         folder, name = split_url(url)
         listing = [(name, Store(folder, READ_DEADLINE_SECONDS).size(name))]
     else:
-        found = Store(url, READ_DEADLINE_SECONDS).walk()
+        found = Store(url, READ_DEADLINE_SECONDS).files()
         missing = [name for name in wanted if name not in found]
         if missing:
             raise DataError(f"{url} holds no {missing[0]}: give cifar-10-python.tar.gz or the folder in it")

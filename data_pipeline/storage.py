@@ -47,6 +47,9 @@ S3_SETTINGS: dict[str, Any] = {
     },
 }
 
+# Answers of S3 that stay the same, and that s3fs gives no type of its own.
+PERMANENT_S3_CODES = ("InvalidBucketName", "InvalidToken", "AuthorizationHeaderMalformed")
+
 PIECE_BYTES = 1 << 20
 TORN_FILE = ".unfinished-"  # in the name of a local file while it is written
 
@@ -179,6 +182,15 @@ class Store:
 
         return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
 
+    def files(self) -> dict[str, int]:
+        """As ``walk``, for a folder that has to be there and to hold something; DataError says what is wrong."""
+        found = self.walk()
+        if "" in found:
+            raise DataError(f"{self.url} is a file, and a folder is expected")
+        if not found:
+            raise DataError(f"nothing at {self.url}: {self.missing_part() or 'there is no file in it'}")
+        return found
+
     def remove(self, name: str) -> None:
         """Remove an object, or a folder with everything in it; content that is gone already is fine."""
         filesystem, path = open_filesystem(self.url), self._path(name)
@@ -230,6 +242,8 @@ def scheme_of(url: str) -> str:
         return "file"
     if scheme not in SCHEMES:
         raise DataError(f"{url}: {scheme}:// is not a known storage; use a folder or one of {', '.join(SCHEMES)}")
+    if scheme not in ("file", "memory") and not rest.partition("/")[0]:
+        raise DataError(f"{url} names no bucket: write {scheme}://bucket/prefix")
     if "@" in rest.partition("/")[0]:
         raise DataError(
             f"{scheme}://{rest.rpartition('@')[2]} came with a password in the URL: give it in the environment instead",
@@ -380,8 +394,12 @@ def classify(error: Exception) -> tuple[str, int] | None:
         return f"the bucket is in another region: set AWS_DEFAULT_REGION ({reason_of(error)})", EXIT_USAGE
     if isinstance(error, PermissionError):
         return f"access is denied ({reason_of(error)})", EXIT_USAGE
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return "it is not a file in a folder", EXIT_USAGE
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, and a file is expected", EXIT_USAGE
+    if isinstance(error, NotADirectoryError):
+        return "a part of this path is a file, not a folder", EXIT_USAGE
+    if s3_code(error) in PERMANENT_S3_CODES:
+        return reason_of(error), EXIT_USAGE
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", EXIT_USAGE
     return None

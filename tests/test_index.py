@@ -121,6 +121,11 @@ def test_indexing_again_says_the_same_at_once(tmp_path: Path, capsys: pytest.Cap
     [
         ({}, "no tar files at", 2),
         ({"a.tar": tar_bytes({})}, "hold no samples", 2),
+        (
+            {"a.tar": tar_bytes({"0.png": image_bytes(random_pixels(8, 8, 0)), "0.cls": b"99999999"})},
+            "has the label 99999999: more than 100,000 classes",
+            65,
+        ),
         ({"a.tar": b"<html>502</html>" * 100}, "is not an uncompressed tar file", 65),
         ({"a.tar": b""}, "is not an uncompressed tar file", 65),
         ({"a.tar": tar_bytes({"0.png": image_bytes(random_pixels(8, 9, 0))})}, "0.png is 9 x 8; only square", 65),
@@ -162,6 +167,12 @@ def test_what_cannot_be_indexed_is_one_sentence(
     *progress, error = capsys.readouterr().err.splitlines()
     assert message in error and all(line.startswith("indexing: ") for line in progress)
     assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_a_shard_instead_of_the_folder_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign(tmp_path / "d", count=3)
+    assert main([str(tmp_path / "d" / "part-000.tar")]) == 2
+    assert "part-000.tar names a shard: give the folder of the shards" in capsys.readouterr().err
 
 
 def test_other_members_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

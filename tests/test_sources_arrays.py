@@ -123,22 +123,26 @@ def test_cifar_batches_of_python_2_are_read(tmp_path: Path, form: str) -> None:
     put(tmp_path / "cifar-10-python.tar.gz", tar_bytes(files, "w:gz"))
     for name, data in files.items():
         put(tmp_path / name, data)
-    train = cifar10(str(tmp_path / form), "train")
+    train = cifar10(str(tmp_path / form), "train", 32)
     assert (np.stack([item.image for item in items_of(train)]) == images[:10]).all()
     assert [item.label for item in items_of(train)] == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
     assert (train.classes[0], train.classes[9], train.protocol) == ("airplane", "truck", "cifar10")
-    test = cifar10(str(tmp_path / form), "validation")
+    test = cifar10(str(tmp_path / form), "validation", 32)
     assert (np.stack([item.image for item in items_of(test)]) == images[10:]).all()
 
 
 def test_cifar_without_its_files_is_explained(tmp_path: Path) -> None:
+    put(tmp_path / "readme", b"")
     with pytest.raises(DataError, match="holds no data_batch_1"):
-        cifar10(str(tmp_path), "train")
+        cifar10(str(tmp_path), "train", 32)
+    with pytest.raises(DataError, match="--size 64: the images of CIFAR-10 have 32 x 32 pixels") as caught:
+        cifar10(str(tmp_path), "train", 64)
+    assert caught.value.exit_code == 2
     with pytest.raises(DataError, match="CIFAR-10 has train and validation"):
-        cifar10(str(tmp_path), "test")
+        cifar10(str(tmp_path), "test", 32)
     archive = put(tmp_path / "x.tar.gz", tar_bytes({"readme": b""}, "w:gz"))
     with pytest.raises(DataError, match="holds no test_batch"):
-        items_of(cifar10(str(archive), "validation"))
+        items_of(cifar10(str(archive), "validation", 32))
 
 
 @pytest.mark.parametrize("planar", [False, True])

@@ -104,6 +104,8 @@ def test_a_wrong_checksum_names_object_and_range_and_is_corruption(tmp_path: Pat
         ("s3://user:secret@bucket/x", "password in the URL", 77),
         ("ftp://host/x", "not a known storage", 2),
         ("", "is empty", 2),
+        ("s3://", "names no bucket", 2),
+        ("s3:///prefix", "names no bucket", 2),
     ],
 )
 def test_urls_that_are_not_for_data_are_refused(url: str, message: str, code: int) -> None:
@@ -167,6 +169,13 @@ def test_s3_objects_are_written_read_by_range_listed_and_removed(s3_bucket: str)
     assert store.read("deep/x", 1, 3) == b"23" and store.read("deep/x") == b"12345"
     store.remove("deep")
     assert store.names() == []
+
+
+def test_a_name_that_no_bucket_can_have_is_refused_at_once(s3_bucket: str) -> None:
+    for action in (lambda store: store.walk(), lambda store: store.write("y", b"1")):
+        with pytest.raises(DataError, match="s3://Bad_Bucket/x.*bucket is not valid") as caught:
+            action(Store("s3://Bad_Bucket/x", 600.0))
+        assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("begin", [90, 100, 200])
