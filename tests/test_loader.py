@@ -301,7 +301,7 @@ def test_s3_gives_the_same_batches_as_the_local_disk(shards: Shards, s3_bucket: 
 
 
 def test_a_server_killed_in_the_middle_of_an_epoch_changes_nothing(
-    shards: Shards, s3_bucket: str, s3_server: S3Server
+    shards: Shards, s3_bucket: str, s3_server: S3Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     pack_photographs(f"s3://{s3_bucket}/train", images=3000)
     remote = open_shards(f"s3://{s3_bucket}/train", read_deadline_seconds=120.0)
@@ -310,8 +310,10 @@ def test_a_server_killed_in_the_middle_of_an_epoch_changes_nothing(
     for number, batch in enumerate(evaluation_batches(remote, rank=0, world_size=1, batch_images=64, limit=None)):
         got.append(batch)
         if number == 2:
-            s3_server.kill()
-            threading.Timer(2.0, s3_server.start).start()
+            s3_server.pause()  # the next read is under way when the end comes
+            threading.Timer(1.0, s3_server.kill).start()
+            threading.Timer(3.0, s3_server.start).start()
+    assert "trying again" in caplog.text
     assert len(got) == len(expected)
     assert all(torch.equal(a.images, b.images) for a, b in zip(got, expected, strict=True))
 
