@@ -17,10 +17,11 @@ from PIL import Image
 
 from data_pipeline.decode import decode
 from data_pipeline.order import hash_of, mix
-from data_pipeline.storage import DataError, Store, normalised
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 GROUP_IMAGES = 512
+LARGEST_IMAGE_BYTES = 1 << 30
 READ_DEADLINE_SECONDS = 600.0
 
 # Real RGB photographs inside packages that are installed anyway: class name -> (package, path, split).
@@ -196,4 +197,6 @@ def image_names(url: str) -> dict[str, int]:
     images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
     if not images:
         raise DataError(f"no images at {url}: none of its files ends in {', '.join(IMAGE_SUFFIXES)}")
+    if (largest := max(images, key=lambda name: images[name])) and images[largest] > LARGEST_IMAGE_BYTES:
+        raise DataError(f"{url}/{largest} has {images[largest]} bytes, too many for an image", EXIT_CORRUPT)
     return images

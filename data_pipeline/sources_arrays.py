@@ -212,7 +212,7 @@ def pickled_batch(url: str, member: str | None, size: int) -> tuple[Iterator[np.
     """Rows and labels of a pickled batch; nothing but the known types is ever constructed."""
     where = url if member is None else f"{url}:{member}"
     folder, name = split_url(url)
-    data = Store(folder, READ_DEADLINE_SECONDS).read(name)
+    data = Store(folder, READ_DEADLINE_SECONDS).read_whole(name, LARGEST_BATCH_BYTES)
     if member is not None:
         data = gzipped_member(data, member, url)
     try:
@@ -243,8 +243,12 @@ def gzipped_member(data: bytes, member: str, url: str) -> bytes:
     raise DataError(f"{url} holds no {member}; give cifar-10-python.tar.gz")
 
 
-class BatchUnpickler(pickle.Unpickler):
-    """Builds arrays of plain numbers, lists, strings and dictionaries, and refuses every other name."""
+class BatchUnpickler(pickle._Unpickler):
+    """Builds arrays of plain numbers, lists, strings and dictionaries, and refuses every other name.
+
+    The implementation in Python, because the one in C makes room for all numbers below one that a pickle gives to an
+    object: ten bytes could ask for sixty gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":

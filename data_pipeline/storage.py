@@ -106,6 +106,13 @@ class Store:
         where = self.url_of(name) + ("" if begin is None else f" (bytes {begin}-{end})")
         return with_retries(attempt, f"read {where}", self.deadline_seconds, None)
 
+    def read_whole(self, name: str, limit_bytes: int) -> bytes:
+        """All of an object that must not be larger than the limit, which is checked before anything is read."""
+        size = self.size(name)
+        if size > limit_bytes:
+            raise DataError(f"{self.url_of(name)} has {size} bytes, more than {limit_bytes}", EXIT_CORRUPT)
+        return self.read(name, 0, size) if size else b""
+
     def read_block(self, name: str, begin: int, into: memoryview, xxh3: str, stop: threading.Event) -> None:
         """Fill ``into`` with the bytes of an object from ``begin`` on, checked against their XXH3-64."""
         path, where = self._path(name), f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
@@ -419,10 +426,11 @@ def reason_of(error: Exception) -> str:
 
 def read_json(store: Store, name: str, limit_bytes: int) -> Any:
     """A JSON object of bounded size; ``DataError`` when it does not parse."""
-    data = store.read(name)
-    if len(data) > limit_bytes:
-        raise DataError(f"{store.url_of(name)} has {len(data)} bytes, more than {limit_bytes}", EXIT_CORRUPT)
+    return parse_json(store.read_whole(name, limit_bytes), store.url_of(name))
+
+
+def parse_json(data: bytes, url: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise DataError(f"{store.url_of(name)} is not JSON: {error}", EXIT_CORRUPT) from error
+        raise DataError(f"{url} is not JSON: {error}", EXIT_CORRUPT) from error

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,25 @@ def test_an_array_in_a_pickle_cannot_claim_memory_it_does_not_bring(tmp_path: Pa
     put(tmp_path / "val_data", pickle.dumps({"data": Huge(), "labels": []}, 2))
     with pytest.raises(DataError, match="not an array as numpy pickles it"):
         items_of(chrabaszcz(str(tmp_path), "validation", 8))
+
+
+def test_a_pickle_cannot_claim_memory_by_numbering_its_objects(tmp_path: Path) -> None:
+    put(tmp_path / "val_data", b"\x80\x02}r" + (50_000_000).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    with pytest.raises(DataError, match="does not hold the array data"):
+        items_of(chrabaszcz(str(tmp_path), "validation", 8))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["val_data", "cifar.tar.gz"])
+def test_a_file_too_large_for_a_batch_is_refused_before_reading(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(5 << 30)  # takes no room on the disk
+    with pytest.raises(DataError, match=f"{name} has 5368709120 bytes, more than 4294967296") as caught:
+        source = chrabaszcz(str(tmp_path), "validation", 8) if name == "val_data" else None
+        items_of(source or cifar10(str(tmp_path / name), "train", 32))
+    assert caught.value.exit_code == 65
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut", b"\x80\x02}q\x00.", b"\x80\x02]q\x00."])

@@ -156,7 +156,7 @@ def test_what_is_not_json_is_corrupt(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match="is not JSON") as caught:
         read_json(Store(str(tmp_path), 0.0), "x.json", 100)
     assert caught.value.exit_code == 65
-    with pytest.raises(DataError, match="more than 0"):
+    with pytest.raises(DataError, match="bytes, more than 0"):
         read_json(Store(str(tmp_path), 0.0), "x.json", 0)
 
 
@@ -167,6 +167,12 @@ def test_s3_objects_are_written_read_by_range_listed_and_removed(s3_bucket: str)
     assert store.names() == ["deep"] and store.exists("deep/x"), "listings are not cached"
     assert store.walk() == {"deep/x": 5}
     assert store.read("deep/x", 1, 3) == b"23" and store.read("deep/x") == b"12345"
+    assert store.read_whole("deep/x", 5) == b"12345"
+    with pytest.raises(DataError, match="deep/x has 5 bytes, more than 4"):
+        store.read_whole("deep/x", 4)
+    store.write("empty", b"")
+    assert store.read_whole("empty", 5) == b""
+    store.remove("empty")
     store.remove("deep")
     assert store.names() == []
 
