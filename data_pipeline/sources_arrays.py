@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.archives import open_range, open_zip, tar_groups, tar_members
+from data_pipeline.archives import open_range, open_zip, read_member, tar_groups, tar_members
+from data_pipeline.decode import decode
 from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 from data_pipeline.sources import GROUP_IMAGES, READ_DEADLINE_SECONDS, Group, Item, Source
 from data_pipeline.sources_imagenet import digest
@@ -160,11 +161,23 @@ def oord(url: str, size: int) -> Source:
         return Source("imagenet", (), groups, shape[0], {"archive": name, "bytes": length}, "oord")
     with open_range(url, buffer_bytes=1 << 20) as file:
         members = [member for member in tar_members(file, url) if member.name.lower().endswith(".png")]
-    if not members:
-        raise DataError(f"{url} holds no PNG files")
+        if not members:
+            raise DataError(f"{url} holds no PNG files")
+        file.seek(members[0].offset)
+        check_size(read_member(file, members[0].size, members[0].name), f"{url}:{members[0].name}", size)
     listing = digest((member.name, member.size) for member in members)
     groups = list(tar_groups(url, members, [0] * len(members)))
     return Source("imagenet", (), groups, len(members), {"archive": name, "listing_sha256": listing}, "oord")
+
+
+def check_size(data: bytes, name: str, size: int) -> None:
+    """DataError when an image file has another size than it is to be packed at; before anything is written."""
+    try:
+        image, _ = decode(data, name)
+    except DataError:
+        return  # a damaged file is for the packing to report, or to leave out where that is allowed
+    if image.size != (size, size):
+        raise DataError(f"{name} has {image.width} x {image.height} pixels, not --size {size}")
 
 
 def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]:

@@ -179,6 +179,11 @@ def test_the_tar_of_png_files_is_read_and_other_files_ignored(tmp_path: Path) ->
     path = put(tmp_path / "train_8x8.tar", tar_bytes({"train_8x8/readme": b"x", **files}))
     source = oord(str(path), 8)
     assert [item.image for item in items_of(source)] == list(files.values()) and source.protocol == "oord"
+    with pytest.raises(DataError, match="train_8x8/0.png has 8 x 8 pixels, not --size 16") as caught:
+        oord(str(path), 16)
+    assert caught.value.exit_code == 2
+    put(path, tar_bytes({**files, "train_8x8/0.png": b"cut"}))
+    assert oord(str(path), 8).count == len(files), "the packing reports damaged files"
 
 
 def test_npy_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
