@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
-from data_pipeline.sources import GROUP_IMAGES, READ_DEADLINE_SECONDS, Item
+from data_pipeline.sources import GROUP_IMAGES, LARGEST_IMAGE_BYTES, READ_DEADLINE_SECONDS, Item
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, split_url
 
-LARGEST_MEMBER_BYTES = 1 << 30
 STREAM_BYTES = 8 << 20
 HEADER_BYTES = 512
 
@@ -163,7 +162,7 @@ def open_zip(url: str) -> zipfile.ZipFile:
 
 def read_member(file: IO[bytes] | io.BufferedReader, size: int, where: str) -> bytes:
     """Exactly ``size`` bytes."""
-    if size > LARGEST_MEMBER_BYTES:
+    if size > LARGEST_IMAGE_BYTES:
         raise DataError(f"{where} claims {size} bytes, too many for an image", EXIT_CORRUPT)
     data = file.read(size)
     if len(data) != size:

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -22,11 +22,12 @@ import torch
 
 from data_pipeline.batch import Batch
 from data_pipeline.block_cache import BlockCache
+from data_pipeline.damaged_blocks import SAME_ANSWERS, DamagedBlocks
 from data_pipeline.image_shards import images_in
 from data_pipeline.manifest import Block, Manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window
 from data_pipeline.shard_format import SampleLayout, encode
-from data_pipeline.storage import Store
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
 
 CLOSING_SECONDS = 2.5  # a read that hangs may outlive its reader, but not hold up the program for longer
 
@@ -109,9 +110,15 @@ class WindowReader:
         stride: int,
         batch_images: int,
         fetch_threads: int,
+        damaged: DamagedBlocks | None,
         stop: threading.Event,
     ) -> None:
-        """The rank's sample number i is at position ``start + i * stride`` of the order."""
+        """The rank's sample number i is at position ``start + i * stride`` of the order.
+
+        ``damaged`` collects damaged blocks, which others then stand in for; without it they are errors.
+        """
+        store = store if damaged is None else replace(store, same_answers=SAME_ANSWERS)
+        self.damaged = damaged
         self.store, self.cache, self.manifest, self.layout = store, cache, manifest, manifest.layout
         self.order, self.windows, self.start, self.stride = order, windows, start, stride
         self.stop = stop
@@ -184,7 +191,32 @@ class WindowReader:
                 future.set_exception(error)
 
     def _fetch(self, window: Window) -> ReadWindow:
-        block, slot = self.manifest.blocks[window.block], self.memory.free.pop()
+        slot = self.memory.free.pop()
+        count = self.manifest.blocks[self._fill_slot(slot, window.block)].count
+        rows = self.order.rows(window) % count  # another block may have fewer
+        begin = slot * self.memory.slot_rows
+        samples = self.memory.samples[begin : begin + count]
+        return ReadWindow(slot, rows, self.layout.labels(samples)[rows])
+
+    def _fill_slot(self, slot: int, number: int) -> int:
+        """Read a block, or the next good one if it is damaged and may be replaced; returns which one it was."""
+        if self.damaged is None:
+            self._read_samples(slot, self.manifest.blocks[number])
+            return number
+        total = len(self.manifest.blocks)
+        for candidate in ((number + further) % total for further in range(total)):
+            if candidate in self.damaged.causes:
+                continue
+            try:
+                self._read_samples(slot, self.manifest.blocks[candidate])
+                return candidate
+            except DataError as error:
+                if error.exit_code != EXIT_CORRUPT or self.stop.is_set():
+                    raise
+                self.damaged.add(candidate, error)
+        raise DataError(f"every block of {self.store.url} is damaged", EXIT_CORRUPT)
+
+    def _read_samples(self, slot: int, block: Block) -> None:
         begin = slot * self.memory.slot_rows
         samples = self.memory.samples[begin : begin + block.count]
         if self.manifest.encoding == "npy":
@@ -195,8 +227,6 @@ class WindowReader:
             where = self.store.url_of(self.manifest.shards[block.shard].name)
             images, labels = images_in(bytes(data), self.manifest.image_size, where)
             encode(np.arange(block.count), labels, images, out=samples)
-        rows = self.order.rows(window)
-        return ReadWindow(slot, rows, self.layout.labels(samples)[rows])
 
     def _read(self, block: Block, into: memoryview) -> None:
         name = self.manifest.shards[block.shard].name

@@ -25,6 +25,7 @@ from data_pipeline.packing_progress import PackingProgress
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
 
 READ_DEADLINE_SECONDS = 600.0
+MOST_CLASSES = 100_000  # each has a name in the manifest
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def index(store: Store, split: str, workers: int) -> Manifest:
     """Write a manifest for the shards of a folder, unless there is one."""
     if store.exists(MANIFEST_NAME):
         return read_manifest(store)[0]
+    if store.url.endswith(".tar"):
+        raise DataError(f"{store.url} names a shard: give the folder of the shards")
     names = [name for name in store.names() if name.endswith(".tar")]
     if not names:
         raise DataError(f"no tar files at {store.url}: {store.missing_part() or 'nothing there ends in .tar'}")
@@ -139,6 +142,8 @@ def manifest_of(store: Store, split: str, size: int, shards: list[IndexedShard])
     labels = [label for shard in shards for label in shard.statistics.labels]
     if min(labels) < 0 <= max(labels):
         raise DataError(f"some shards at {store.url} have labels and others have none", EXIT_CORRUPT)
+    if max(labels) >= MOST_CLASSES:
+        raise DataError(f"{store.url} has the label {max(labels)}: more than {MOST_CLASSES:,} classes", EXIT_CORRUPT)
     pixels = len(labels) * size**2
     sums = [sum(shard.statistics.sums[channel] for shard in shards) for channel in range(3)]
     squares = [sum(shard.statistics.squares[channel] for shard in shards) for channel in range(3)]

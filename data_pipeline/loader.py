@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from data_pipeline.assembly import CLOSING_SECONDS, PlannedBatch, WindowReader, assemble
 from data_pipeline.batch import Batch
 from data_pipeline.block_cache import BlockCache
+from data_pipeline.damaged_blocks import DamagedBlocks
 from data_pipeline.manifest import Manifest, open_store, read_manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window, rank_share
 from data_pipeline.storage import DataError, Store
@@ -41,7 +42,12 @@ class DataConfig:
     prefetch_batches: int
     """How many finished micro-batches wait for the training loop."""
     read_deadline_seconds: float
-    """How long a failing read is tried again before the run stops with exit code 69."""
+    """How long a failing read is tried again before the run stops with exit code 69; less than
+    ``limits.step_seconds``, or the run is taken for hung meanwhile."""
+    max_damaged_blocks: int
+    """How many blocks of training images may be damaged in the store without ending the run with exit code 65. Images
+    of the next good block take the place of each, all others keep theirs; a warning, an event and the metric
+    ``data/damaged_blocks`` say so. 0 allows none. An evaluation never allows any."""
     cache_dir: str | None
     """Folder on this machine's disk that keeps blocks of a remote data set for the next epoch and the next job; null
     keeps none. The processes of a machine share it."""
@@ -57,6 +63,8 @@ class DataConfig:
                 raise ValueError(f"{field} is {getattr(self, field)}: choose 1 to {largest}")
         if not self.read_deadline_seconds > 0:
             raise ValueError(f"read_deadline_seconds is {self.read_deadline_seconds}: choose more than 0, usually 600")
+        if self.max_damaged_blocks < 0:
+            raise ValueError(f"max_damaged_blocks is {self.max_damaged_blocks}: choose 0 (none) or more")
         if not self.cache_gib > 0:
             raise ValueError(f"cache_gib is {self.cache_gib}: choose more than 0, usually 32")
 
@@ -114,13 +122,15 @@ def train_batches(
     micro_batch_images: int,
     fetch_threads: int,
     prefetch_batches: int,
+    damaged: DamagedBlocks | None = None,
 ) -> Iterator[Batch]:
     """The micro-batches of one rank, without end, from the sample after ``consumed_samples``.
 
     A step covers the next ``global_batch_images`` positions of the order; rank r takes every world_size-th of
     them, from the r-th on, in order, cut into micro-batches. So the samples of a step do not depend on the number
     of ranks, and ``consumed_samples`` is all there is to remember. Reading starts at the first ``next``; the
-    threads end when the iterator is closed or forgotten.
+    threads end when the iterator is closed or forgotten. ``damaged`` allows some blocks to be damaged and collects
+    which were; images of the next good block in the manifest then take the place of those of such a block.
 
     Raises DataError when the data set is smaller than one global batch, and from ``next`` when reading fails.
     """
@@ -160,6 +170,7 @@ def train_batches(
         batch_images=micro_batch_images,
         fetch_threads=fetch_threads,
         prefetch_batches=prefetch_batches,
+        damaged=damaged,
         evaluating=False,
     )
 
@@ -197,6 +208,7 @@ def evaluation_batches(
         batch_images=batch_images,
         fetch_threads=EVALUATION_FETCH_THREADS,
         prefetch_batches=EVALUATION_PREFETCH_BATCHES,
+        damaged=None,
         evaluating=True,
     )
 
@@ -212,6 +224,7 @@ def stream(
     batch_images: int,
     fetch_threads: int,
     prefetch_batches: int,
+    damaged: DamagedBlocks | None,
     evaluating: bool,
 ) -> Iterator[Batch]:
     """Run the stages behind a queue; an error of any of them is raised here, after the batches before it."""
@@ -238,6 +251,7 @@ def stream(
             stride=stride,
             batch_images=batch_images,
             fetch_threads=fetch_threads,
+            damaged=damaged,
             stop=stop,
         )
         batches = assemble(

@@ -13,11 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 from data_pipeline.shard_format import SampleLayout
-from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, read_json
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, parse_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LARGEST_MANIFEST_BYTES = 256 << 20
+MOST_READS = 10  # of a manifest that comes out different each time
 LARGEST_IMAGE_SIZE = 4096
 LARGEST_BLOCK_BYTES = 1 << 30
 ENCODINGS = ("npy", "files")
@@ -150,15 +151,19 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
         missing = store.missing_part() or f"there is no {MANIFEST_NAME}"
         missing += " (give the folder of the shards, not their names or a pattern)" if pattern else ""
         raise DataError(f"no shards at {store.url}: {missing}; pack them first or correct the URL")
-    document = read_json(store, MANIFEST_NAME, LARGEST_MANIFEST_BYTES)
+    document, right = read_document(store)
     version = document.get("format_version") if isinstance(document, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
             f"{url} has format version {version!r} and this program reads version {FORMAT_VERSION}; "
             "remove the data set and pack it again, or use the version of the program that wrote it"
         )
-    if document.get("digest") != digest_of(document):
-        raise DataError(f"{url} does not match its own digest: it was edited or damaged; pack again", EXIT_CORRUPT)
+    if not right:
+        raise DataError(
+            f"{url} does not match its own digest: it was edited or damaged; put back the one that was packed, "
+            "or remove the data set and pack it again",
+            EXIT_CORRUPT,
+        )
     try:
         manifest = from_json(document)
         check(manifest)
@@ -172,6 +177,28 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
     if manifest.count == 0:
         raise DataError(f"{store.url} holds no images (count 0)")
     return manifest, str(document["digest"])
+
+
+def read_document(store: Store) -> tuple[Any, bool]:
+    """The stored document, and whether it matches its digest; a wrong one is read again, until the same comes twice.
+
+    Raises DataError when what is stored is not JSON.
+    """
+    before = None
+    for attempt in range(MOST_READS):
+        data = store.read_whole(MANIFEST_NAME, LARGEST_MANIFEST_BYTES)
+        final = data == before or attempt == MOST_READS - 1
+        before = data
+        try:
+            document = parse_json(data, store.url_of(MANIFEST_NAME))
+        except DataError:
+            if final:
+                raise
+            continue
+        right = isinstance(document, dict) and document.get("digest") == digest_of(document)
+        if right or final:
+            return document, right
+    raise AssertionError("the last read is final")
 
 
 def from_json(document: Mapping[str, Any]) -> Manifest:

@@ -6,13 +6,15 @@
         --dest s3://bucket/imagenet64/train --size 64 --split train
 
 Interrupted at any point, the same command goes on, and the result is the same to the last byte. Run again on a
-finished set it writes shards that are missing, or says that there is nothing to do.
+finished set it writes shards that are missing, or says that there is nothing to do; ``--rewrite`` names shards that
+``data_pipeline.verify`` found damaged.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from data_pipeline.packing import Settings, Workforce, pack
 from data_pipeline.resize import PROTOCOLS
@@ -68,7 +70,7 @@ SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
         lambda o: chrabaszcz(o.input, o.split, o.size),
     ),
     "imagenet-oord": ("train_64x64.tar of PNG files, or a npy mirror of it", lambda o: oord(o.input, o.size)),
-    "cifar10": ("cifar-10-python.tar.gz or the folder in it", lambda o: cifar10(o.input, o.split)),
+    "cifar10": ("cifar-10-python.tar.gz or the folder in it", lambda o: cifar10(o.input, o.split, o.size)),
     "celeba": ("img_align_celeba.zip or the folder in it", lambda o: celeba(o.input, o.split)),
 }
 EXTRA_OPTIONS = {"photographs": {"images"}, "imagenet-validation": {"input", "labels"}}
@@ -83,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workforce = Workforce(
             options.workers, options.scratch, options.task_index, options.task_count, options.max_skipped
         )
-        manifest, fresh = pack(open_source(options), settings, options.dest, workforce)
+        if options.rewrite and options.task_count > 1:
+            raise DataError("--rewrite is for a single task: leave out --task-count")
+        manifest, fresh = pack(open_source(options), settings, options.dest, workforce, options.rewrite)
     except DataError as error:
         print(f"pack: {error}", file=sys.stderr)
         return error.exit_code
@@ -126,11 +130,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help="how images are resized (default chrabaszcz)")
     parser.add_argument("--shard-images", type=int, default=SHARD_IMAGES, help="per shard, at most (default 8192)")
     parser.add_argument("--max-skipped", type=int, default=0, help="undecodable images to leave out (default 0)")
+    parser.add_argument(
+        "--rewrite", nargs="+", default=[], metavar="SHARD", help="shards of a finished set to write again, by name"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument(
         "--scratch",
-        help="folder for unfinished work, as large as the result; several machines need one that all see (default: "
-        "inside a local destination, else below /tmp)",
+        help="where a folder for unfinished work is made, as large as the result; several machines need one that all "
+        "see (default: inside a local destination, else below /tmp)",
     )
     parser.add_argument("--task-index", type=int, default=0, help="which share of the work to do, from 0 (default 0)")
     parser.add_argument("--task-count", type=int, default=1, help="how many shares there are (default 1: all of it)")
@@ -144,7 +151,9 @@ def open_source(options: argparse.Namespace) -> Source:
         given = getattr(options, option) is not None
         if given != (option in needed):
             raise DataError(f"--source {options.source} {'takes no' if given else 'needs'} --{option}")
-    return SOURCES[options.source][1](options)
+    source = SOURCES[options.source][1](options)
+    count = () if options.images is None else ("--images", str(options.images))
+    return replace(source, options=("--source", options.source, *count))
 
 
 if __name__ == "__main__":

@@ -125,6 +125,8 @@ class ShardTask:
     """int64 [n]"""
     group_starts: np.ndarray
     """int64: number of the first sample of every group, and the total."""
+    sha256: str | None
+    """What the shard has to come out as, when it is written again for a manifest that exists."""
 
     def run(self) -> "ShardRecord":
         stride = SampleLayout(self.size).stride
@@ -141,9 +143,15 @@ class ShardTask:
             blocks.append((begin, end, rows.stop - first, xxhash.xxh3_64_hexdigest(view[rows].data)))
             count_progress(rows.stop - first)
         del view
-        store = Store(self.dest, self.deadline_seconds)
+        store, sha256 = Store(self.dest, self.deadline_seconds), hashlib.sha256(data).hexdigest()
+        if self.sha256 not in (None, sha256):
+            raise DataError(
+                f"{store.url_of(self.name)} would come out different from what the manifest says, and was not written: "
+                "the source or the software changed; pack everything again to another --dest",
+                EXIT_CORRUPT,
+            )
         store.write(self.name, bytes(data))
-        record = ShardRecord(self.name, len(data), count, hashlib.sha256(data).hexdigest(), blocks)
+        record = ShardRecord(self.name, len(data), count, sha256, blocks)
         store.write(record_name(self.number), json.dumps(asdict(record)).encode())
         return record
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -107,10 +108,13 @@ class Workforce:
         return number % self.task_count == self.task_index
 
 
-def pack(source: Source, settings: Settings, dest: str, workforce: Workforce) -> tuple[Manifest, bool]:
+def pack(
+    source: Source, settings: Settings, dest: str, workforce: Workforce, rewrite: Sequence[str] = ()
+) -> tuple[Manifest, bool]:
     """Make ``dest`` a complete set of shards; returns its manifest, and False if it was complete already.
 
-    Shards that are missing from a finished set, or have another size than they should, are written again.
+    Shards that are missing from a finished set, or have another size than they should, are written again, and those
+    named in ``rewrite`` whatever they hold.
     Raises DataError when ``dest`` holds something else, an image cannot be read, storage fails, or the parts of
     other tasks are not there yet (exit code 75).
     """
@@ -118,13 +122,16 @@ def pack(source: Source, settings: Settings, dest: str, workforce: Workforce) ->
     plan = plan_of(source, settings)
     digest = digest_of(plan)
     finished = find_finished(store, digest)
+    if rewrite and finished is None:
+        raise DataError(f"--rewrite {rewrite[0]}: {store.url} holds no finished data set; pack without --rewrite")
+    damaged = damaged_shards(store, finished, rewrite) if finished else []
     if finished is None:
         claim(store, plan)
-    elif not damaged_shards(store, finished):
+    elif not damaged:
         store.remove(JOURNAL)
         return finished, False
     try:
-        return pack_missing(source, settings, store, workforce, digest, finished)
+        return pack_missing(source, settings, store, workforce, digest, finished, damaged)
     except DataError:
         # Records and scratch space vanish under the hands of a task while another one, the last, cleans up.
         if workforce.task_count > 1 and finished is None and (manifest := find_finished(store, digest)):
@@ -133,13 +140,18 @@ def pack(source: Source, settings: Settings, dest: str, workforce: Workforce) ->
 
 
 def pack_missing(
-    source: Source, settings: Settings, store: Store, workforce: Workforce, digest: str, finished: Manifest | None
+    source: Source,
+    settings: Settings,
+    store: Store,
+    workforce: Workforce,
+    digest: str,
+    finished: Manifest | None,
+    damaged: list[int],
 ) -> tuple[Manifest, bool]:
     """Write what is not there yet: everything, or the damaged shards of a finished set."""
-    damaged = damaged_shards(store, finished) if finished else []
     for number in damaged:
         store.remove(record_name(number))
-    workspace = Path(workforce.scratch or default_scratch(store, digest, workforce))
+    workspace = workspace_of(store, digest, workforce)
     prepare_scratch(workspace)
     staged = stage(source, settings, workspace, workforce)
     if finished is None:
@@ -148,14 +160,12 @@ def pack_missing(
         write_manifest(store, manifest)
     else:
         manifest = finished
-        records = write_shards(settings, staged, store, workspace, workforce, damaged)
-        for number, record in zip(damaged, records, strict=True):
-            if record.sha256 != manifest.shards[number].sha256:
-                raise DataError(
-                    f"{store.url_of(record.name)} came out different from what the manifest says: the source or the "
-                    "software changed; pack everything again to another --dest",
-                    EXIT_CORRUPT,
-                )
+        try:
+            write_shards(settings, staged, store, workspace, workforce, {n: finished.shards[n].sha256 for n in damaged})
+        except DataError as error:
+            if error.exit_code == EXIT_CORRUPT:  # the pixels of a source that has changed must not be found again
+                clean_up(store, workspace)
+            raise
     clean_up(store, workspace)
     return manifest, True
 
@@ -193,10 +203,14 @@ def find_finished(store: Store, digest: str) -> Manifest | None:
     return manifest
 
 
-def damaged_shards(store: Store, manifest: Manifest) -> list[int]:
-    """Numbers of the shards that are missing or have a wrong size; contents are for ``verify``."""
+def damaged_shards(store: Store, manifest: Manifest, named: Sequence[str]) -> list[int]:
+    """Numbers of the shards that are missing, have a wrong size, or are named because ``verify`` found them damaged."""
+    shards = manifest.shards
+    if strange := set(named) - {shard.name for shard in shards}:
+        known = f"{shards[0].name} to {shards[-1].name}"
+        raise DataError(f"--rewrite {min(strange)}: {store.url} has no such shard, it has {known}")
     sizes = store.walk()
-    return [number for number, shard in enumerate(manifest.shards) if sizes.get(shard.name) != shard.bytes]
+    return [n for n, shard in enumerate(shards) if shard.name in named or sizes.get(shard.name) != shard.bytes]
 
 
 def claim(store: Store, plan: dict[str, Any]) -> None:
@@ -214,13 +228,18 @@ def claim(store: Store, plan: dict[str, Any]) -> None:
     store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())
 
 
-def default_scratch(store: Store, digest: str, workforce: Workforce) -> str:
-    """Beside the shards when they are local; otherwise a folder that the same command finds again."""
+def workspace_of(store: Store, digest: str, workforce: Workforce) -> Path:
+    """Where the unfinished work of this data set lies; nothing else does, so that all of it can be removed.
+
+    Beside the shards when they are local; otherwise where the same command finds it again.
+    """
+    if workforce.scratch:
+        return Path(workforce.scratch) / f"pack-{digest[:16]}"
     if store.is_local:
-        return f"{store.local_path}/{JOURNAL}/scratch"
+        return Path(store.local_path) / JOURNAL / "scratch"
     if workforce.task_count > 1:
         raise DataError("tasks that share the work need a --scratch folder that all machines see")
-    return f"{tempfile.gettempdir()}/pack-{getpass.getuser()}-{digest[:16]}"
+    return Path(tempfile.gettempdir()) / f"pack-{getpass.getuser()}-{digest[:16]}"
 
 
 def prepare_scratch(workspace: Path) -> None:
@@ -277,9 +296,12 @@ def write_shards(
     store: Store,
     workspace: Path,
     workforce: Workforce,
-    only: list[int] | None,
+    only: dict[int, str] | None,
 ) -> list[ShardRecord]:
-    """Write every shard (or only some) that is not there yet; returns their records in order."""
+    """Write every shard that is not there yet; returns their records in order.
+
+    ``only``: the numbers of the shards to write, with the SHA-256 that each must have; None writes all.
+    """
     starts = np.concatenate([[0], np.cumsum([len(record.labels) for record in staged])])
     labels = np.concatenate([np.asarray(record.labels, np.int64) for record in staged])
     count = int(starts[-1])
@@ -290,7 +312,7 @@ def write_shards(
     records: dict[int, ShardRecord] = {}
     tasks: list[ShardTask] = []
     bounds = shard_bounds(count, settings.shard_images)
-    wanted = range(len(bounds)) if only is None else only
+    wanted = range(len(bounds)) if only is None else list(only)
     for number in wanted:
         if record_name(number) in written:
             records[number] = ShardRecord(**read_json(store, record_name(number), 1 << 24))
@@ -298,7 +320,8 @@ def write_shards(
             name = f"{settings.split}-{number:06d}.tar"
             samples = order[slice(*bounds[number])]
             where = (str(workspace), store.url, store.deadline_seconds)
-            tasks.append(ShardTask(*where, number, name, settings.size, samples, labels[samples], starts))
+            sha256 = only[number] if only else None
+            tasks.append(ShardTask(*where, number, name, settings.size, samples, labels[samples], starts, sha256))
     workers = max(1, min(workforce.workers, len(tasks) // SHARDS_PER_WORKER))
     with PackingProgress("writing shards", sum(len(task.samples) for task in tasks)) as progress:
         for index, record in run_all(tasks, workers, progress.counter):
@@ -339,6 +362,9 @@ def manifest_of(
         oddities.update(group.notes)
     skipped = [name for group in staged for name in group.skipped]
     report = {"oddities": dict(sorted(oddities.items())), "skipped": skipped}
+    options = [*source.options, "--split", settings.split, "--size", str(settings.size), "--seed", str(settings.seed)]
+    options += ["--shard-images", str(settings.shard_images)]
+    options += ["--protocol", settings.protocol] if source.protocol is None else []
     return Manifest(
         name=f"{source.form}-{settings.size}-{protocol['name']}",
         split=settings.split,
@@ -346,7 +372,7 @@ def manifest_of(
         image_size=settings.size,
         encoding="npy",
         protocol=protocol,
-        source={"form": source.form, **source.origin, **report, "plan_sha256": digest},
+        source={"form": source.form, **source.origin, **report, "packed_with": options, "plan_sha256": digest},
         classes=source.classes,
         seed=settings.seed,
         pixel_mean=tuple(total / pixels for total in sums),

@@ -17,10 +17,11 @@ from PIL import Image
 
 from data_pipeline.decode import decode
 from data_pipeline.order import hash_of, mix
-from data_pipeline.storage import DataError, Store, normalised
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 GROUP_IMAGES = 512
+LARGEST_IMAGE_BYTES = 1 << 30
 READ_DEADLINE_SECONDS = 600.0
 
 # Real RGB photographs inside packages that are installed anyway: class name -> (package, path, split).
@@ -79,6 +80,8 @@ class Source:
     """What identifies the data; goes into the manifest. Equal origins mean equal images."""
     protocol: str | None = None
     """How the images came to their size, when the source holds them at that size; None when they are resized here."""
+    options: tuple[str, ...] = ()
+    """What names this source on the command line, without the places where it lies; for the command of a repair."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +193,10 @@ def folder(url: str) -> Source:
 
 def image_names(url: str) -> dict[str, int]:
     """Size in bytes of every image below a folder by its name; DataError when there is none."""
-    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    found = Store(url, READ_DEADLINE_SECONDS).files()
     images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
     if not images:
-        raise DataError(f"no images at {url}: looked for files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"no images at {url}: none of its files ends in {', '.join(IMAGE_SUFFIXES)}")
+    if (largest := max(images, key=lambda name: images[name])) and images[largest] > LARGEST_IMAGE_BYTES:
+        raise DataError(f"{url}/{largest} has {images[largest]} bytes, too many for an image", EXIT_CORRUPT)
     return images

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.archives import open_range, open_zip, tar_groups, tar_members
+from data_pipeline.archives import open_range, open_zip, read_member, tar_groups, tar_members
+from data_pipeline.decode import decode
 from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 from data_pipeline.sources import GROUP_IMAGES, READ_DEADLINE_SECONDS, Group, Item, Source
 from data_pipeline.sources_imagenet import digest
@@ -100,7 +101,7 @@ class NpyRows:
 def chrabaszcz(url: str, split: str, size: int) -> Source:
     """``train_data_batch_1..10`` or ``val_data`` below a folder, pickled or npz; labels 1 to 1000 in devkit order."""
     url = normalised(url)
-    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    found = Store(url, READ_DEADLINE_SECONDS).files()
     prefix = {"train": "train_data_batch_", "validation": "val_data"}.get(split)
     if prefix is None:
         raise DataError(f"--split {split}: the Imagenet32/64 batches are train and validation")
@@ -117,18 +118,20 @@ def chrabaszcz(url: str, split: str, size: int) -> Source:
     return Source("imagenet", IMAGENET_CLASSES, groups, None, origin, "chrabaszcz")
 
 
-def cifar10(url: str, split: str) -> Source:
+def cifar10(url: str, split: str, size: int) -> Source:
     """CIFAR-10's python version, as ``cifar-10-python.tar.gz`` or the folder in it; the test set is ``validation``."""
     url = normalised(url)
     if split not in CIFAR10_FILES:
         raise DataError(f"--split {split}: CIFAR-10 has train and validation (its test set)")
+    if size != 32:
+        raise DataError(f"--size {size}: the images of CIFAR-10 have 32 x 32 pixels and are not resized")
     wanted = CIFAR10_FILES[split]
     if url.endswith((".tar.gz", ".tgz")):
         groups: list[Group] = [PlanarBatch(url, name, 32, None, 0) for name in wanted]
         folder, name = split_url(url)
         listing = [(name, Store(folder, READ_DEADLINE_SECONDS).size(name))]
     else:
-        found = Store(url, READ_DEADLINE_SECONDS).walk()
+        found = Store(url, READ_DEADLINE_SECONDS).files()
         missing = [name for name in wanted if name not in found]
         if missing:
             raise DataError(f"{url} holds no {missing[0]}: give cifar-10-python.tar.gz or the folder in it")
@@ -158,11 +161,23 @@ def oord(url: str, size: int) -> Source:
         return Source("imagenet", (), groups, shape[0], {"archive": name, "bytes": length}, "oord")
     with open_range(url, buffer_bytes=1 << 20) as file:
         members = [member for member in tar_members(file, url) if member.name.lower().endswith(".png")]
-    if not members:
-        raise DataError(f"{url} holds no PNG files")
+        if not members:
+            raise DataError(f"{url} holds no PNG files")
+        file.seek(members[0].offset)
+        check_size(read_member(file, members[0].size, members[0].name), f"{url}:{members[0].name}", size)
     listing = digest((member.name, member.size) for member in members)
     groups = list(tar_groups(url, members, [0] * len(members)))
     return Source("imagenet", (), groups, len(members), {"archive": name, "listing_sha256": listing}, "oord")
+
+
+def check_size(data: bytes, name: str, size: int) -> None:
+    """DataError when an image file has another size than it is to be packed at; before anything is written."""
+    try:
+        image, _ = decode(data, name)
+    except DataError:
+        return  # a damaged file is for the packing to report, or to leave out where that is allowed
+    if image.size != (size, size):
+        raise DataError(f"{name} has {image.width} x {image.height} pixels, not --size {size}")
 
 
 def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]:
@@ -210,7 +225,7 @@ def pickled_batch(url: str, member: str | None, size: int) -> tuple[Iterator[np.
     """Rows and labels of a pickled batch; nothing but the known types is ever constructed."""
     where = url if member is None else f"{url}:{member}"
     folder, name = split_url(url)
-    data = Store(folder, READ_DEADLINE_SECONDS).read(name)
+    data = Store(folder, READ_DEADLINE_SECONDS).read_whole(name, LARGEST_BATCH_BYTES)
     if member is not None:
         data = gzipped_member(data, member, url)
     try:
@@ -241,8 +256,12 @@ def gzipped_member(data: bytes, member: str, url: str) -> bytes:
     raise DataError(f"{url} holds no {member}; give cifar-10-python.tar.gz")
 
 
-class BatchUnpickler(pickle.Unpickler):
-    """Builds arrays of plain numbers, lists, strings and dictionaries, and refuses every other name."""
+class BatchUnpickler(pickle._Unpickler):
+    """Builds arrays of plain numbers, lists, strings and dictionaries, and refuses every other name.
+
+    The implementation in Python, because the one in C makes room for all numbers below one that a pickle gives to an
+    object: ten bytes could ask for sixty gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":

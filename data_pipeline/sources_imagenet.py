@@ -125,7 +125,7 @@ def celeba(url: str, split: str) -> Source:
 def validation_wnids(url: str) -> dict[str, str]:
     """WordNet id of each validation image by its file name, from any of the files that say so."""
     folder_url, name = split_url(url)
-    data = Store(folder_url, TABLE_DEADLINE_SECONDS).read(name)
+    data = Store(folder_url, TABLE_DEADLINE_SECONDS).read_whole(name, LARGEST_TABLE_BYTES)
     if name.endswith(".csv"):
         rows = csv.DictReader(io.StringIO(data.decode()))
         # The prediction string repeats "wnid x y width height" for every box; all boxes are of one class.

@@ -32,15 +32,19 @@ class RowGroup:
         table = open_parquet(self.url).read_row_group(self.number, columns=COLUMNS)
         for row, (image, label) in enumerate(zip(table["image"], table["label"], strict=True)):
             where = f"{self.url} row group {self.number} row {row}"
-            if not 0 <= label.as_py() < len(IMAGENET_CLASSES):
-                raise DataError(f"{where} has the label {label.as_py()}; it cannot be packed", EXIT_CORRUPT)
-            yield Item(where, label.as_py(), image["bytes"].as_py())
+            number, fields = label.as_py(), image.as_py() or {}
+            if not isinstance(number, int) or not 0 <= number < len(IMAGENET_CLASSES):
+                raise DataError(f"{where} has the label {number}; it cannot be packed", EXIT_CORRUPT)
+            data, path = fields.get("bytes"), fields.get("path")
+            if not isinstance(data, bytes):
+                raise DataError(f"{where} holds no image (its path is {path}); it cannot be packed", EXIT_CORRUPT)
+            yield Item(f"{where}: {path}" if path else where, number, data)  # the name tells a PNG called JPEG
 
 
 def imagenet_parquet(url: str, split: str) -> Source:
     """Files like ``train-00000-of-00294.parquet`` below a folder; their labels are sorted class indices."""
     url = normalised(url)
-    found = Store(url, READ_DEADLINE_SECONDS).walk()
+    found = Store(url, READ_DEADLINE_SECONDS).files()
     names = sorted(n for n in found if n.endswith(".parquet") and n.rpartition("/")[2].startswith(f"{split}-"))
     if not names:
         raise DataError(f"{url} holds no files {split}-*.parquet")
@@ -67,4 +71,6 @@ def open_parquet(url: str) -> Any:
     missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
     if missing:
         raise DataError(f"{url} has no column {missing[0]!r}, only {', '.join(file.schema_arrow.names)}")
+    if not arrow.types.is_struct(kind := file.schema_arrow.field("image").type):
+        raise DataError(f"{url} has {kind} in its column image, not bytes and a path as Hugging Face writes them")
     return file

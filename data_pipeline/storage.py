@@ -47,6 +47,9 @@ S3_SETTINGS: dict[str, Any] = {
     },
 }
 
+# Answers of S3 that stay the same, and that s3fs gives no type of its own.
+PERMANENT_S3_CODES = ("InvalidBucketName", "InvalidToken", "AuthorizationHeaderMalformed")
+
 PIECE_BYTES = 1 << 20
 TORN_FILE = ".unfinished-"  # in the name of a local file while it is written
 
@@ -78,6 +81,9 @@ class Store:
 
     url: str
     deadline_seconds: float
+    same_answers: int | None = None
+    """How often in a row a block's same wrong bytes have to come until they are taken for what the store holds, before
+    the deadline; None asks until then."""
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
@@ -100,18 +106,30 @@ class Store:
         where = self.url_of(name) + ("" if begin is None else f" (bytes {begin}-{end})")
         return with_retries(attempt, f"read {where}", self.deadline_seconds, None)
 
+    def read_whole(self, name: str, limit_bytes: int) -> bytes:
+        """All of an object that must not be larger than the limit, which is checked before anything is read."""
+        size = self.size(name)
+        if size > limit_bytes:
+            raise DataError(f"{self.url_of(name)} has {size} bytes, more than {limit_bytes}", EXIT_CORRUPT)
+        return self.read(name, 0, size) if size else b""
+
     def read_block(self, name: str, begin: int, into: memoryview, xxh3: str, stop: threading.Event) -> None:
         """Fill ``into`` with the bytes of an object from ``begin`` on, checked against their XXH3-64."""
-        path = self._path(name)
+        path, where = self._path(name), f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
+        wrong: list[str] = []  # checksums of what came, as long as it was the same
 
         def attempt() -> None:
             size, found = read_into(open_filesystem(self.url), path, begin, into)
+            if size == len(into) and found == xxh3:
+                return
+            what = f"the checksum is {found} instead of {xxh3}"
             if size != len(into):
-                raise CorruptRead(f"{size} bytes came instead of {len(into)}")
-            if found != xxh3:
-                raise CorruptRead(f"the checksum is {found} instead of {xxh3}")
+                what = f"{size} bytes came instead of {len(into)}"
+            wrong[:] = [*wrong, found] if found in wrong else [found]
+            if len(wrong) == self.same_answers:
+                raise DataError(f"cannot read {where}: {what}, {len(wrong)} times in a row", EXIT_CORRUPT)
+            raise CorruptRead(what)
 
-        where = f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
         try:
             with_retries(attempt, f"read {where}", self.deadline_seconds, stop)
         except DataError as error:
@@ -171,6 +189,15 @@ class Store:
 
         return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
 
+    def files(self) -> dict[str, int]:
+        """As ``walk``, for a folder that has to be there and to hold something; DataError says what is wrong."""
+        found = self.walk()
+        if "" in found:
+            raise DataError(f"{self.url} is a file, and a folder is expected")
+        if not found:
+            raise DataError(f"nothing at {self.url}: {self.missing_part() or 'there is no file in it'}")
+        return found
+
     def remove(self, name: str) -> None:
         """Remove an object, or a folder with everything in it; content that is gone already is fine."""
         filesystem, path = open_filesystem(self.url), self._path(name)
@@ -222,6 +249,8 @@ def scheme_of(url: str) -> str:
         return "file"
     if scheme not in SCHEMES:
         raise DataError(f"{url}: {scheme}:// is not a known storage; use a folder or one of {', '.join(SCHEMES)}")
+    if scheme not in ("file", "memory") and not rest.partition("/")[0]:
+        raise DataError(f"{url} names no bucket: write {scheme}://bucket/prefix")
     if "@" in rest.partition("/")[0]:
         raise DataError(
             f"{scheme}://{rest.rpartition('@')[2]} came with a password in the URL: give it in the environment instead",
@@ -271,7 +300,12 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
     if filesystem.async_impl:
         # A socket's read timeout never strikes while a dying server trickles bytes; this limit does.
         read = filesystem._cat_file
-        return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
+        try:
+            return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
+        except OSError as error:
+            if s3_code(error) == "InvalidRange":  # the object ends before the range begins
+                return b""
+            raise
     if type(filesystem) is LocalFileSystem:  # what its cat_file does, in a third of the time
         with open(path, "rb") as file:
             file.seek(begin or 0)
@@ -367,11 +401,21 @@ def classify(error: Exception) -> tuple[str, int] | None:
         return f"the bucket is in another region: set AWS_DEFAULT_REGION ({reason_of(error)})", EXIT_USAGE
     if isinstance(error, PermissionError):
         return f"access is denied ({reason_of(error)})", EXIT_USAGE
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return "it is not a file in a folder", EXIT_USAGE
+    if isinstance(error, IsADirectoryError):
+        return "it is a folder, and a file is expected", EXIT_USAGE
+    if isinstance(error, NotADirectoryError):
+        return "a part of this path is a file, not a folder", EXIT_USAGE
+    if s3_code(error) in PERMANENT_S3_CODES:
+        return reason_of(error), EXIT_USAGE
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", EXIT_USAGE
     return None
+
+
+def s3_code(error: Exception) -> str:
+    """The code that S3 gave to an error, e.g. InvalidRange; empty when it did not come from there."""
+    answer = getattr(error.__cause__, "response", None) or {}
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 def reason_of(error: Exception) -> str:
@@ -382,10 +426,11 @@ def reason_of(error: Exception) -> str:
 
 def read_json(store: Store, name: str, limit_bytes: int) -> Any:
     """A JSON object of bounded size; ``DataError`` when it does not parse."""
-    data = store.read(name)
-    if len(data) > limit_bytes:
-        raise DataError(f"{store.url_of(name)} has {len(data)} bytes, more than {limit_bytes}", EXIT_CORRUPT)
+    return parse_json(store.read_whole(name, limit_bytes), store.url_of(name))
+
+
+def parse_json(data: bytes, url: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise DataError(f"{store.url_of(name)} is not JSON: {error}", EXIT_CORRUPT) from error
+        raise DataError(f"{url} is not JSON: {error}", EXIT_CORRUPT) from error

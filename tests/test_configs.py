@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from data_pipeline.storage import REQUEST_SECONDS
 from models.image_transformer import ImageTransformer, num_parameters
 from trainer.config import load_config
 from trainer.deepspeed_engine import deepspeed_config
@@ -18,6 +19,8 @@ def test_a_shipped_config_is_complete_and_valid(path: Path) -> None:
     assert config.run.name == path.stem
     assert config.run.dir == f"runs/{path.stem}"
     assert deepspeed_config(config, world_size=1)["train_batch_size"] == config.train.global_batch_images
+    # Otherwise the watchdog calls a run hung before its reader can say that the store is away.
+    assert config.limits.step_seconds > config.data.read_deadline_seconds + 2 * REQUEST_SECONDS
     with torch.device("meta"):
         ImageTransformer(config.model)
     assert num_parameters(config.model) > 0

@@ -10,6 +10,7 @@ import webdataset
 from data_pipeline.index import main
 from data_pipeline.loader import evaluation_batches, open_shards, train_batches
 from data_pipeline.storage import DataError, Store
+from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
 from tests.imagenet_forms import image_bytes, put, random_pixels, tar_bytes
 
@@ -84,19 +85,26 @@ def test_foreign_shards_on_s3_are_indexed(tmp_path: Path, s3_bucket: str) -> Non
     assert [image.tobytes() for image in batch.images.numpy()] == [image for image, _ in expected]
 
 
-def test_damage_after_indexing_is_found(tmp_path: Path) -> None:
+def test_damage_after_indexing_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     foreign(tmp_path / "d", count=600)
     assert main([str(tmp_path / "d"), "--workers", "1"]) == 0
     assert verify(open_shards(str(tmp_path / "d"))) == []
     shard = tmp_path / "d" / "part-000.tar"
-    data = bytearray(shard.read_bytes())
+    whole = shard.read_bytes()
+    data = bytearray(whole)
     data[3000] ^= 1
     shard.write_bytes(data)
     shards = open_shards(str(tmp_path / "d"), read_deadline_seconds=0.2)
     with pytest.raises(DataError, match="checksum") as caught:
         list(evaluation_batches(shards, rank=0, world_size=1, batch_images=100, limit=None))
     assert caught.value.exit_code == 65
-    assert any("checksum" in problem for problem in verify(shards))
+    capsys.readouterr()
+    assert verify_main([str(tmp_path / "d")]) == 65
+    found, advice = capsys.readouterr().out.splitlines()
+    assert "part-000.tar: cannot read" in found and "the checksum is" in found
+    assert "Get part-000.tar once more" in advice and f"python -m data_pipeline.index {tmp_path}/d" in advice
+    shard.write_bytes(whole)
+    assert verify_main([str(tmp_path / "d")]) == 0
 
 
 def test_indexing_again_says_the_same_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +121,11 @@ def test_indexing_again_says_the_same_at_once(tmp_path: Path, capsys: pytest.Cap
     [
         ({}, "no tar files at", 2),
         ({"a.tar": tar_bytes({})}, "hold no samples", 2),
+        (
+            {"a.tar": tar_bytes({"0.png": image_bytes(random_pixels(8, 8, 0)), "0.cls": b"99999999"})},
+            "has the label 99999999: more than 100,000 classes",
+            65,
+        ),
         ({"a.tar": b"<html>502</html>" * 100}, "is not an uncompressed tar file", 65),
         ({"a.tar": b""}, "is not an uncompressed tar file", 65),
         ({"a.tar": tar_bytes({"0.png": image_bytes(random_pixels(8, 9, 0))})}, "0.png is 9 x 8; only square", 65),
@@ -154,6 +167,12 @@ def test_what_cannot_be_indexed_is_one_sentence(
     *progress, error = capsys.readouterr().err.splitlines()
     assert message in error and all(line.startswith("indexing: ") for line in progress)
     assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_a_shard_instead_of_the_folder_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign(tmp_path / "d", count=3)
+    assert main([str(tmp_path / "d" / "part-000.tar")]) == 2
+    assert "part-000.tar names a shard: give the folder of the shards" in capsys.readouterr().err
 
 
 def test_other_members_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import storage
 from data_pipeline.loader import open_shards
 from data_pipeline.manifest import Manifest, check, digest_of, from_json, read_manifest, to_json, write_manifest
 from data_pipeline.storage import DataError, Store
+from tests.faulty_filesystem import FAULTS, FaultyFilesystem
 
 
 @pytest.fixture
@@ -117,6 +119,16 @@ def test_an_edited_manifest_does_not_match_its_digest(document: dict[str, Any], 
     with pytest.raises(DataError, match="does not match its own digest") as caught:
         open_shards(str(tmp_path))
     assert caught.value.exit_code == 65
+
+
+def test_a_manifest_that_was_read_wrong_is_read_again(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = open_shards(str(packed)).digest
+    faulty = FaultyFilesystem(share=0.6, seed=0)
+    monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
+    monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.001)
+    for _ in range(20):
+        assert open_shards(str(packed)).digest == right
+    assert all(faulty.counts[fault] for fault in FAULTS)
 
 
 def test_blocks_that_overlap_or_leave_gaps_are_refused(document: dict[str, Any]) -> None:

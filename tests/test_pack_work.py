@@ -59,7 +59,7 @@ def test_a_shard_holds_the_samples_it_was_told_to_in_order(tmp_path: Path) -> No
         StageTask(str(tmp_path), number, Pixels(int(starts[number]), count), 8, "cifar10", False).run()
     samples = np.random.default_rng(0).permutation(703)[:650]
     labels = samples % 7
-    task = ShardTask(str(tmp_path), str(tmp_path / "d"), 0.0, 0, "x.tar", 8, samples, labels, starts)
+    task = ShardTask(str(tmp_path), str(tmp_path / "d"), 0.0, 0, "x.tar", 8, samples, labels, starts, None)
     record = task.run()
     data = (tmp_path / "d" / "x.tar").read_bytes()
     images, got_labels = decode(data[: record.blocks[-1][1]], 8)

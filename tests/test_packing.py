@@ -1,6 +1,7 @@
 """Do sources of every kind become verified shards, shared, restarted, limited and refused as documented?"""
 
 import hashlib
+import pickle
 import re
 import subprocess
 import sys
@@ -20,10 +21,20 @@ from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from data_pipeline.pack import main
 from data_pipeline.packing import shard_bounds
 from data_pipeline.resize import to_pixels
+from data_pipeline.sources_arrays import CIFAR10_FILES
 from data_pipeline.storage import Store
 from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
-from tests.imagenet_forms import WNIDS, image_bytes, put, random_pixels, train_tar, training_files
+from tests.imagenet_forms import (
+    WNIDS,
+    image_bytes,
+    put,
+    random_pixels,
+    tar_bytes,
+    train_tar,
+    training_files,
+    zip_bytes,
+)
 from tests.s3_server import S3Server
 from tests.small_disk import on_small_disk
 
@@ -106,6 +117,17 @@ def test_tasks_at_the_same_time_do_not_disturb_each_other(packed: Path, tmp_path
     assert contents(tmp_path / "d") == contents(tmp_path / "alone")
 
 
+def test_a_scratch_folder_may_hold_other_files_and_other_packings(packed: Path, tmp_path: Path) -> None:
+    scratch = ["--scratch", str(tmp_path / "scratch")]
+    put(tmp_path / "scratch" / "thesis.tex", b"x")
+    other = [*PHOTOGRAPHS, "--seed", "1", "--dest", str(tmp_path / "other"), *scratch]
+    assert main([*other, "--task-count", "2"]) == 75  # leaves staged groups of other images, of the same size
+    assert main([*PHOTOGRAPHS, "--dest", str(tmp_path / "d"), *scratch]) == 0
+    assert contents(tmp_path / "d") == contents(packed)
+    assert (tmp_path / "scratch" / "thesis.tex").exists()
+    assert main(other) == 0
+
+
 def folder_with_a_bad_file(tmp_path: Path) -> list[str]:
     for i in range(5):
         put(tmp_path / "in" / f"{i}.png", image_bytes(random_pixels(8, 8, i)))
@@ -175,36 +197,83 @@ def test_storage_that_is_away_for_longer_than_the_deadline_ends_packing(
     assert re.fullmatch(rf"pack: cannot look for {where}: gave up after \d+ s and \d+ tries; last: .*\n", error)
 
 
-def put_forms(folder: Path) -> dict[str, list[str]]:
-    """The same twelve images as a tar of tars, class folders and parquet; what to tell the packer about each."""
-    train_tar(folder / "raw" / "train.tar")
-    files = {wnid: images for wnid, images in training_files().items()}
+def put_forms(folder: Path) -> dict[str, tuple[int, list[str]]]:
+    """Every kind of source in ``folder``/raw: how many images the packer finds, and what to tell it."""
+    raw, train, validation = (
+        folder / "raw",
+        ["--size", "8", "--split", "train"],
+        ["--size", "8", "--split", "validation"],
+    )
+    kaggle = raw / "kaggle/ILSVRC/Data/CLS-LOC"
+    files, pixels = training_files(), [random_pixels(8, 8, seed) for seed in range(20)]
+    train_tar(raw / "train.tar")
     for wnid, images in files.items():
         for name, data in images.items():
-            put(folder / "raw" / "extracted" / wnid / name, data)
+            put(raw / "extracted" / wnid / name, data)
+            put(kaggle / "train" / wnid / name, data)
+    flat = {f"ILSVRC2012_val_{i:08d}.JPEG": image_bytes(random_pixels(9, 11, i)) for i in range(1, 6)}
+    for name, data in flat.items():
+        put(kaggle / "val" / name, data)
+    put(raw / "val.tar", tar_bytes(flat))
+    truth = "".join(f"{500 + i}\n" for i in range(5)).encode()
+    put(raw / "devkit.tar.gz", tar_bytes({"x/ILSVRC2012_validation_ground_truth.txt": truth}, "w:gz"))
+    table = "".join(f"{name.removesuffix('.JPEG')},{WNIDS[0]} 1 2 3 4 {WNIDS[0]} 5 6 7 8 \n" for name in flat)
+    put(raw / "kaggle" / "LOC_val_solution.csv", f"ImageId,PredictionString\n{table}".encode())
+    put(raw / "kaggle" / "LOC_synset_mapping.txt", b"n01440764 tench")
     rows = [(data, IMAGENET_CLASSES.index(wnid)) for wnid, images in files.items() for data in images.values()]
     images_column = [{"bytes": data, "path": "x.JPEG"} for data, _ in rows]
-    table = pyarrow.table({"image": images_column, "label": [label for _, label in rows]})
-    (folder / "raw" / "hugging").mkdir()
-    pyarrow.parquet.write_table(table, folder / "raw" / "hugging" / "train-00000-of-00001.parquet", row_group_size=5)
+    hugging = pyarrow.table({"image": images_column, "label": [label for _, label in rows]})
+    put(raw / "hugging" / "train-00000-of-00001.parquet", b"")
+    pyarrow.parquet.write_table(hugging, raw / "hugging" / "train-00000-of-00001.parquet", row_group_size=5)
+    planar = np.stack(pixels).transpose(0, 3, 1, 2).reshape(20, -1)
+    batch = {"data": planar, "labels": list(range(981, 1001)), "mean": np.zeros(192)}
+    put(raw / "batches" / "train_data_batch_1", pickle.dumps(batch, 2))
+    put(raw / "npz" / "val_data.npz", b"")
+    np.savez(raw / "npz" / "val_data.npz", data=planar, labels=np.arange(1, 21))
+    put(raw / "train_8x8.tar", tar_bytes({f"train_8x8/{i}.png": image_bytes(image) for i, image in enumerate(pixels)}))
+    np.save(raw / "train_8x8.npy", np.stack(pixels))
+    cifar = pickle.dumps({b"data": np.zeros((2, 3072), np.uint8), b"labels": [3, 9]}, 2)
+    put(raw / "cifar.tar.gz", tar_bytes({f"c/{name}": cifar for name in CIFAR10_FILES["train"]}, "w:gz"))
+    put(raw / "cifar" / "test_batch", cifar)
+    faces = {f"faces/{i:06d}.jpg": image_bytes(random_pixels(218, 178, i), "JPEG") for i in (1, 2, 162_771)}
+    put(raw / "faces.zip", zip_bytes(faces))
+    for name, data in faces.items():
+        put(raw / name, data)
+    put(raw / "photos" / "deep" / "a.png", image_bytes(pixels[0]))
     return {
-        "imagenet-train": ["--input", "raw/train.tar"],
-        "imagenet-folder": ["--input", "raw/extracted"],
-        "imagenet-parquet": ["--input", "raw/hugging"],
+        "tar of tars": (12, ["--source", "imagenet-train", "--input", "raw/train.tar", *train]),
+        "extracted": (12, ["--source", "imagenet-folder", "--input", "raw/extracted", *train]),
+        "Kaggle": (12, ["--source", "imagenet-kaggle", "--input", "raw/kaggle", *train]),
+        "Kaggle's validation": (5, ["--source", "imagenet-kaggle", "--input", "raw/kaggle", *validation]),
+        "validation": (
+            5,
+            ["--source", "imagenet-validation", "--input", "raw/val.tar", "--labels", "raw/devkit.tar.gz", *validation],
+        ),
+        "parquet": (12, ["--source", "imagenet-parquet", "--input", "raw/hugging", *train]),
+        "pickles": (20, ["--source", "imagenet-chrabaszcz", "--input", "raw/batches", *train]),
+        "npz": (20, ["--source", "imagenet-chrabaszcz", "--input", "raw/npz", *validation]),
+        "PNG files in a tar": (20, ["--source", "imagenet-oord", "--input", "raw/train_8x8.tar", *train]),
+        "npy": (20, ["--source", "imagenet-oord", "--input", "raw/train_8x8.npy", *train]),
+        "CIFAR-10": (10, ["--source", "cifar10", "--input", "raw/cifar.tar.gz", "--size", "32", "--split", "train"]),
+        "its folder": (2, ["--source", "cifar10", "--input", "raw/cifar", "--size", "32", "--split", "validation"]),
+        "faces": (2, ["--source", "celeba", "--input", "raw/faces.zip", *train]),
+        "a folder of faces": (1, ["--source", "celeba", "--input", "raw/faces", *validation]),
+        "any folder": (1, ["--source", "folder", "--input", "raw/photos", *train]),
     }
 
 
-def test_sources_on_s3_give_the_same_bytes_as_on_the_disk(tmp_path: Path, s3_bucket: str) -> None:
+def test_every_source_on_s3_gives_the_same_bytes_as_on_the_disk(tmp_path: Path, s3_bucket: str) -> None:
     forms = put_forms(tmp_path)
     for path in (tmp_path / "raw").rglob("*"):
         if path.is_file():
             Store(f"s3://{s3_bucket}", 60.0).write(str(path.relative_to(tmp_path)), path.read_bytes())
-    for form, (option, place) in forms.items():
+    for form, (count, arguments) in forms.items():
         for root, dest in ((f"{tmp_path}", "disk"), (f"s3://{s3_bucket}", "s3")):
-            arguments = ["--source", form, option, f"{root}/{place}", "--size", "8", "--split", "train"]
-            assert main([*arguments, "--workers", "1", "--dest", f"{tmp_path}/{dest}/{form}"]) == 0
+            placed = [f"{root}/{text}" if text.startswith("raw/") else text for text in arguments]
+            assert main([*placed, "--workers", "1", "--dest", f"{tmp_path}/{dest}/{form}"]) == 0
         assert contents(tmp_path / "disk" / form) == contents(tmp_path / "s3" / form)
-        assert open_shards(f"{tmp_path}/disk/{form}").count == 12
+        assert open_shards(f"{tmp_path}/disk/{form}").count == count
+        assert verify(open_shards(f"{tmp_path}/disk/{form}")) == []
 
 
 def test_oddities_are_counted_in_the_report_and_in_the_manifest(
@@ -236,10 +305,10 @@ def test_oddities_are_counted_in_the_report_and_in_the_manifest(
 def test_tasks_killed_at_any_moment_are_run_again_with_the_bytes_of_one(packed: Path, tmp_path: Path) -> None:
     shared = [*PHOTOGRAPHS, "--dest", str(tmp_path / "d"), "--scratch", str(tmp_path / "scratch"), "--task-count", "2"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    for wanted in ("scratch/group-000001.json", "d/_packing/plan.json"):
+    for wanted in ("scratch/*/group-000001.json", "d/_packing/plan.json"):
         command = [sys.executable, "-m", "data_pipeline.pack", *shared, "--task-index", "1"]
         process = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
-        while process.poll() is None and not (tmp_path / wanted).exists():
+        while process.poll() is None and not list(tmp_path.glob(wanted)):
             time.sleep(0.001)
         process.kill()
         process.wait()

@@ -90,8 +90,23 @@ def test_the_origin_changes_with_names_and_sizes(picture: Path) -> None:
 
 
 def test_folders_that_cannot_be_packed_are_explained(picture: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no images at"):
-        folder(str(tmp_path / "empty"))
+    (tmp_path / "text").mkdir()
+    with pytest.raises(DataError, match="nothing at .*/text: there is no file in it"):
+        folder(str(tmp_path / "text"))
+    (tmp_path / "text" / "readme").write_text("x")
+    with pytest.raises(DataError, match="no images at .*: none of its files ends in .jpg"):
+        folder(str(tmp_path / "text"))
+    with pytest.raises(DataError, match="nothing at .*/nowhere: there is no such folder"):
+        folder(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="readme is a file, and a folder is expected"):
+        folder(str(tmp_path / "text" / "readme"))
+    (tmp_path / "huge").mkdir()
+    with (tmp_path / "huge" / "a.png").open("wb") as file:
+        file.truncate(2 << 30)  # takes no room on the disk
+    with pytest.raises(DataError, match="huge/a.png has 2147483648 bytes, too many for an image") as caught:
+        folder(str(tmp_path / "huge"))
+    assert caught.value.exit_code == 65
+    (tmp_path / "huge" / "a.png").unlink()
     (tmp_path / "class").mkdir()
     (tmp_path / "class" / "a.png").write_bytes(picture.read_bytes())
     with pytest.raises(DataError, match="both in subfolders"):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,25 @@ def test_an_array_in_a_pickle_cannot_claim_memory_it_does_not_bring(tmp_path: Pa
         items_of(chrabaszcz(str(tmp_path), "validation", 8))
 
 
+def test_a_pickle_cannot_claim_memory_by_numbering_its_objects(tmp_path: Path) -> None:
+    put(tmp_path / "val_data", b"\x80\x02}r" + (50_000_000).to_bytes(4, "little") + b".")
+    tracemalloc.start()
+    with pytest.raises(DataError, match="does not hold the array data"):
+        items_of(chrabaszcz(str(tmp_path), "validation", 8))
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["val_data", "cifar.tar.gz"])
+def test_a_file_too_large_for_a_batch_is_refused_before_reading(tmp_path: Path, name: str) -> None:
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(5 << 30)  # takes no room on the disk
+    with pytest.raises(DataError, match=f"{name} has 5368709120 bytes, more than 4294967296") as caught:
+        source = chrabaszcz(str(tmp_path), "validation", 8) if name == "val_data" else None
+        items_of(source or cifar10(str(tmp_path / name), "train", 32))
+    assert caught.value.exit_code == 65
+
+
 @pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut", b"\x80\x02}q\x00.", b"\x80\x02]q\x00."])
 def test_damaged_batches_are_named(tmp_path: Path, data: bytes) -> None:
     for name in ("val_data", "val_data.npz"):
@@ -123,22 +143,26 @@ def test_cifar_batches_of_python_2_are_read(tmp_path: Path, form: str) -> None:
     put(tmp_path / "cifar-10-python.tar.gz", tar_bytes(files, "w:gz"))
     for name, data in files.items():
         put(tmp_path / name, data)
-    train = cifar10(str(tmp_path / form), "train")
+    train = cifar10(str(tmp_path / form), "train", 32)
     assert (np.stack([item.image for item in items_of(train)]) == images[:10]).all()
     assert [item.label for item in items_of(train)] == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
     assert (train.classes[0], train.classes[9], train.protocol) == ("airplane", "truck", "cifar10")
-    test = cifar10(str(tmp_path / form), "validation")
+    test = cifar10(str(tmp_path / form), "validation", 32)
     assert (np.stack([item.image for item in items_of(test)]) == images[10:]).all()
 
 
 def test_cifar_without_its_files_is_explained(tmp_path: Path) -> None:
+    put(tmp_path / "readme", b"")
     with pytest.raises(DataError, match="holds no data_batch_1"):
-        cifar10(str(tmp_path), "train")
+        cifar10(str(tmp_path), "train", 32)
+    with pytest.raises(DataError, match="--size 64: the images of CIFAR-10 have 32 x 32 pixels") as caught:
+        cifar10(str(tmp_path), "train", 64)
+    assert caught.value.exit_code == 2
     with pytest.raises(DataError, match="CIFAR-10 has train and validation"):
-        cifar10(str(tmp_path), "test")
+        cifar10(str(tmp_path), "test", 32)
     archive = put(tmp_path / "x.tar.gz", tar_bytes({"readme": b""}, "w:gz"))
     with pytest.raises(DataError, match="holds no test_batch"):
-        items_of(cifar10(str(archive), "validation"))
+        items_of(cifar10(str(archive), "validation", 32))
 
 
 @pytest.mark.parametrize("planar", [False, True])
@@ -155,6 +179,11 @@ def test_the_tar_of_png_files_is_read_and_other_files_ignored(tmp_path: Path) ->
     path = put(tmp_path / "train_8x8.tar", tar_bytes({"train_8x8/readme": b"x", **files}))
     source = oord(str(path), 8)
     assert [item.image for item in items_of(source)] == list(files.values()) and source.protocol == "oord"
+    with pytest.raises(DataError, match="train_8x8/0.png has 8 x 8 pixels, not --size 16") as caught:
+        oord(str(path), 16)
+    assert caught.value.exit_code == 2
+    put(path, tar_bytes({**files, "train_8x8/0.png": b"cut"}))
+    assert oord(str(path), 8).count == len(files), "the packing reports damaged files"
 
 
 def test_npy_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:

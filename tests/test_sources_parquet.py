@@ -34,11 +34,25 @@ def test_rows_become_images_in_order(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_packed_is_explained(tmp_path: Path) -> None:
+    put(tmp_path / "readme", b"")
     with pytest.raises(DataError, match=r"holds no files train-\*.parquet"):
         imagenet_parquet(str(tmp_path), "train")
     put_parquet(tmp_path / "test-0.parquet", slice(0, 1), labels=[-1] * 10)
     with pytest.raises(DataError, match="has the label -1"):
         list(imagenet_parquet(str(tmp_path), "test").groups[0].read())
+    for row, message in (
+        ({"image": {"bytes": None, "path": "a.JPEG"}, "label": 1}, "row 0 holds no image .its path is a.JPEG"),
+        ({"image": None, "label": 1}, "row 0 holds no image"),
+        ({"image": {"bytes": b"x", "path": "a"}, "label": None}, "row 0 has the label None"),
+    ):
+        good = {"image": {"bytes": b"x", "path": "a"}, "label": 1}
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, good]), tmp_path / "train-0.parquet")
+        with pytest.raises(DataError, match=message) as caught:
+            list(imagenet_parquet(str(tmp_path), "train").groups[0].read())
+        assert caught.value.exit_code == 65
+    pyarrow.parquet.write_table(pyarrow.table({"image": ["a"], "label": [1]}), tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match="has string in its column image"):
+        imagenet_parquet(str(tmp_path), "train")
     put(tmp_path / "train-0.parquet", b"PAR1 cut")
     with pytest.raises(DataError, match="is not a parquet file") as caught:
         imagenet_parquet(str(tmp_path), "train")

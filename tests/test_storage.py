@@ -104,6 +104,8 @@ def test_a_wrong_checksum_names_object_and_range_and_is_corruption(tmp_path: Pat
         ("s3://user:secret@bucket/x", "password in the URL", 77),
         ("ftp://host/x", "not a known storage", 2),
         ("", "is empty", 2),
+        ("s3://", "names no bucket", 2),
+        ("s3:///prefix", "names no bucket", 2),
     ],
 )
 def test_urls_that_are_not_for_data_are_refused(url: str, message: str, code: int) -> None:
@@ -154,7 +156,7 @@ def test_what_is_not_json_is_corrupt(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(DataError, match="is not JSON") as caught:
         read_json(Store(str(tmp_path), 0.0), "x.json", 100)
     assert caught.value.exit_code == 65
-    with pytest.raises(DataError, match="more than 0"):
+    with pytest.raises(DataError, match="bytes, more than 0"):
         read_json(Store(str(tmp_path), 0.0), "x.json", 0)
 
 
@@ -165,8 +167,32 @@ def test_s3_objects_are_written_read_by_range_listed_and_removed(s3_bucket: str)
     assert store.names() == ["deep"] and store.exists("deep/x"), "listings are not cached"
     assert store.walk() == {"deep/x": 5}
     assert store.read("deep/x", 1, 3) == b"23" and store.read("deep/x") == b"12345"
+    assert store.read_whole("deep/x", 5) == b"12345"
+    with pytest.raises(DataError, match="deep/x has 5 bytes, more than 4"):
+        store.read_whole("deep/x", 4)
+    store.write("empty", b"")
+    assert store.read_whole("empty", 5) == b""
+    store.remove("empty")
     store.remove("deep")
     assert store.names() == []
+
+
+def test_a_name_that_no_bucket_can_have_is_refused_at_once(s3_bucket: str) -> None:
+    for action in (lambda store: store.walk(), lambda store: store.write("y", b"1")):
+        with pytest.raises(DataError, match="s3://Bad_Bucket/x.*bucket is not valid") as caught:
+            action(Store("s3://Bad_Bucket/x", 600.0))
+        assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("begin", [90, 100, 200])
+def test_an_object_on_s3_that_ends_too_early_is_corruption(s3_bucket: str, begin: int) -> None:
+    """Not storage that is away, wherever it ends: S3 answers a range behind the end with an error of its own."""
+    store = Store(f"s3://{s3_bucket}", 0.5)
+    store.write("x", bytes(100))
+    came = max(0, 100 - begin)
+    with pytest.raises(DataError, match=rf"cannot read .*/x \(bytes .*: {came} bytes came instead of 50") as caught:
+        store.read("x", begin, begin + 50)
+    assert caught.value.exit_code == 65
 
 
 def test_a_missing_bucket_is_named(s3_bucket: str) -> None:

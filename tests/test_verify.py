@@ -3,18 +3,25 @@
 import hashlib
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
+from PIL import Image
 
+from data_pipeline import storage
 from data_pipeline.loader import open_shards
 from data_pipeline.manifest import digest_of
 from data_pipeline.pack import main as pack_main
 from data_pipeline.shard_format import SampleLayout, encode
+from data_pipeline.storage import DataError
 from data_pipeline.verify import main, verify
+from tests.faulty_filesystem import FAULTS, FaultyFilesystem
+from tests.imagenet_forms import image_bytes, put, random_pixels
+from tests.s3_server import S3Server
 
 PACK = ["--source", "photographs", "--size", "8", "--split", "train", "--images", "1500", "--shard-images", "512"]
 
@@ -62,10 +69,10 @@ def flip_in_the_end(shard: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip, r"bytes 0-\d+ have the checksum"),
+        (flip, r"cannot read .*train-000001.tar \(bytes 0-\d+\): the checksum is"),
         (cut, "bytes instead of"),
         (lengthen, "bytes instead of"),
-        (Path.unlink, "there is no such bucket, folder or object"),
+        (Path.unlink, "is missing"),
         (flip_in_the_end, "does not end as a tar file does"),
     ],
 )
@@ -77,19 +84,101 @@ def test_damage_is_named_and_packing_again_repairs_it(
     assert main([str(dest)]) == 65
     printed = capsys.readouterr().out
     assert "train-000001.tar: " in printed and "train-000000" not in printed and "train-000002" not in printed
-    problems = verify(open_shards(str(dest), read_deadline_seconds=0.2))
-    assert any(re.search(message, problem) for problem in problems)
-    (dest / "train-000001.tar").unlink(missing_ok=True)
-    whole = {path: path.stat().st_mtime_ns for path in dest.iterdir()}
-    assert pack_main([*PACK, "--dest", str(dest), "--workers", "1"]) == 0
+    problems = verify(open_shards(str(dest)))
+    assert any(re.search(message, str(problem)) for problem in problems)
+    whole = {path: path.stat().st_mtime_ns for path in dest.iterdir() if path.name != "train-000001.tar"}
+    (command,) = [line for line in printed.splitlines() if line.startswith("  python -m data_pipeline.pack ")]
+    assert pack_main(shlex.split(command)[3:]) == 0, "as printed, without a change"
     assert contents(dest) == before
     assert all(path.stat().st_mtime_ns == time for path, time in whole.items()), "only the damaged shard is written"
     assert main([str(dest)]) == 0
 
 
-def test_a_strange_file_is_reported(dest: Path) -> None:
+def test_the_printed_command_repairs_on_s3_what_was_packed_from_files_with_one_left_out(
+    tmp_path: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(600):
+        put(tmp_path / "in" / f"{number:03d}.png", image_bytes(random_pixels(8, 8, number)))
+    put(tmp_path / "in" / "bad.png", b"\x89PNG cut")
+    url = f"s3://{s3_bucket}/d"
+    arguments = ["--source", "folder", "--input", f"{tmp_path}/in", "--size", "8", "--split", "train"]
+    arguments += ["--dest", url, "--max-skipped", "1", "--shard-images", "512", "--protocol", "adm", "--seed", "5"]
+    assert pack_main(arguments) == 0
+    store = open_shards(url).store
+    data = store.read("train-000001.tar")
+    store.write("train-000001.tar", data[:3000] + bytes([data[3000] ^ 1]) + data[3001:])
+    capsys.readouterr()
+    assert main([url]) == 65
+    (command,) = [line for line in capsys.readouterr().out.splitlines() if "data_pipeline.pack" in line]
+    assert command.endswith(f"--input INPUT --dest {url} --max-skipped 1 --rewrite train-000001.tar")
+    assert pack_main(shlex.split(command.replace("INPUT", f"{tmp_path}/in"))[3:]) == 0
+    assert store.read("train-000001.tar") == data and main([url]) == 0
+
+
+def test_a_shard_that_would_come_out_different_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        Image.fromarray(random_pixels(8, 8, number)).save(tmp_path / f"{number}.bmp")
+    arguments = ["--source", "folder", "--input", str(tmp_path), "--size", "8", "--split", "train"]
+    arguments += ["--dest", str(tmp_path / "d")]
+    assert pack_main(arguments) == 0
+    before = contents(tmp_path / "d")
+    Image.fromarray(random_pixels(8, 8, 9)).save(tmp_path / "1.bmp")  # as many bytes, so the listing is the same
+    assert pack_main([*arguments, "--rewrite", "train-000000.tar"]) == 65
+    assert "would come out different from what the manifest says, and was not written" in capsys.readouterr().err
+    assert contents(tmp_path / "d") == before
+    Image.fromarray(random_pixels(8, 8, 1)).save(tmp_path / "1.bmp")
+    assert pack_main([*arguments, "--rewrite", "train-000000.tar"]) == 0, "nothing of the changed source is left"
+    assert contents(tmp_path / "d") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rewrite", "train-000009.tar"], "has no such shard, it has train-000000.tar to train-000002.tar"),
+        (["--rewrite", "train-000000.tar", "--task-count", "2"], "--rewrite is for a single task"),
+        (["--rewrite", "train-000000.tar", "--dest", "elsewhere"], "holds no finished data set"),
+    ],
+)
+def test_rewriting_what_is_not_there_is_refused(
+    dest: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(dest / "elsewhere") if argument == "elsewhere" else argument for argument in arguments]
+    assert pack_main([*PACK, "--dest", str(dest), *arguments]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_reads_that_fail_for_a_while_are_not_reported_as_damage(dest: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faulty = FaultyFilesystem(share=0.4, seed=0)
+    monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
+    monkeypatch.setattr(storage, "LONGEST_DELAY_SECONDS", 0.001)
+    for _ in range(5):
+        assert verify(open_shards(str(dest))) == []
+    assert all(faulty.counts[fault] for fault in FAULTS)
+
+
+def test_storage_that_is_away_is_not_reported_as_damage(
+    s3_bucket: str, s3_server: S3Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pack_main([*PACK, "--dest", f"s3://{s3_bucket}/d", "--workers", "1"]) == 0
+    shards = open_shards(f"s3://{s3_bucket}/d", read_deadline_seconds=1.0)
+    s3_server.kill()
+    try:
+        with pytest.raises(DataError, match=f"s3://{s3_bucket}/d/train-00000.*gave up after") as caught:
+            verify(shards)
+    finally:
+        s3_server.start()
+    assert caught.value.exit_code == 69
+
+
+def test_a_strange_file_is_reported(dest: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (dest / "train-000009.tar").write_bytes(b"")
-    assert verify(open_shards(str(dest))) == ["train-000009.tar: does not belong to the data set"]
+    assert main([str(dest)]) == 65
+    assert capsys.readouterr().out.splitlines() == [
+        "train-000009.tar: does not belong to the data set",
+        f"{dest}: 1 problems. Remove {dest}/train-000009.tar.",
+    ]
 
 
 def rewrite_first_block(dest: Path, samples: np.ndarray) -> None:
@@ -109,10 +198,11 @@ def test_samples_that_are_not_ordinary_are_found_behind_right_checksums(dest: Pa
     keys = np.arange(count)
     images, labels = np.zeros((count, 8, 8, 3), np.uint8), np.zeros(count, np.int64)
     rewrite_first_block(dest, encode(keys, labels + 12, images))
-    assert any("hold the label 12, but there are 12 classes" in p for p in verify(open_shards(str(dest))))
+    assert any("hold the label 12, but there are 12 classes" in str(p) for p in verify(open_shards(str(dest))))
     rewrite_first_block(dest, encode(keys, labels, images))
-    assert "some samples have the same key" in verify(open_shards(str(dest)))
+    (problem,) = verify(open_shards(str(dest)))
+    assert str(problem) == "manifest.json: some samples have the same key"
     broken = encode(keys, labels, images)
     broken[3, SampleLayout(8).pixels_offset - 100] ^= 1  # in the header of the npy file
     rewrite_first_block(dest, broken)
-    assert any("are not samples as webdataset writes them" in p for p in verify(open_shards(str(dest))))
+    assert any("are not samples as webdataset writes them" in str(p) for p in verify(open_shards(str(dest))))

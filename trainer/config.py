@@ -211,7 +211,8 @@ class LimitsConfig:
     startup_seconds: float
     """Longest time from the start to the first step, compilation included; beyond it the job is taken for hung."""
     step_seconds: float
-    """Longest time of one update, or of one batch of an evaluation."""
+    """Longest time of one update, or of one batch of an evaluation; more than ``data.read_deadline_seconds``, so that a
+    store that is away is named as such."""
     checkpoint_seconds: float
     """Longest time of writing or reading a checkpoint."""
     lost_rank_seconds: float

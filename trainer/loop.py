@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
+from data_pipeline.damaged_blocks import DamagedBlocks
 from models.likelihood import nats
 from trainer.checkpoint import Checkpoints, write_tensors
 from trainer.config import RunConfig
@@ -53,6 +54,8 @@ class Job:
     ranks: Ranks
     engine: Engine
     batches: Iterator[Batch]
+    damaged_blocks: DamagedBlocks | None
+    """Those of the training data that were replaced; None when the config allows none. The same on every rank."""
     images_per_epoch: int
     data_digest: str
     evaluate: Callable[[int | None], dict[str, float]]
@@ -73,8 +76,8 @@ class Job:
 def train(job: Job, state: TrainingState) -> bool:
     """Train on from `state`, which is kept current. True at the end, False after a requested stop.
 
-    Raises Diverged when gradients stay non-finite, Superseded when a newer attempt has taken over, CheckpointError when
-    checkpoints cannot be written any more.
+    Raises DataError when training data cannot be read, Diverged when gradients stay non-finite, Superseded when a newer
+    attempt has taken over, CheckpointError when checkpoints cannot be written any more.
     """
     settings = job.config.train
     meter = Meter(job.engine.device, work_of(job.config, job.ranks.world_size, job.engine.device))
@@ -206,6 +209,8 @@ def _log(
     }
     if (norm := job.engine.gradient_norm()) is not None:
         metrics["optim/grad_norm"] = norm
+    if job.damaged_blocks is not None:
+        metrics["data/damaged_blocks"] = _count_damaged_blocks(job, state, job.damaged_blocks)
     loss = metrics["train/bits_per_dim"]
     if math.isfinite(loss) and alarm.rises(loss):
         text = f"step {state.step}: the loss jumped to {loss:.3f} bits/dim"
@@ -213,6 +218,18 @@ def _log(
         job.tracker.event(state.step, "loss_spike", text, bits_per_dim=loss)
     job.tracker.log(state.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
     job.progress.update(state.step, loss, metrics["perf/images_per_s"])
+
+
+def _count_damaged_blocks(job: Job, state: TrainingState, damaged: DamagedBlocks) -> int:
+    """How many different blocks all ranks have met; what is new becomes an event. Collective.
+
+    Raises DataError on all ranks when there are more than the config allows.
+    """
+    fresh = damaged.merge(from_all_ranks(damaged.snapshot()))
+    for number, cause in fresh.items():
+        text = f"step {state.step}: block {number} of the training data was replaced by the next good one: {cause}"
+        job.tracker.event(state.step, "damaged_block", text, block=number)
+    return len(damaged.causes)
 
 
 def _evaluate(job: Job, state: TrainingState, images: int | None) -> float:

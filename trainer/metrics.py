@@ -20,6 +20,7 @@
 | `perf/communication_ms` | ms | time per update in which collectives ran, rank 0; measured in the window of `--profile` only, because the backends work in the background and a timer in every step would stop them |
 | `perf/communication_exposed_ms` | ms | of it, while no other kernel ran; on GPUs, likewise |
 | `data/wait_fraction` | | share of the time of an update spent waiting for the data stream, rank 0 |
+| `data/damaged_blocks` | blocks | blocks of training images that were damaged and replaced by others, all ranks, since this attempt began; only with `data.max_damaged_blocks` |
 | `mem/peak_gib` | GiB | largest memory of any rank since its start: what torch had allocated on the GPU; on a CPU the process's resident memory |
 | `progress/images_seen` | images | training images consumed |
 | `progress/epoch` | epochs | the same, in passes over the training set |

@@ -32,6 +32,7 @@ import torch.distributed  # noqa: E402
 
 from data_pipeline.batch import Batch  # noqa: E402
 from data_pipeline.block_cache import BlockCache  # noqa: E402
+from data_pipeline.damaged_blocks import DamagedBlocks  # noqa: E402
 from data_pipeline.loader import Shards, evaluation_batches, open_shards, train_batches  # noqa: E402
 from data_pipeline.storage import Store  # noqa: E402
 from models.image_transformer import ImageTransformer, model_flops, num_parameters  # noqa: E402
@@ -183,6 +184,8 @@ def run(
             if grid is not None:
                 tracker.log_image(step, "samples", grid)
 
+        allowed = config.data.max_damaged_blocks
+        damaged_blocks = DamagedBlocks(allowed) if allowed else None
         batches = train_batches(
             train_shards,
             seed=config.run.seed,
@@ -194,6 +197,7 @@ def run(
             micro_batch_images=config.train.micro_batch_images,
             fetch_threads=config.data.fetch_threads,
             prefetch_batches=config.data.prefetch_batches,
+            damaged=damaged_blocks,
         )
         profiler = StepProfiler(profile, files.folder / "profile", rank=ranks.rank, device=device)
         job = Job(
@@ -201,6 +205,7 @@ def run(
             ranks=ranks,
             engine=engine,
             batches=batches,
+            damaged_blocks=damaged_blocks,
             images_per_epoch=train_shards.count,
             data_digest=train_shards.digest,
             evaluate=validate,
