@@ -16,7 +16,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.image_transformer import ImageTransformer
 from trainer.checkpoint import CheckpointError, Weights
@@ -24,6 +24,7 @@ from trainer.config import ConfigError, RunConfig, config_from
 from trainer.engine import State
 from trainer.exit_codes import UsageError
 from trainer.journal import write_json
+from trainer.optimizer import state_names
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
@@ -158,11 +159,12 @@ def origin_tags(folder: Path, exported: ExportedModel) -> dict[str, str]:
 
 
 def first_states(exported: ExportedModel, config: RunConfig) -> Iterator[tuple[str, State]]:
-    """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: Adam starts anew, and so
-    does the average of the weights, from them."""
+    """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: the optimizer starts
+    anew, and so does the average of the weights, from them."""
     for name, weight in exported.state.items():
-        first = {"weight": weight, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        yield name, first | ({"ema": weight.clone()} if config.optimizer.ema_decay else {})
+        names = state_names(name, nn.Parameter(weight, requires_grad=False), config.optimizer)
+        states = {key: weight.clone() if key == "ema" else torch.zeros_like(weight) for key in names}
+        yield name, {"weight": weight, **states}
 
 
 def _description(folder: Path) -> dict[str, Any]:

@@ -324,6 +324,8 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, 
     ]
     if checkpoint.config["run"]["seed"] != config.run.seed:
         different.append(f"run.seed {checkpoint.config['run']['seed']} there, {config.run.seed} here")
+    if (name := checkpoint.config["optimizer"]["name"]) != config.optimizer.name:
+        different.append(f"optimizer.name {name} there, {config.optimizer.name} here")
     if checkpoint.data_digest != train_shards.digest:
         different.append("the training data set")
     if different:
