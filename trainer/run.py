@@ -34,7 +34,7 @@ from data_pipeline.batch import Batch  # noqa: E402
 from data_pipeline.block_cache import BlockCache  # noqa: E402
 from data_pipeline.loader import Shards, evaluation_batches, open_shards, train_batches  # noqa: E402
 from data_pipeline.storage import Store  # noqa: E402
-from models.image_transformer import ImageTransformer, model_flops, num_parameters  # noqa: E402
+from models.image_transformer import ImageTransformer, flops_by_part, model_flops, num_parameters  # noqa: E402
 from trainer.checkpoint import (  # noqa: E402
     STORE_DEADLINE_SECONDS,
     Checkpoint,
@@ -231,7 +231,18 @@ def run(
             fetch_threads=config.data.fetch_threads,
             prefetch_batches=config.data.prefetch_batches,
         )
-        profiler = StepProfiler(profile, files.folder / "profile", rank=ranks.rank, device=device)
+        profiler = StepProfiler(
+            profile,
+            files.folder / "profile",
+            rank=ranks.rank,
+            device=device,
+            flops=flops_by_part(
+                config.model,
+                checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+                checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+            ),
+            images_per_update=config.train.global_batch_images / ranks.world_size,
+        )
         job = Job(
             config=config,
             ranks=ranks,
