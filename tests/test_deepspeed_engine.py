@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch.distributed
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.cpp_extension import _get_build_directory
 
 from models.image_transformer import ImageTransformer
 from models.likelihood import nats
@@ -162,6 +164,35 @@ def test_an_optimizer_in_host_memory_gives_the_same_losses(device: torch.device,
     second = DeepSpeedEngine(new_model(offloaded), offloaded, ALONE, device)
     second.load_state(states, updates=4)
     assert losses(second, range(4, 6)) == pytest.approx(losses(engine, range(4, 6)), abs=1e-3)
+
+
+@pytest.fixture
+def nvme(tmp_path: Path) -> Path:
+    """A folder to offload to, where DeepSpeed's async_io is built: building it here would take minutes."""
+    library = Path(_get_build_directory("async_io", verbose=False)) / "async_io.so"
+    if not library.exists():
+        command = 'python -c "from deepspeed.ops.op_builder.cpu import AsyncIOBuilder; AsyncIOBuilder().load()"'
+        pytest.skip(f"DeepSpeed's async_io is not built; install libaio-dev, then run {command}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("optimizer", "parameters"), [("nvme", "none"), ("nvme", "nvme"), ("none", "nvme")])
+def test_state_on_a_disk_gives_the_same_losses_and_goes_on(
+    device: torch.device, nvme: Path, optimizer: str, parameters: str
+) -> None:
+    # DeepSpeed leaves tensors of less than 1 MiB where they are.
+    large = {"model.width": 512, "model.attention_width": 512, "model.ff_width": 512}
+    config = tiny(3, "bf16", **large)
+    oracle = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(6))
+    offloading = {"offload_optimizer": optimizer, "offload_parameters": parameters, "offload_dir": nvme}
+    config = tiny(3, "bf16", **large, **{f"train.{name}": value for name, value in offloading.items()})
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    assert losses(engine, range(4)) == pytest.approx(oracle[:4], abs=1e-4)
+    assert sum(path.stat().st_size for path in nvme.rglob("*") if path.is_file()) > 1 << 20
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in engine.state()]
+    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second.load_state(states, updates=4)
+    assert losses(second, range(4, 6)) == pytest.approx(oracle[4:], abs=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

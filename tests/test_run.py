@@ -272,6 +272,14 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "16 or 24 would be" in fail(train__global_batch_images=20, ranks=2)
     assert "wants 4 ranks (run.world_size) and was launched with 1" in fail(run__world_size=4)
     assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
+    monkeypatch.setenv("CXX", "/bin/false")
+    nvme = {
+        "train__zero_stage": 3,
+        "train__precision": "bf16",
+        "train__offload_parameters": "nvme",
+        "train__offload_dir": tmp_path,
+    }
+    assert "train.offload_parameters: nvme needs a C++ compiler and the package libaio-dev" in fail(**nvme)
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
 

@@ -105,6 +105,11 @@ class TrainConfig:
                 "offload_parameters: needs zero_stage 3",
             ),
             (
+                # DeepSpeed 0.19 writes them in half precision there, without a word.
+                self.offload_parameters != "nvme" or self.precision != "fp32",
+                "offload_parameters: nvme needs precision bf16 or fp16 (fp32 weights would be rounded to 16 bits)",
+            ),
+            (
                 ("nvme" in (self.offload_optimizer, self.offload_parameters)) == (self.offload_dir is not None),
                 "offload_dir: must be a folder where something is offloaded to nvme, and null elsewhere",
             ),

@@ -3,6 +3,9 @@
 import importlib
 import logging
 import math
+import os
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -54,6 +57,9 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             dictionary["zero_optimization"][what] = block | (
                 {"nvme_path": train.offload_dir} if where == "nvme" else {}
             )
+            if what == "offload_optimizer" and where == "nvme":
+                # Of a tensor there are its weights, its gradient, two moments and the average, where one is kept.
+                dictionary["zero_optimization"][what]["buffer_count"] = 5 if config.optimizer.ema_decay else 4
             # torch's fused AdamW, as everywhere; DeepSpeed's own one is compiled at the first start.
             dictionary["zero_force_ds_cpu_optimizer"] = False
     if config.optimizer.name == "muon":
@@ -78,6 +84,28 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
         f"train.global_batch_images: {train.global_batch_images} is not a multiple of {world_size} ranks x "
         f"train.micro_batch_images {train.micro_batch_images} = {images}; {choices} would be"
     )
+
+
+def check_offloading(config: RunConfig) -> None:
+    """Raise ConfigError where something is offloaded to NVMe and DeepSpeed cannot build its code for that."""
+    train = config.train
+    where = [f"train.{name}" for name in ("offload_optimizer", "offload_parameters") if getattr(train, name) == "nvme"]
+    built: Any = importlib.import_module("deepspeed.git_version_info")
+    if not where or built.installed_ops.get("async_io"):
+        return
+    program = "#include <libaio.h>\nint main() { return io_submit(nullptr, 0, nullptr); }"
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, "-x", "c++", "-", "-o", f"{folder}/program", "-laio"]
+        try:
+            done = subprocess.run(command, input=program, text=True, capture_output=True, check=False).returncode == 0
+        except OSError:
+            done = False
+    if not done:
+        raise ConfigError(
+            f"{' and '.join(where)}: nvme needs a C++ compiler and the package libaio-dev on every machine, and "
+            f"{compiler} cannot build a program with libaio here; install them, or choose cpu"
+        )
 
 
 def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:

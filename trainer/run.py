@@ -44,7 +44,13 @@ from trainer.checkpoint import (  # noqa: E402
     list_complete,
 )
 from trainer.config import RunConfig, as_yaml, load_config  # noqa: E402
-from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config, init_distributed  # noqa: E402
+from trainer.deepspeed_engine import (  # noqa: E402
+    DeepSpeedEngine,
+    accumulation_steps,
+    check_offloading,
+    deepspeed_config,
+    init_distributed,
+)
 from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exit_codes import (  # noqa: E402
     BUG,
@@ -116,6 +122,7 @@ def main() -> int:
         if arguments.check:
             print_check(config, ranks)
             return FINISHED
+        check_offloading(config)
         lock = prepare_run_folder(config, train_shards, ranks)
         return run(config, ranks, train_shards, validation_shards, lock, profile, arguments.source, origin)
     except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
