@@ -74,7 +74,7 @@ class TrainConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"]
     """Where the optimizer's state lives and is updated: on the GPU, in host memory, or on a local disk (stage 3)."""
     offload_parameters: Literal["none", "cpu", "nvme"]
-    """Where the weights of layers that are not in use wait; needs stage 3."""
+    """Where the weights of layers that are not in use wait; needs stage 3, and nvme bf16 or fp16."""
     offload_dir: str | None
     """Folder on a local NVMe disk, where one of the two is `nvme`; otherwise null."""
     compile: bool
