@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="train: as for run.py"
     )
+    result.add_argument("--from", dest="source", metavar="EXPORT_DIR", help="train: as for run.py")
     result.add_argument("--nodes", help="train: how many, or MIN-MAX: after a loss it goes on with what is left")
     result.add_argument("--tasks", type=int, help="pack: parts that the work is cut into, one array task each")
     result.add_argument("--time", required=True, help="limit in Slurm's forms: minutes, 24:00:00 or 2-12")
@@ -113,6 +114,7 @@ def submit_training(options: argparse.Namespace) -> int:
     per_node = options.gpus_per_node or options.tasks_per_node or 1
     settings = read_settings(Path(options.config), options.overrides)
     program = ["--config", options.config, *(a for override in options.overrides for a in ("--set", override))]
+    program += ["--from", options.source] if options.source else []
     if not options.no_check:
         for nodes in {least, most}:
             environment = os.environ | {"WORLD_SIZE": str(nodes * per_node)}

@@ -306,6 +306,10 @@ class Flops:
         return self.forward + self.backward
 
 
+PARTS = ("embedding", "encoder", "attention projections", "attention scores", "feed-forward", "head")
+"""Of the model, in the order of the forward pass; scores are the products of queries, keys and values."""
+
+
 def forward_flops(config: ImageTransformerConfig) -> int:
     """Flops.forward of `model_flops`."""
     return model_flops(config).forward
@@ -314,6 +318,22 @@ def forward_flops(config: ImageTransformerConfig) -> int:
 def model_flops(
     config: ImageTransformerConfig, *, checkpoint_every_layers: int = 0, checkpoint_keeps_attention: bool = False
 ) -> Flops:
+    """The sum over the parts of `flops_by_part`."""
+    parts = flops_by_part(
+        config,
+        checkpoint_every_layers=checkpoint_every_layers,
+        checkpoint_keeps_attention=checkpoint_keeps_attention,
+    ).values()
+    return Flops(
+        forward=sum(part.forward for part in parts),
+        backward=sum(part.backward for part in parts),
+        recomputed=sum(part.recomputed for part in parts),
+    )
+
+
+def flops_by_part(
+    config: ImageTransformerConfig, *, checkpoint_every_layers: int = 0, checkpoint_keeps_attention: bool = False
+) -> dict[str, Flops]:
     """Exact: attention counts the pairs that the pattern lets see each other, and nothing else.
 
     Recomputation is that of every n-th layer of the decoder (0: none), with `checkpoint_keeps_attention` all of it but
@@ -328,21 +348,45 @@ def model_flops(
         if isinstance(module, nn.Linear)
     }
     own_pairs, encoder_pairs = model.pattern.num_pairs, length * encoder_length
-    own, across = (4 * config.attention_width * pairs for pairs in (own_pairs, encoder_pairs))
-    encoder = config.encoder_layers * 4 * config.attention_width * encoder_length**2
-    forward = sum(products.values()) + config.layers * (own + across) + encoder
-    first = products.get("embed_input.values", 0)  # a matrix only where intensities are combined linearly
+    scores = 4 * config.attention_width * (own_pairs + encoder_pairs)  # of one layer of the decoder
+    forward = dict.fromkeys(PARTS, 0)
+    for name, flops in products.items():
+        forward[_part_of(name)] += flops
+    forward["attention scores"] = config.layers * scores
+    forward["encoder"] += config.encoder_layers * 4 * config.attention_width * encoder_length**2
 
-    recomputed = 0
+    recomputed = dict.fromkeys(PARTS, 0)
     for index in range(config.layers):
         if is_checkpointed(index, checkpoint_every_layers):
             # The keys and values of the encoder are computed for all layers at once, outside of them.
-            inside = {n: p for n, p in products.items() if n.startswith(f"layers.{index}.") and not _reads_encoder(n)}
-            recomputed += sum(inside.values()) + (0 if checkpoint_keeps_attention else own + across)
+            for name, flops in products.items():
+                if name.startswith(f"layers.{index}.") and not _reads_encoder(name):
+                    recomputed[_part_of(name)] += flops
+            recomputed["attention scores"] += 0 if checkpoint_keeps_attention else scores
             if config.norm == "pre" and config.dropout == 0:
                 # Nothing after the layer's last product needs its result, so torch stops before it.
-                recomputed -= inside[f"layers.{index}.feed_forward.out"]
-    return Flops(forward=forward, backward=2 * forward - first, recomputed=recomputed)
+                recomputed["feed-forward"] -= products[f"layers.{index}.feed_forward.out"]
+    first = products.get("embed_input.values", 0)  # a matrix only where intensities are combined linearly
+    return {
+        part: Flops(
+            forward=forward[part],
+            backward=2 * forward[part] - (first if part == "embedding" else 0),
+            recomputed=recomputed[part],
+        )
+        for part in PARTS
+        if forward[part]
+    }
+
+
+def _part_of(module: str) -> str:
+    """The part of `PARTS` that a matrix product belongs to, by its module's name."""
+    if module.startswith("encoder."):
+        return "encoder"
+    if module.startswith("embed"):
+        return "embedding"
+    if module.startswith("layers."):
+        return "feed-forward" if ".feed_forward." in module else "attention projections"
+    return "head"
 
 
 def _keep_attention() -> tuple[Any, Any]:

@@ -1,21 +1,33 @@
 """Does DeepSpeed compute what plain torch computes, at every stage, and does its state move between stages?"""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.cpp_extension import _get_build_directory
 
 from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.launch import QUICKSTART, TINY_MODEL
+from tests.tiny_model import random_images
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config
 from trainer.engine import Engine, TorchEngine
+from trainer.optimizer import is_orthogonalised
 from trainer.ranks import Ranks
 
+MUON: dict[str, object] = {
+    "optimizer.name": "muon",
+    "optimizer.peak_lr": 0.003,
+    "optimizer.muon_peak_lr": 0.006,
+    "optimizer.clip_grad_norm": 0.0,
+}
+MUON_STAGES = [(0, "fp32"), (3, "fp32"), (1, "bf16"), (3, "bf16")]
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
 
@@ -145,6 +157,35 @@ def test_an_optimizer_in_host_memory_gives_the_same_losses(device: torch.device,
     assert losses(second, range(4, 6)) == pytest.approx(losses(engine, range(4, 6)), abs=1e-3)
 
 
+@pytest.fixture
+def nvme(tmp_path: Path) -> Path:
+    """A folder to offload to, where DeepSpeed's async_io is built: building it here would take minutes."""
+    library = Path(_get_build_directory("async_io", verbose=False)) / "async_io.so"
+    if not library.exists():
+        command = 'python -c "from deepspeed.ops.op_builder.cpu import AsyncIOBuilder; AsyncIOBuilder().load()"'
+        pytest.skip(f"DeepSpeed's async_io is not built; install libaio-dev, then run {command}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("optimizer", "parameters"), [("nvme", "none"), ("nvme", "nvme"), ("none", "nvme")])
+def test_state_on_a_disk_gives_the_same_losses_and_goes_on(
+    device: torch.device, nvme: Path, optimizer: str, parameters: str
+) -> None:
+    # DeepSpeed leaves tensors of less than 1 MiB where they are.
+    large = {"model.width": 512, "model.attention_width": 512, "model.ff_width": 512}
+    config = tiny(3, "bf16", **large)
+    oracle = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(6))
+    offloading = {"offload_optimizer": optimizer, "offload_parameters": parameters, "offload_dir": nvme}
+    config = tiny(3, "bf16", **large, **{f"train.{name}": value for name, value in offloading.items()})
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    assert losses(engine, range(4)) == pytest.approx(oracle[:4], abs=1e-4)
+    assert sum(path.stat().st_size for path in nvme.rglob("*") if path.is_file()) > 1 << 20
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in engine.state()]
+    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second.load_state(states, updates=4)
+    assert losses(second, range(4, 6)) == pytest.approx(oracle[4:], abs=1e-3)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_fp32_within_its_precision(device: torch.device, stage: int) -> None:
     config = tiny(stage, "bf16")
@@ -205,6 +246,113 @@ def test_the_average_of_the_weights_is_that_of_torch(device: torch.device, stage
     expected = dict(oracle.module.named_parameters())
     for name, state in engine.state():
         torch.testing.assert_close(state["ema"], expected[name].detach(), atol=1e-5, rtol=0)
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Newton-Schulz of Jordan et al. 2024: the singular vectors stay, singular values move to about 1."""
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def muon_by_hand(config: RunConfig, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor], list[float]]:
+    """Weights, momenta and losses of a Muon written out."""
+    model = new_model(config).train()
+    weights = dict(model.named_parameters())
+    momenta = {name: torch.zeros_like(p) for name, p in weights.items() if is_orthogonalised(name, p)}
+    rest = [(p.ndim >= 2, p) for name, p in weights.items() if name not in momenta]
+    adam = torch.optim.AdamW(
+        [
+            {"params": [p for is_matrix, p in rest if is_matrix], "weight_decay": 0.1},
+            {"params": [p for is_matrix, p in rest if not is_matrix], "weight_decay": 0.0},
+        ],
+        lr=0.003,
+        betas=(config.optimizer.beta1, config.optimizer.beta2),
+        eps=config.optimizer.eps,
+    )
+    seen = []
+    for step in range(steps):
+        model.zero_grad()
+        images = random_images(8, 8, seed=step) // 2
+        loss = nats("mixture", model(images), images).sum() / images.numel()
+        loss.backward()
+        seen.append(loss.item())
+        adam.step()
+        with torch.no_grad():
+            for name, momentum in momenta.items():
+                gradient = weights[name].grad
+                assert gradient is not None
+                rows, columns = gradient.shape
+                momentum.copy_(0.95 * momentum + 0.05 * gradient)
+                update = orthogonalised(0.05 * gradient + 0.95 * momentum) * max(1.0, rows / columns) ** 0.5
+                weights[name].copy_(weights[name] * (1 - 0.006 * 0.1) - 0.006 * update)
+    return weights, momenta, seen
+
+
+@pytest.mark.parametrize(("stage", "precision"), MUON_STAGES)
+def test_muon_is_that_by_hand(device: torch.device, stage: int, precision: str) -> None:
+    config = tiny(stage, precision, **MUON)
+    weights, momenta, expected = muon_by_hand(config, 4)
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    # bf16 rounds weights and gradients to 8 bits.
+    assert losses(engine, range(4)) == pytest.approx(expected, abs=1e-5 if precision == "fp32" else 0.02)
+    assert expected[-1] < expected[0] - 0.02
+    states = dict(engine.state())
+    for name, momentum in momenta.items():
+        assert states[name].keys() == {"weight", "momentum_buffer", "ema"}
+        error = (states[name]["momentum_buffer"] - momentum).norm() / momentum.norm()
+        assert error < (1e-5 if precision == "fp32" else 0.05)
+    for name in weights.keys() - momenta.keys():
+        assert states[name].keys() == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    if precision == "fp32":
+        for name, weight in weights.items():
+            torch.testing.assert_close(states[name]["weight"], weight.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("saved", "precision", "loaded"), [(0, "fp32", 3), (3, "fp32", 0), (1, "bf16", 1), (1, "bf16", 3), (3, "bf16", 3)]
+)
+def test_muon_goes_on_exactly_at_the_same_and_at_another_stage(
+    device: torch.device, saved: int, precision: str, loaded: int
+) -> None:
+    config = tiny(saved, precision, **MUON)
+    first = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(first, range(4))
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in first.state()]
+    rest = losses(first, range(4, 8))
+    config = tiny(loaded, precision, **MUON)
+    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second.load_state(states, updates=4)
+    # Stage 3 keeps the momentum in the precision of the gradients.
+    rounded = 2**-8 if (saved, loaded, precision) == (1, 3, "bf16") else 0.0
+    for (_, before), (_, after) in zip(states, second.state(), strict=True):
+        assert before.keys() == after.keys()
+        for key in before:
+            torch.testing.assert_close(after[key].float(), before[key].float(), rtol=rounded, atol=0)
+    assert losses(second, range(4, 8)) == pytest.approx(
+        rest, abs=1e-3 if rounded else 1e-5 if precision == "fp32" else 1e-6
+    )
+
+
+@pytest.mark.parametrize(("stage", "precision"), MUON_STAGES)
+def test_muon_skips_an_update_with_a_gradient_that_is_not_finite(
+    device: torch.device, stage: int, precision: str
+) -> None:
+    config = tiny(stage, precision, **MUON)
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(engine, range(2))
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
+    for factor in (float("nan"), 1.0):
+        engine.backward(engine.forward(random_images(4, 8), None, None).mean() * factor)
+        engine.step(0.003)
+    assert engine.outcome() == "skipped"
+    for name, state in engine.state():
+        assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
+    losses(engine, range(2, 3))
+    assert engine.outcome() == "applied"
 
 
 @pytest.mark.parametrize("stage", [0, 2])

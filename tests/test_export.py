@@ -23,7 +23,14 @@ from trainer.checkpoint import CheckpointError
 from trainer.config import RunConfig, load_config
 from trainer.engine import TorchEngine
 from trainer.exit_codes import UsageError
-from trainer.exported_model import Origin, first_states, is_exported, load_exported, write_exported
+from trainer.exported_model import (
+    Origin,
+    first_states,
+    is_exported,
+    load_exported,
+    load_first_weights,
+    write_exported,
+)
 from trainer.journal import Journal, RunFiles
 from trainer.run_folder import TrainedModel, load_trained_model
 
@@ -73,7 +80,8 @@ def test_the_tools_load_it_in_place_of_a_run(folder: Path) -> None:
     images = random_images(2, 8)
     assert torch.equal(trained.model(images), new_model().to(trained.device)(images))
     assert (trained.step, trained.config) == (7, config_of())
-    assert load_trained_model(str(folder), "raw").step == 7  # --weights was not given
+    unasked = load_trained_model(str(folder), "raw")  # --weights was not given
+    assert (unasked.step, unasked.weights) == (7, "ema")
     with pytest.raises(UsageError, match="--weights avg: .* holds ema weights; leave it out"):
         load_trained_model(str(folder), "avg")
 
@@ -198,16 +206,17 @@ def test_a_run_can_begin_from_it_as_from_the_weights_themselves(folder: Path) ->
     config = config_of(train__precision="fp32")
     expected = list(losses(TorchEngine(new_model(), config), range(4)))
     engine = TorchEngine(new_model(seed=9), config)
-    engine.load_state(first_states(folder, config), updates=0)
+    engine.load_state(first_states(load_first_weights(folder, config), config), updates=0)
     assert list(losses(engine, range(4))) == pytest.approx(expected, abs=1e-6)
     assert list(losses(TorchEngine(new_model(seed=9), config), range(4))) != pytest.approx(expected, abs=1e-3)
 
 
 def test_a_run_with_another_model_cannot_begin_from_it(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"another model.memory \(16, not 8\) and model.heads \(2, not 4\)"):
-        first_states(folder, config_of(model__heads=4, model__memory=8))
-    assert next(first_states(folder, config_of(model__dropout=0.1)))[1].keys() >= {"weight", "exp_avg", "ema"}
-    assert "ema" not in next(first_states(folder, config_of(optimizer__ema_decay=0.0)))[1]
+        load_first_weights(folder, config_of(model__heads=4, model__memory=8))
+    exported = load_first_weights(folder, config_of(model__dropout=0.1))
+    assert next(first_states(exported, config_of()))[1].keys() >= {"weight", "exp_avg", "ema"}
+    assert "ema" not in next(first_states(exported, config_of(optimizer__ema_decay=0.0)))[1]
 
 
 @pytest.fixture
@@ -216,7 +225,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = RunFiles(tmp_path / "run")
     files.folder.mkdir()
     files.write_state(mlflow_run_id="0123")
-    trained = TrainedModel(new_model(), config_of(), 7, files, torch.device("cpu"))
+    trained = TrainedModel(new_model(), config_of(), 7, "raw", files, torch.device("cpu"))
     checkpoint = SimpleNamespace(step=7, data_digest="digest of the data")
     monkeypatch.setattr(export_tool, "load_trained_model", lambda *_: trained)
     monkeypatch.setattr(export_tool, "intact", lambda url, count: (None, [checkpoint] * count))

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.image_transformer import (
     ImageTransformer,
     ImageTransformerConfig,
+    flops_by_part,
     forward_flops,
     model_flops,
     num_parameters,
@@ -239,6 +240,26 @@ def test_flops_are_those_that_torch_counts_with_only_visible_pairs_of_attention(
     pairs = config.layers * (int(model.pattern.mask().sum()) + length * encoder_length)
     pairs += config.encoder_layers * encoder_length**2
     assert forward_flops(config) == matrices + 4 * config.attention_width * pairs
+
+
+def test_each_part_takes_the_flops_that_torch_counts_in_its_modules() -> None:
+    config = tiny_config(**PIXELS, **MODERN, **CONDITIONS["super-resolution"])
+    model = ImageTransformer(config)
+    model.attend = lambda q, k, v: local_attention(q, k, v, model.pattern, backend="reference")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(random_images(1, 4), **random_conditions(config, 1))
+    counted = {name.removeprefix("ImageTransformer."): sum(f.values()) for name, f in counter.get_flop_counts().items()}
+    parts = {name: part.forward for name, part in flops_by_part(config).items()}
+    modules = {
+        "embedding": counted["embed_input"],
+        "encoder": counted["encoder"],
+        "feed-forward": sum(counted[f"layers.{index}.feed_forward"] for index in range(config.layers)),
+        "head": counted["head"],
+    }
+    assert {name: parts[name] for name in modules} == modules
+    dense = 4 * config.attention_width * config.layers * (model.pattern.length**2 - model.pattern.num_pairs)
+    attention = counter.get_total_flops() - sum(modules.values()) - dense
+    assert parts["attention projections"] + parts["attention scores"] == attention
 
 
 def test_no_more_than_the_visible_pairs_are_counted_and_the_backward_pass_takes_twice_as_much() -> None:

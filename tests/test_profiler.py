@@ -10,10 +10,15 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from models.image_transformer import Flops
 from trainer.config import ConfigError
-from trainer.profiler import StepProfiler, Window, communication_metrics, parse_window
+from trainer.profiler import StepProfiler, Window, communication_metrics, flops_table, parse_window
 
 CPU = torch.device("cpu")
+PARTS = {
+    "attention scores": Flops(forward=10**9, backward=2 * 10**9, recomputed=10**9),
+    "head": Flops(forward=3 * 10**9, backward=6 * 10**9, recomputed=0),
+}
 
 
 def run_steps(profiler: StepProfiler, begin: int, end: int) -> list[tuple[int, dict[str, float]]]:
@@ -46,11 +51,12 @@ def rows_multiplied(trace: Path) -> list[int]:
 def test_the_window_and_nothing_else_is_recorded(
     tmp_path: Path, begin: int, end: int, recorded: list[int], written: str
 ) -> None:
-    profiler = StepProfiler(Window(4, 3), tmp_path / "profile", rank=0, device=CPU)
+    profiler = StepProfiler(Window(4, 3), tmp_path / "profile", rank=0, device=CPU, flops=PARTS, images_per_update=4)
     ((when, metrics),) = run_steps(profiler, begin, end)
     assert when == recorded[-1]
     assert metrics == {"perf/communication_ms": 0.0}  # one process
-    trace, table = profiler.files
+    trace, table, flops = profiler.files
+    assert f"{4 * len(recorded)} images of this rank" in flops.read_text()
     assert rows_multiplied(trace) == [update + 10 for update in recorded]
     assert trace.name == f"steps-{written}.trace.json.gz"
     assert "aten::mm" in table.read_text()
@@ -62,7 +68,7 @@ def test_the_window_and_nothing_else_is_recorded(
 def test_without_a_window_on_other_ranks_and_outside_of_it_nothing_happens(
     tmp_path: Path, window: Window | None, rank: int, begin: int
 ) -> None:
-    profiler = StepProfiler(window, tmp_path / "profile", rank=rank, device=CPU)
+    profiler = StepProfiler(window, tmp_path / "profile", rank=rank, device=CPU, flops=PARTS, images_per_update=4)
     assert run_steps(profiler, begin, 8) == []
     assert profiler.files == [] and not (tmp_path / "profile").exists()
 
@@ -89,6 +95,16 @@ def test_communication_is_counted_once_and_exposed_where_nothing_else_runs() -> 
 def test_on_a_cpu_collectives_of_gloo_are_counted() -> None:
     events = [event("gloo:all_reduce", 500, 2500, DeviceType.CPU), event("aten::mm", 0, 9000, DeviceType.CPU)]
     assert communication_metrics(events, updates=1, on_gpu=False) == {"perf/communication_ms": 2.0}
+
+
+def test_the_table_of_operations_has_each_part_and_what_was_achieved() -> None:
+    header, scores, head, total, _, window, achieved = flops_table(PARTS, images=8, seconds=2.0).splitlines()
+    assert header.split()[-4:] == ["forward", "backward", "recomputed", "share"]
+    assert scores.split() == ["attention", "scores", "1.0000", "2.0000", "1.0000", "25.0%"]
+    assert head.split() == ["head", "3.0000", "6.0000", "0.0000", "75.0%"]
+    assert total.split() == ["all", "4.0000", "8.0000", "1.0000", "100.0%"]
+    assert window.startswith("8 images of this rank in 2.000 s")
+    assert achieved == "0.0480 TFLOP/s of the model, 0.0520 TFLOP/s with recomputation"
 
 
 @pytest.mark.parametrize("text", ["", "5", "5:", ":5", "0:3", "5:0", "-5:3", "a:b", "5:3:1", "5 : 3"])

@@ -272,6 +272,10 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "16 or 24 would be" in fail(train__global_batch_images=20, ranks=2)
     assert "wants 4 ranks (run.world_size) and was launched with 1" in fail(run__world_size=4)
     assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
+    monkeypatch.setenv("CXX", "/bin/false")
+    offload = {"train__zero_stage": 3, "train__offload_parameters": "nvme", "train__offload_dir": tmp_path}
+    assert "needs a C++ compiler and the package libaio-dev" in fail(**offload, train__precision="bf16")
+    assert "offload_parameters: nvme needs precision bf16 or fp16" in fail(**offload, train__precision="fp32")
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
 

@@ -41,7 +41,8 @@ def flags(script: str) -> dict[str, str]:
 def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     options = [*CONFIG, "--nodes", "6-8", "--time", "1-12", "--after", "12,13", "--interface", "ib0"]
     options += ["--set", f"run.dir={tmp_path}/my run", "--set", "tracking.uri=http://mlflow:5000"]
-    script = dry_run(capsys, *options, "--warn-seconds", "600", "--venv", "/opt/venv", "--cpus-per-task", "12")
+    options += ["--from", "the export", "--venv", "/opt/venv", "--cpus-per-task", "12"]
+    script = dry_run(capsys, *options, "--warn-seconds", "600")
     assert flags(script) == {
         "requeue": "",
         "open-mode": "append",
@@ -63,7 +64,8 @@ def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureF
         "export TASKS_PER_NODE=8",
         "export CPUS_PER_TASK=12",
         "export WARN_SECONDS=600",
-        f"set -- {' '.join(CONFIG[:2])} --set 'run.dir={tmp_path}/my run' --set tracking.uri=http://mlflow:5000",
+        f"set -- {' '.join(CONFIG[:2])} --set 'run.dir={tmp_path}/my run' --set tracking.uri=http://mlflow:5000"
+        " --from 'the export'",
     ):
         assert line in script.splitlines()
     assert "--data-url data/quickstart/train" in script

@@ -20,4 +20,4 @@ def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
     config = load_config(QUICKSTART, arguments[1::2])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    return TrainedModel(ImageTransformer(config.model).eval(), config, 7, RunFiles(folder), torch.device("cpu"))
+    return TrainedModel(ImageTransformer(config.model).eval(), config, 7, "raw", RunFiles(folder), torch.device("cpu"))

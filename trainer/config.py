@@ -74,7 +74,7 @@ class TrainConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"]
     """Where the optimizer's state lives and is updated: on the GPU, in host memory, or on a local disk (stage 3)."""
     offload_parameters: Literal["none", "cpu", "nvme"]
-    """Where the weights of layers that are not in use wait; needs stage 3."""
+    """Where the weights of layers that are not in use wait; needs stage 3, and nvme bf16 or fp16."""
     offload_dir: str | None
     """Folder on a local NVMe disk, where one of the two is `nvme`; otherwise null."""
     compile: bool
@@ -105,6 +105,11 @@ class TrainConfig:
                 "offload_parameters: needs zero_stage 3",
             ),
             (
+                # DeepSpeed 0.19 writes them in half precision there, without a word.
+                self.offload_parameters != "nvme" or self.precision != "fp32",
+                "offload_parameters: nvme needs precision bf16 or fp16 (fp32 weights would be rounded to 16 bits)",
+            ),
+            (
                 ("nvme" in (self.offload_optimizer, self.offload_parameters)) == (self.offload_dir is not None),
                 "offload_dir: must be a folder where something is offloaded to nvme, and null elsewhere",
             ),
@@ -114,8 +119,15 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    name: Literal["adamw", "muon"]
+    """adamw: AdamW; with weight_decay 0, Adam as in the paper. muon: Muon (Jordan et al. 2024), momentum that is made
+    orthogonal, on the matrices of the layers, and AdamW on embeddings, head, norms and biases; needs bf16 at zero_stage
+    1 or 3, or fp32 at 0 or 3."""
     peak_lr: float
     """Highest learning rate of the schedule."""
+    muon_peak_lr: float
+    """The same of the matrices that Muon updates, whose update has a spectral norm of about 1 before this factor; 0 for
+    adamw. 0.02 is usual."""
     schedule: Literal["noam", "rsqrt", "cosine", "wsd"]
     """noam: linear warm-up, then step^-1/2 (Vaswani et al. 2017). rsqrt: constant, then step^-1/2.
     cosine: linear warm-up, then a half cosine down to final_lr_fraction.
@@ -140,6 +152,10 @@ class OptimizerConfig:
         require(
             self,
             (0 < self.peak_lr < math.inf, "peak_lr: must be above 0 and finite"),
+            (
+                (0 < self.muon_peak_lr < math.inf) if self.name == "muon" else self.muon_peak_lr == 0,
+                "muon_peak_lr: must be above 0 and finite for muon, and 0 for adamw",
+            ),
             (self.warmup_steps >= 0, "warmup_steps: must be at least 0"),
             (
                 self.schedule not in ("noam", "rsqrt") or self.warmup_steps >= 1,
@@ -301,6 +317,18 @@ class RunConfig:
             # DeepSpeed's stage-0 bf16 optimizer takes a zero-gradient step when it is built, which shortens
             # the first real one.
             found.append(f"train.zero_stage: {train.precision} needs stage 1 or higher (stage 0 trains fp32 only)")
+        if self.optimizer.name == "muon":
+            # DeepSpeed 0.19 lays the momentum out by whole matrices at stage 2, and at stage 1 in fp32, where it cannot
+            # be read parameter by parameter; and at stage 3 it measures and clips the orthogonalised update.
+            if (train.precision, train.zero_stage) not in (("bf16", 1), ("bf16", 3), ("fp32", 0), ("fp32", 3)):
+                found.append(
+                    "optimizer.name: muon needs train.precision bf16 with train.zero_stage 1 or 3, or fp32 with 0 or "
+                    f"3, not {train.precision} with {train.zero_stage}"
+                )
+            if train.offload_optimizer != "none" or train.offload_parameters != "none":
+                found.append("optimizer.name: muon needs train.offload_optimizer and train.offload_parameters none")
+            if train.zero_stage == 3 and self.optimizer.clip_grad_norm:
+                found.append("optimizer.clip_grad_norm: must be 0 for muon with train.zero_stage 3")
         if train.activation_checkpoint_every_layers > self.model.layers:
             found.append(
                 f"train.activation_checkpoint_every_layers: {train.activation_checkpoint_every_layers} "

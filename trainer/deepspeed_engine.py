@@ -3,6 +3,9 @@
 import importlib
 import logging
 import math
+import os
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -21,12 +24,14 @@ from torch import Tensor, nn
 
 from models.image_transformer import num_parameters
 from models.layer import Layer
-from trainer.config import ConfigError, RunConfig
+from trainer.config import ConfigError, OptimizerConfig, RunConfig
 from trainer.engine import Outcome, State
 from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
-from trainer.optimizer import build_optimizer
+from trainer.optimizer import build_optimizer, is_orthogonalised, keep_ema, state_names
 from trainer.ranks import Ranks
+
+MUON_MOMENTUM = 0.95
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -52,8 +57,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             dictionary["zero_optimization"][what] = block | (
                 {"nvme_path": train.offload_dir} if where == "nvme" else {}
             )
+            if what == "offload_optimizer" and where == "nvme":
+                # Of a tensor there are its weights, its gradient, two moments and the average, where one is kept.
+                dictionary["zero_optimization"][what]["buffer_count"] = 5 if config.optimizer.ema_decay else 4
             # torch's fused AdamW, as everywhere; DeepSpeed's own one is compiled at the first start.
             dictionary["zero_force_ds_cpu_optimizer"] = False
+    if config.optimizer.name == "muon":
+        dictionary["zero_optimization"]["reduce_scatter"] = False  # stage 3 wants it so: matrices are reduced whole
     if train.precision == "bf16":
         # Micro-batch gradients are added in fp32: in bf16, 8 bits of mantissa lose the small ones.
         dictionary |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -76,6 +86,28 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     )
 
 
+def check_offloading(config: RunConfig) -> None:
+    """Raise ConfigError where something is offloaded to NVMe and DeepSpeed cannot build its code for that."""
+    train = config.train
+    where = [f"train.{name}" for name in ("offload_optimizer", "offload_parameters") if getattr(train, name) == "nvme"]
+    built: Any = importlib.import_module("deepspeed.git_version_info")
+    if not where or built.installed_ops.get("async_io"):
+        return
+    program = "#include <libaio.h>\nint main() { return io_submit(nullptr, 0, nullptr); }"
+    compiler = os.environ.get("CXX", "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [compiler, "-x", "c++", "-", "-o", f"{folder}/program", "-laio"]
+        try:
+            done = subprocess.run(command, input=program, text=True, capture_output=True, check=False).returncode == 0
+        except OSError:
+            done = False
+    if not done:
+        raise ConfigError(
+            f"{' and '.join(where)}: nvme needs a C++ compiler and the package libaio-dev on every machine, and "
+            f"{compiler} cannot build a program with libaio here; install them, or choose cpu"
+        )
+
+
 def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
     """Join the other ranks and return this rank's device; after `timeout_seconds` without an answer, raise.
 
@@ -93,8 +125,46 @@ def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
     get_accelerator().set_device(local_rank)
     if get_accelerator().device_name() == "cpu":
         backend.build_shm_op = lambda: None
+        # What Muon computes: compiled, the first step of a small model takes a minute.
+        compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+        compiler.compile = lambda: lambda function: function
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def build_muon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon on the matrices of the layers and AdamW on the rest, both with decoupled weight decay.
+
+    A plain optimizer would see ZeRO's flat shards. DeepSpeed puts matrices together, orthogonalises, and hands the
+    optimizer its share of the update, for parameters that have the attribute `use_muon`.
+    """
+    # By its full name, when it is needed: with it, DeepSpeed loads torch's compiler.
+    muon: Any = importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    orthogonalised: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_muons = is_orthogonalised(name, parameter)
+        parameter.use_muon, parameter.muon_num_heads = is_muons, None  # type: ignore[attr-defined]
+        (orthogonalised if is_muons else matrices if parameter.ndim >= 2 else vectors).append(parameter)
+    adam = {"use_muon": False, "lr": config.peak_lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    groups = [
+        {
+            "params": orthogonalised,
+            "use_muon": True,
+            "lr": config.muon_peak_lr,
+            "momentum": MUON_MOMENTUM,
+            "weight_decay": config.weight_decay,
+        },
+        {"params": matrices, "weight_decay": config.weight_decay, **adam},
+        {"params": vectors, "weight_decay": 0.0, **adam},
+    ]
+    optimizer: torch.optim.Optimizer = muon.MuonWithAuxAdam(
+        groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs={"fused": True}
+    )
+    if config.ema_decay:
+        keep_ema(optimizer, config.ema_decay)
+    return optimizer
 
 
 class DeepSpeedEngine:
@@ -109,11 +179,15 @@ class DeepSpeedEngine:
             for module in model.modules():
                 if isinstance(module, Layer):
                     module.compile()
-        self._optimizer = build_optimizer(model, config.optimizer)
+        self._state_names = {name: state_names(name, p, config.optimizer) for name, p in model.named_parameters()}
+        uses_muon = config.optimizer.name == "muon"
+        self._optimizer = build_muon(model, config.optimizer) if uses_muon else build_optimizer(model, config.optimizer)
+        self._muon_lr_ratio = config.optimizer.muon_peak_lr / config.optimizer.peak_lr
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
         )
         self._sharded = config.train.zero_stage > 0
+        self._norm_is_of_updates = uses_muon and config.train.zero_stage == 3
         self._fp16 = config.train.precision == "fp16"
         self._blank = blank_inputs(config.model, device)
 
@@ -126,7 +200,7 @@ class DeepSpeedEngine:
 
     def step(self, learning_rate: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * (self._muon_lr_ratio if group.get("use_muon") else 1.0)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return
@@ -134,7 +208,7 @@ class DeepSpeedEngine:
             self._step_unsharded()
             return
         self._engine.step()
-        self._gradient_norm = float(self._engine.get_global_grad_norm())
+        self._gradient_norm = None if self._norm_is_of_updates else float(self._engine.get_global_grad_norm())
         if self._engine.was_step_applied():
             self._outcome = "applied"
         else:
@@ -166,10 +240,10 @@ class DeepSpeedEngine:
         for name, parameter in self._engine.module.named_parameters():
             if self._sharded:
                 state = {"weight": safe_get_full_fp32_param(parameter)}
-                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments()}
+                state |= {key: safe_get_full_optimizer_state(parameter, key) for key in self._moments(name)}
             else:
                 stored = self._optimizer.state[parameter]
-                state = {"weight": parameter.detach()} | {key: stored[key] for key in self._moments()}
+                state = {"weight": parameter.detach()} | {key: stored[key] for key in self._moments(name)}
             yield name, state
 
     def load_state(self, states: Iterable[tuple[str, State]], updates: int) -> None:
@@ -190,12 +264,12 @@ class DeepSpeedEngine:
                 else:
                     self._optimizer.state[parameter][key].copy_(value)
         for stored in self._optimizer.state.values():
-            stored["step"].fill_(updates)
+            if "step" in stored:  # Muon counts no updates
+                stored["step"].fill_(updates)
 
-    def _moments(self) -> list[str]:
-        """Names of the optimizer's tensors; there are none before the first update."""
-        stored: dict[str, Tensor] = next(iter(self._optimizer.state.values()), {})
-        return [key for key in stored if key != "step"]
+    def _moments(self, name: str) -> list[str]:
+        """Names of the optimizer's tensors of a parameter; there are none before the first update."""
+        return self._state_names[name] if any(self._optimizer.state.values()) else []
 
     def _create_optimizer_state(self) -> None:
         """One update on a blank image at learning rate 0: DeepSpeed makes optimizer state in its first update only."""

@@ -11,8 +11,8 @@ from trainer.config import RunConfig
 from trainer.optimizer import build_optimizer
 
 State = dict[str, Tensor]
-"""fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq`,
-and `ema` where an average of the weights is kept."""
+"""fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq` or
+Muon's `momentum_buffer`, and `ema` where an average of the weights is kept."""
 
 
 Outcome = Literal["applied", "rescaled", "skipped"]
@@ -42,7 +42,7 @@ class Engine(Protocol):
         ...
 
     def gradient_norm(self) -> float | None:
-        """Global gradient norm before clipping of the last update, None before the first."""
+        """Global gradient norm before clipping of the last update; None before the first, and where nobody knows it."""
         ...
 
     def train(self, mode: bool) -> None:
@@ -59,7 +59,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One process, fp32, no DeepSpeed: the oracle that DeepSpeed's losses are compared with."""
+    """One process, fp32, AdamW, no DeepSpeed: the oracle that DeepSpeed's losses are compared with."""
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

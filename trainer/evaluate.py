@@ -102,7 +102,7 @@ def _evaluate_run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         all_sum(by_position)
         if ranks.rank == 0:
             bits = (by_position / (shards.count * math.log(2))).cpu().numpy()
-            _report(arguments.weights, trained, shards, scores, bits)
+            _report(trained, shards, scores, bits)
 
 
 @contextlib.contextmanager
@@ -134,11 +134,11 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
         raise problem
     if code is not None:
         raise SystemExit(code)  # rank 0 tells why
-    told = from_rank_0((trained.config, trained.step, trained.files) if trained else None)
+    told = from_rank_0((trained.config, trained.step, trained.weights, trained.files) if trained else None)
     if trained is None:
-        config, step, files = told
+        config, step, weights, files = told
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trained = TrainedModel(ImageTransformer(config.model).to(device).eval(), config, step, files, device)
+        trained = TrainedModel(ImageTransformer(config.model).to(device).eval(), config, step, weights, files, device)
     if trained.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     for tensor in trained.model.state_dict().values():
@@ -146,8 +146,9 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
     return trained
 
 
-def _report(weights: str, trained: TrainedModel, shards: Shards, scores: dict[str, float], bits: np.ndarray) -> None:
+def _report(trained: TrainedModel, shards: Shards, scores: dict[str, float], bits: np.ndarray) -> None:
     """Record and print the result; `bits` are the mean bits of each sub-pixel, [H, W, 3]."""
+    weights = trained.weights
     mean, error = scores["val/bits_per_dim"], scores["val/bits_per_dim_stderr"]
     channels = dict(zip(CHANNELS, bits.mean(axis=(0, 1)).tolist(), strict=True))
     final = {f"final/{weights}_bits_per_dim": mean, f"final/{weights}_bits_per_dim_stderr": error}
@@ -168,7 +169,7 @@ def _report(weights: str, trained: TrainedModel, shards: Shards, scores: dict[st
         "bits_per_dim_by_row": bits.mean(axis=(1, 2)).tolist(),
         "bits_per_dim_by_column": bits.mean(axis=(0, 2)).tolist(),
     }
-    record_results(trained.files, trained.step, final, _write(trained, weights, bits, details), folder="evaluation")
+    record_results(trained.files, trained.step, final, _write(trained, bits, details), folder="evaluation")
 
     print(f"bits/dim over all {shards.count} validation images of {shards.url}")
     print(f"  {'uniform model':<18} {UNIFORM_BITS_PER_DIM:.3f}")
@@ -176,12 +177,12 @@ def _report(weights: str, trained: TrainedModel, shards: Shards, scores: dict[st
         print(f"  {codec:<18} {value:.3f}   (one file an image)")
     print(f"  {'this model':<18} {mean:.3f} +- {error:.3f}   (step {trained.step}, {weights} weights)")
     print(f"  {'':<18} {', '.join(f'{channel} {value:.3f}' for channel, value in channels.items())}")
-    print(f"bits of each position: {trained.files.folder / 'evaluation'}/{_stem(trained, weights)}.png, .npy, .json")
+    print(f"bits of each position: {trained.files.folder / 'evaluation'}/{_stem(trained)}.png, .npy, .json")
 
 
-def _write(trained: TrainedModel, weights: str, bits: np.ndarray, details: dict[str, object]) -> list[Path]:
+def _write(trained: TrainedModel, bits: np.ndarray, details: dict[str, object]) -> list[Path]:
     """The files of the breakdown, in the run's folder `evaluation`."""
-    stem = trained.files.folder / "evaluation" / _stem(trained, weights)
+    stem = trained.files.folder / "evaluation" / _stem(trained)
     stem.parent.mkdir(exist_ok=True)
     array, picture, text = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npy", ".png", ".json"))
     np.save(array, bits.astype(np.float32))
@@ -191,8 +192,8 @@ def _write(trained: TrainedModel, weights: str, bits: np.ndarray, details: dict[
     return [picture, array, text]
 
 
-def _stem(trained: TrainedModel, weights: str) -> str:
-    return f"bits-{weights}-step-{trained.step:09d}"
+def _stem(trained: TrainedModel) -> str:
+    return f"bits-{trained.weights}-step-{trained.step:09d}"
 
 
 def _with_progress(batches: Iterator[Batch], total: int) -> Iterator[Batch]:

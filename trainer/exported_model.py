@@ -16,14 +16,15 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.image_transformer import ImageTransformer
 from trainer.checkpoint import CheckpointError, Weights
-from trainer.config import RunConfig, config_from
+from trainer.config import ConfigError, RunConfig, config_from
 from trainer.engine import State
 from trainer.exit_codes import UsageError
 from trainer.journal import write_json
+from trainer.optimizer import state_names
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
@@ -55,6 +56,8 @@ class ExportedModel:
     origin: Origin
     state: dict[str, Tensor]
     """fp32, by name: what the model's load_state_dict takes."""
+    digest: str
+    """SHA-256 of the file of weights."""
 
 
 def is_exported(folder: Path) -> bool:
@@ -120,28 +123,48 @@ def load_exported(folder: Path) -> ExportedModel:
         raise CheckpointError(f"{path}: is not a safetensors file ({error}); export the run again") from error
     if problem := _misfit(config, state):
         raise CheckpointError(f"{path}: does not fit the model of {DESCRIPTION_FILE}: {problem}; export the run again")
-    return ExportedModel(config=config, origin=origin, state=state)
+    return ExportedModel(config=config, origin=origin, state=state, digest=checksum)
 
 
-def first_states(folder: Path, config: RunConfig) -> Iterator[tuple[str, State]]:
-    """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: Adam starts anew, and so
-    does the average of the weights, from them.
+def load_first_weights(folder: Path, config: RunConfig) -> ExportedModel:
+    """Read the exported weights that a new run of `config` begins from.
 
-    Raises UsageError, before anything is yielded, where the run's model is another one; only dropout may differ.
+    Raises UsageError where they cannot be used or the run's model is another one; only dropout may differ.
     """
-    exported = load_exported(folder)
+    if not is_exported(folder):
+        raise UsageError(f"--from {folder}: holds no exported model; make one with python -m trainer.export")
+    try:
+        exported = load_exported(folder)
+    except (CheckpointError, ConfigError) as error:
+        raise UsageError(f"--from {str(error).splitlines()[0]}") from error
     mine, theirs = dataclasses.asdict(config.model), dataclasses.asdict(exported.config.model)
     differing = [name for name in mine if mine[name] != theirs[name] and name != "dropout"]
     if differing:
         texts = [f"model.{name} ({theirs[name]}, not {mine[name]})" for name in differing]
         raise UsageError(f"--from {folder}: was exported from a model with another {' and '.join(texts)}")
-    return _states(exported.state, keeps_average=config.optimizer.ema_decay > 0)
+    return exported
 
 
-def _states(state: dict[str, Tensor], keeps_average: bool) -> Iterator[tuple[str, State]]:
-    for name, weight in state.items():
-        first = {"weight": weight, "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
-        yield name, first | ({"ema": weight.clone()} if keeps_average else {})
+def origin_tags(folder: Path, exported: ExportedModel) -> dict[str, str]:
+    """What a run that begins from exported weights records of them, so that they are found again."""
+    origin = exported.origin
+    return {
+        "folder": str(folder.resolve()),
+        "run": origin.run,
+        "mlflow_run_id": origin.mlflow_run_id or "unknown",
+        "step": str(origin.step),
+        "weights": origin.weights,
+        "digest": exported.digest,
+    }
+
+
+def first_states(exported: ExportedModel, config: RunConfig) -> Iterator[tuple[str, State]]:
+    """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: the optimizer starts
+    anew, and so does the average of the weights, from them."""
+    for name, weight in exported.state.items():
+        names = state_names(name, nn.Parameter(weight, requires_grad=False), config.optimizer)
+        states = {key: weight.clone() if key == "ema" else torch.zeros_like(weight) for key in names}
+        yield name, {"weight": weight, **states}
 
 
 def _description(folder: Path) -> dict[str, Any]:

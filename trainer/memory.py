@@ -25,6 +25,7 @@ from models.image_transformer import ImageTransformer, is_checkpointed, make_pat
 from models.likelihood import nats
 from models.local_attention import local_attention
 from trainer.config import RunConfig
+from trainer.optimizer import is_orthogonalised
 
 MAX_REDUCE_BUCKET_ELEMENTS = 50_000_000
 STAGE_3_GATHERED = 1.6
@@ -43,7 +44,7 @@ class States:
     weights: int
     gradients: int
     optimizer: int
-    """fp32 master weights, Adam's moments, the average of the weights."""
+    """fp32 master weights, Adam's moments or Muon's momentum, the average of the weights."""
     buffers: int
     """Where gradients are put together for a reduction and weights are gathered."""
     update: int
@@ -65,13 +66,27 @@ def reduce_bucket_elements(num_parameters: int) -> int:
     return min(num_parameters, MAX_REDUCE_BUCKET_ELEMENTS)
 
 
-def state_bytes(config: RunConfig, num_parameters: int, target: Target, *, stage: int, ranks: int) -> States:
-    """What one of `ranks` ranks keeps at a ZeRO stage."""
+def num_orthogonalised(config: RunConfig) -> int:
+    """Of the model's parameters, those that are updated by Muon."""
+    if config.optimizer.name != "muon":
+        return 0
+    with torch.device("meta"):
+        parameters = ImageTransformer(config.model).named_parameters()
+    return sum(parameter.numel() for name, parameter in parameters if is_orthogonalised(name, parameter))
+
+
+def state_bytes(
+    config: RunConfig, num_parameters: int, target: Target, *, stage: int, ranks: int, orthogonalised: int = 0
+) -> States:
+    """What one of `ranks` ranks keeps at a ZeRO stage, with so many parameters, of which Muon updates so many."""
     precision = config.train.precision
     weight, gradient = (4, 4) if precision == "fp32" else (2, 4 if precision == "bf16" else 2)
     share = num_parameters / ranks
     master = 0 if stage == 0 else 4
     optimizer = (master + 8 + (4 if config.optimizer.ema_decay else 0)) * (num_parameters if stage == 0 else share)
+    # One moment instead of two, at stage 3 in the precision of the gradients.
+    momentum = 2 if stage == 3 and precision == "bf16" else 4
+    optimizer -= (8 - momentum) * orthogonalised / (1 if stage == 0 else ranks)
     # On CUDA two: one is filled while the other is reduced. On a CPU, as measured, the second is not always there.
     buckets = round((2 if target == "cuda" else 1.5) * weight * reduce_bucket_elements(num_parameters))
     weights: float = weight * num_parameters

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and how large is the learning rate at each step?"""
+"""Which parameters are decayed, which does Muon update, and how large is the learning rate at each step?"""
 
 import math
 
@@ -27,8 +27,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
         fused=True,
     )
     if config.ema_decay:
-        _keep_ema(optimizer, config.ema_decay)
+        keep_ema(optimizer, config.ema_decay)
     return optimizer
+
+
+def is_orthogonalised(name: str, parameter: nn.Parameter) -> bool:
+    """Whether `optimizer.name: muon` updates a parameter of this name by Muon: the matrices of layers, not embeddings
+    and the head, whose rows are vectors of their own."""
+    return "layers." in name and parameter.ndim == 2
+
+
+def state_names(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> list[str]:
+    """Names of the optimizer's tensors of a parameter that has its full shape."""
+    orthogonalised = config.name == "muon" and is_orthogonalised(name, parameter)
+    moments = ["momentum_buffer"] if orthogonalised else ["exp_avg", "exp_avg_sq"]
+    return moments + (["ema"] if config.ema_decay else [])
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
@@ -53,7 +66,7 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     return config.peak_lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * share)
 
 
-def _keep_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
+def keep_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Keep an exponential moving average of every weight beside Adam's moments, as the state `ema`.
 
     ZeRO hands the optimizer its fp32 shards, so the average is fp32 and sharded like them, at every stage, and is

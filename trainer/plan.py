@@ -22,7 +22,7 @@ from models.image_transformer import Flops, make_pattern, model_flops, num_param
 from trainer.config import RunConfig, load_config
 from trainer.exit_codes import UsageError, run_tool
 from trainer.gpus import GPUS, Gpu, find_gpu
-from trainer.memory import States, Target, activation_bytes, state_bytes
+from trainer.memory import States, Target, activation_bytes, num_orthogonalised, state_bytes
 
 ASSUMED_MFU = 0.4
 """Of the dense peak; published trainers of dense transformers in bf16 reach 0.35 to 0.5 on H100s."""
@@ -145,7 +145,12 @@ def make_plan(config: RunConfig, cluster: Cluster, rate: Rate | None = None, ima
         parameters=parameters,
         tokens_per_image=make_pattern(config.model).length,
         updates=updates,
-        stages={stage: state_bytes(config, parameters, target, stage=stage, ranks=ranks) for stage in _stages(config)},
+        stages={
+            stage: state_bytes(
+                config, parameters, target, stage=stage, ranks=ranks, orthogonalised=num_orthogonalised(config)
+            )
+            for stage in _stages(config)
+        },
         choices=choices,
         rate=rate,
         speeds=[_speed(config, cluster, choice.flops, parameters, rate, updates) for choice in choices],
@@ -327,6 +332,8 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _stages(config: RunConfig) -> list[int]:
+    if config.optimizer.name == "muon":
+        return [0, 3] if config.train.precision == "fp32" else [1, 3]
     return [0, 1, 2, 3] if config.train.precision == "fp32" else [1, 2, 3]
 
 

@@ -1,10 +1,15 @@
 """What does a step spend its time on, operator by operator? A window of steps under torch's profiler (`--profile`).
 
 `--profile 20:3` records updates 20, 21 and 22 on rank 0 into `profile/` of the run's folder: a trace for
-chrome://tracing or ui.perfetto.dev, and a table of the operators that took longest.
+chrome://tracing or ui.perfetto.dev, a table of the operators that took longest, and one of the floating-point
+operations of each part of the model with what was achieved of them in a second.
+
+The operations are the model's own exact count: counters that watch operators, such as DeepSpeed's flops profiler, take
+local attention for dense, or miss it in a fused kernel.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
+from models.image_transformer import Flops
 from trainer.config import ConfigError
 
 ROWS_OF_THE_TABLE = 30
@@ -38,14 +44,26 @@ def parse_window(text: str) -> Window:
 class StepProfiler:
     """Records the updates of a window; does nothing without one, and on ranks other than 0."""
 
-    def __init__(self, window: Window | None, folder: Path, *, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        window: Window | None,
+        folder: Path,
+        *,
+        rank: int,
+        device: torch.device,
+        flops: Mapping[str, Flops],
+        images_per_update: float,
+    ) -> None:
+        """`flops` are those of the model's parts for one image, `images_per_update` those of this rank."""
         self._window = window if rank == 0 else None
         self._folder = folder
         self._on_gpu = device.type == "cuda"
         self._running: torch.profiler.profile | None = None
         self._first = 0
+        self._started = 0.0
+        self._flops, self._images_per_update = flops, images_per_update
         self.files: list[Path] = []
-        """What was written: the trace and the table."""
+        """What was written: the trace and the tables."""
 
     def step(self, done: int) -> dict[str, float]:
         """Call before every update with the number of updates done; metrics of the window where it has just ended."""
@@ -67,12 +85,14 @@ class StepProfiler:
         self._running = torch.profiler.profile(activities=activities, record_shapes=True)
         self._first = done + 1
         self._running.start()
+        self._started = time.perf_counter()
 
     def _finish(self, done: int) -> dict[str, float]:
         profile, self._running, self._window = self._running, None, None
         assert profile is not None
         if self._on_gpu:
             torch.cuda.synchronize()  # what the last update has queued belongs to the window
+        seconds = time.perf_counter() - self._started
         profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self._first:09d}-{done:09d}"
@@ -80,8 +100,29 @@ class StepProfiler:
         profile.export_chrome_trace(str(trace))
         order = "self_device_time_total" if self._on_gpu else "self_cpu_time_total"
         table.write_text(profile.key_averages().table(sort_by=order, row_limit=ROWS_OF_THE_TABLE) + "\n")
-        self.files = [trace, table]
-        return communication_metrics(profile.events() or [], updates=done + 1 - self._first, on_gpu=self._on_gpu)
+        parts, updates = self._folder / f"{name}.flops.txt", done + 1 - self._first
+        parts.write_text(flops_table(self._flops, images=self._images_per_update * updates, seconds=seconds))
+        self.files = [trace, table, parts]
+        return communication_metrics(profile.events() or [], updates=updates, on_gpu=self._on_gpu)
+
+
+def flops_table(parts: Mapping[str, Flops], *, images: float, seconds: float) -> str:
+    """Operations of each part of the model for one image, and what one device did of them in the window."""
+    total = Flops(
+        forward=sum(part.forward for part in parts.values()),
+        backward=sum(part.backward for part in parts.values()),
+        recomputed=sum(part.recomputed for part in parts.values()),
+    )
+    lines = [f"{'GFLOP for one image':<24}{'forward':>12}{'backward':>12}{'recomputed':>12}{'share':>8}"]
+    for name, part in (*parts.items(), ("all", total)):
+        numbers = "".join(f"{flops / 1e9:>12.4f}" for flops in (part.forward, part.backward, part.recomputed))
+        lines.append(f"{name:<24}{numbers}{part.training / total.training:>8.1%}")
+    achieved = images * total.training / seconds / 1e12
+    done = images * (total.training + total.recomputed) / seconds / 1e12
+    lines.append("")
+    lines.append(f"{images:g} images of this rank in {seconds:.3f} s under the profiler, which slows them down:")
+    lines.append(f"{achieved:.4f} TFLOP/s of the model, {done:.4f} TFLOP/s with recomputation")
+    return "\n".join(lines) + "\n"
 
 
 def communication_metrics(events: Iterable[FunctionEvent], *, updates: int, on_gpu: bool) -> dict[str, float]:

@@ -35,10 +35,23 @@ from data_pipeline.block_cache import BlockCache  # noqa: E402
 from data_pipeline.damaged_blocks import DamagedBlocks  # noqa: E402
 from data_pipeline.loader import Shards, evaluation_batches, open_shards, train_batches  # noqa: E402
 from data_pipeline.storage import Store  # noqa: E402
-from models.image_transformer import ImageTransformer, model_flops, num_parameters  # noqa: E402
-from trainer.checkpoint import Checkpoint, CheckpointError, Checkpoints, checkpoints_url  # noqa: E402
+from models.image_transformer import ImageTransformer, flops_by_part, model_flops, num_parameters  # noqa: E402
+from trainer.checkpoint import (  # noqa: E402
+    STORE_DEADLINE_SECONDS,
+    Checkpoint,
+    CheckpointError,
+    Checkpoints,
+    checkpoints_url,
+    list_complete,
+)
 from trainer.config import RunConfig, as_yaml, load_config  # noqa: E402
-from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config, init_distributed  # noqa: E402
+from trainer.deepspeed_engine import (  # noqa: E402
+    DeepSpeedEngine,
+    accumulation_steps,
+    check_offloading,
+    deepspeed_config,
+    init_distributed,
+)
 from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exit_codes import (  # noqa: E402
     BUG,
@@ -52,6 +65,7 @@ from trainer.exit_codes import (  # noqa: E402
     code_of,
     report,
 )
+from trainer.exported_model import first_states, load_first_weights, origin_tags  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, Window, parse_window  # noqa: E402
@@ -84,6 +98,13 @@ def main() -> int:
         help="change one option; repeatable",
     )
     parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="EXPORT_DIR",
+        help="begin a new run from exported weights (trainer.export); one with a checkpoint goes on from that",
+    )
+    parser.add_argument(
         "--profile", metavar="FIRST:COUNT", help="write a torch profiler trace of these updates, e.g. 20:3"
     )
     parser.add_argument("--check", action="store_true", help="print the resolved config and the job's size, then stop")
@@ -98,11 +119,13 @@ def main() -> int:
         config = load_config(arguments.config, arguments.overrides)
         profile = parse_window(arguments.profile) if arguments.profile else None
         train_shards, validation_shards = open_data(config, ranks)
+        origin = origin_of(config, arguments.source)
         if arguments.check:
             print_check(config, ranks)
             return FINISHED
+        check_offloading(config)
         lock = prepare_run_folder(config, train_shards, ranks)
-        return run(config, ranks, train_shards, validation_shards, lock, profile)
+        return run(config, ranks, train_shards, validation_shards, lock, profile, arguments.source, origin)
     except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
@@ -120,6 +143,8 @@ def run(
     validation_shards: Shards,
     lock: RunLock | None,
     profile: Window | None,
+    source: Path | None,
+    origin: dict[str, str],
 ) -> int:
     """Build the parts, train, close down; returns the exit code."""
     if not torch.cuda.is_available():
@@ -152,16 +177,34 @@ def run(
         step = newest.step if newest else 0
         if problem := from_rank_0(count_start(files, config, step) if ranks.rank == 0 else None):
             raise NoProgress(problem)
+        if newest is None and source:
+            exported = load_first_weights(source, config)
+            origin = origin_tags(source, exported)
+            engine.load_state(first_states(exported, config), updates=0)
+            del exported
         datasets = {"training": train_shards, "validation": validation_shards}
         texts = {"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)}
-        tracker = Tracker(config, rank=ranks.rank, world_size=ranks.world_size, datasets=datasets, artifacts=texts)
+        tracker = Tracker(
+            config,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            datasets=datasets,
+            artifacts=texts,
+            tags={f"origin.{key}": value for key, value in origin.items()},
+        )
         if newest is None:
             progress.note(f"a new run: {url} holds no checkpoint")
+            if lock:
+                files.write_state(origin=origin)
+            if origin:
+                text = f"begins from {source}: {origin['weights']} weights of step {origin['step']} of {origin['run']}"
+                progress.note(text)
+                tracker.event(0, "origin", text, origin=origin)
         else:
             check_fits(newest, config, train_shards, url)
             checkpoints.load(engine, newest)
             state = TrainingState(newest.step, newest.updates, newest.samples)
-            progress.note(f"going on from {newest.name}")
+            progress.note(f"going on from {newest.name}" + (f", not from {source}, as it began" if source else ""))
         minutes = config.limits.run_minutes
         stop = StopRequest(config.run.dir, None if minutes is None else 60 * minutes)
 
@@ -199,7 +242,18 @@ def run(
             prefetch_batches=config.data.prefetch_batches,
             damaged=damaged_blocks,
         )
-        profiler = StepProfiler(profile, files.folder / "profile", rank=ranks.rank, device=device)
+        profiler = StepProfiler(
+            profile,
+            files.folder / "profile",
+            rank=ranks.rank,
+            device=device,
+            flops=flops_by_part(
+                config.model,
+                checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+                checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+            ),
+            images_per_update=config.train.global_batch_images / ranks.world_size,
+        )
         job = Job(
             config=config,
             ranks=ranks,
@@ -293,6 +347,8 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, 
     ]
     if checkpoint.config["run"]["seed"] != config.run.seed:
         different.append(f"run.seed {checkpoint.config['run']['seed']} there, {config.run.seed} here")
+    if (name := checkpoint.config["optimizer"]["name"]) != config.optimizer.name:
+        different.append(f"optimizer.name {name} there, {config.optimizer.name} here")
     if checkpoint.data_digest != train_shards.digest:
         different.append("the training data set")
     if different:
@@ -335,6 +391,27 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
             "(train.global_batch_images)"
         )
     return opened
+
+
+def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:
+    """What is recorded of the exported weights that a run begins from, or began from if it has a checkpoint, which is
+    then not read again; empty for new weights.
+
+    Raises UsageError for weights that cannot be used, or where an earlier attempt without a checkpoint began elsewhere.
+    """
+    recorded = RunFiles(Path(config.run.dir)).read_state().get("origin")
+    if source is None and not recorded:
+        return {}
+    if list_complete(Store(checkpoints_url(config.run.dir, config), STORE_DEADLINE_SECONDS)):
+        return recorded or {}
+    origin = {} if source is None else origin_tags(source, load_first_weights(source, config))
+    if recorded is not None and recorded.get("digest") != origin.get("digest"):
+        began = f"from {recorded['folder']}" if recorded else "without --from"
+        raise UsageError(
+            f"run.dir: {config.run.dir} holds a run that began {began} and has no checkpoint yet; begin it so again, "
+            "choose another run.dir, or delete that folder"
+        )
+    return origin
 
 
 def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) -> RunLock | None:

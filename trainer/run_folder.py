@@ -18,11 +18,13 @@ from trainer.tracking import RunFiles
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in fp32 with the weights of a run's newest complete checkpoint, ready to evaluate or sample."""
+    """A model in fp32 with weights of a run or of an exported model, ready to evaluate or sample."""
 
     model: ImageTransformer
     config: RunConfig
     step: int
+    weights: Weights
+    """What the weights are, whatever was asked for: an exported model has those that it was exported with."""
     files: RunFiles
     device: torch.device
 
@@ -52,18 +54,21 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
         exported = load_exported(files.folder)
         if weights not in ("raw", exported.origin.weights):  # raw is the default: nobody may have asked for it
             raise UsageError(f"--weights {weights}: {run_dir} holds {exported.origin.weights} weights; leave it out")
-        return _on_device(exported.config, exported.state, exported.origin.step, files)
+        origin = exported.origin
+        return _on_device(exported.config, exported.state, origin.step, origin.weights, files)
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
     config = load_config(files.config, [])
     store, checkpoints = intact(checkpoints_url(run_dir, config), last if weights == "avg" else 1)
-    return _on_device(config, read_weights(store, checkpoints, weights), checkpoints[0].step, files)
+    return _on_device(config, read_weights(store, checkpoints, weights), checkpoints[0].step, weights, files)
 
 
-def _on_device(config: RunConfig, state: dict[str, Tensor], step: int, files: RunFiles) -> TrainedModel:
+def _on_device(
+    config: RunConfig, state: dict[str, Tensor], step: int, weights: Weights, files: RunFiles
+) -> TrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     model = ImageTransformer(config.model)
     model.load_state_dict(state)
-    return TrainedModel(model.to(device).eval(), config, step, files, device)
+    return TrainedModel(model.to(device).eval(), config, step, weights, files, device)

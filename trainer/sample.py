@@ -127,7 +127,8 @@ def _sample(arguments: argparse.Namespace) -> None:
             save_picture(to_picture(image), arguments.singles / f"{index:05d}.png")
     if arguments.log_to_mlflow or not arguments.out:
         record_results(trained.files, trained.step, {}, [path])
-    print(f"{len(drawn.images)} images in {seconds:.1f} s: {path}")
+    source = f"{trained.weights} weights of step {trained.step}"
+    print(f"{len(drawn.images)} images from {source} in {seconds:.1f} s: {path}")
 
 
 def _checked(arguments: argparse.Namespace) -> Sampling:

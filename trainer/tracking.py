@@ -69,16 +69,18 @@ class Tracker:
         world_size: int,
         datasets: Mapping[str, Any],
         artifacts: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
     ) -> None:
         """Open or go on with the run of `config.run.dir`.
 
         `datasets` maps training and validation to opened shards; `artifacts` are texts to keep with the run, by file
-        name (DeepSpeed's configuration). With `tracking.required` this waits until MLflow answers, is collective, and
+        name (DeepSpeed's configuration); `tags` are added to those that every run has.
+        With `tracking.required` this waits until MLflow answers, is collective, and
         raises DataError with exit code 69 on all ranks if it does not.
         """
         self._files = RunFiles(Path(config.run.dir)) if rank == 0 else None
         if self._files is not None:
-            self._start(self._files, config, world_size, datasets, artifacts or {})
+            self._start(self._files, config, world_size, datasets, artifacts or {}, tags or {})
         if config.tracking.required:
             problem = from_rank_0(self._uploader.wait_until_open(REQUIRED_SECONDS) if self._files else None)
             if problem is not None:
@@ -95,6 +97,7 @@ class Tracker:
         world_size: int,
         datasets: Mapping[str, Any],
         artifacts: Mapping[str, str],
+        tags: Mapping[str, str],
     ) -> None:
         self._metrics, self._events = Journal(files.metrics), Journal(files.events)
         for journal in (self._metrics, self._events):
@@ -105,7 +108,7 @@ class Tracker:
             if record["event"] == "image":
                 self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
         now = time.time()
-        _describe_run(files, config, world_size, datasets, artifacts, now)
+        _describe_run(files, config, world_size, datasets, artifacts, tags, now)
         files.write_state(state="running", started=now)
         last_step = max(self._last_steps.values(), default=0)
         self.event(last_step, "start", f"on {world_size} ranks", world_size=world_size)
@@ -297,6 +300,7 @@ def _describe_run(
     world_size: int,
     datasets: Mapping[str, Any],
     artifacts: Mapping[str, str],
+    more_tags: Mapping[str, str],
     now: float,
 ) -> None:
     """Write down all that MLflow is told when the run is opened, so that it can be opened at any time later."""
@@ -315,6 +319,7 @@ def _describe_run(
     tags = {MLFLOW_SOURCE_NAME: "trainer/run.py", MLFLOW_USER: _user(), "config.sha": digest_of_text(text)}
     tags |= machine | code_tags() | {"attempts": str(len(attempts))}
     tags |= {f"data.{key}": str(data[0][key]) for key in ("name", "version", "digest")} if data else {}
+    tags |= more_tags
     for number, entry in enumerate(attempts, start=1):
         tags |= {f"attempt.{number}.{key}": str(value) for key, value in entry.items()}
     params = {key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in flat(config).items()}
