@@ -114,6 +114,7 @@ class DeepSpeedEngine:
             model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
         )
         self._sharded = config.train.zero_stage > 0
+        self._replicated = config.train.zero_stage < 3
         self._fp16 = config.train.precision == "fp16"
         self._blank = blank_inputs(config.model, device)
 
@@ -160,6 +161,10 @@ class DeepSpeedEngine:
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        if self._replicated:
+            yield from self._engine.module.named_parameters()
 
     def state(self) -> Iterator[tuple[str, State]]:
         self._link_optimizer_state()

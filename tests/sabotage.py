@@ -1,0 +1,55 @@
+"""How does the memory of one rank go wrong in tests, in the middle of a run?
+
+Each function is called in that rank's process before it begins (tests/preloaded.py). It changes the weights that the
+rank computes with, in place, after an update; the other ranks know nothing of it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer.deepspeed_engine import DeepSpeedEngine
+
+TENSOR = "layers.1.feed_forward.out.weight"
+"""The tensor that is damaged."""
+
+
+def one_bit_flips() -> None:
+    """One bit of one weight after the fifth update, once."""
+    _after_updates(_flip, lambda update: update == 5)
+
+
+def one_bit_is_stuck() -> None:
+    """One bit of one weight is read as 1 from the fifth update on, whatever was written."""
+    _after_updates(_stick, lambda update: update >= 5)
+
+
+def a_weight_becomes_nan() -> None:
+    """One weight after the fifth update, once."""
+    _after_updates(lambda weight: weight.view(-1)[7].fill_(float("nan")), lambda update: update == 5)
+
+
+def _flip(weight: Tensor) -> None:
+    raw = weight.view(-1).view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    raw[7] ^= 1 << 3  # in the mantissa: nothing that a loss would show
+
+
+def _stick(weight: Tensor) -> None:
+    raw = weight.view(-1).view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    raw[:16] |= 1  # sixteen weights, so that some had a 0 there
+
+
+def _after_updates(damage: Callable[[Tensor], object], when: Callable[[int], bool]) -> None:
+    step = DeepSpeedEngine.step
+    count = 0
+
+    def step_and_damage(self: DeepSpeedEngine, learning_rate: float) -> None:
+        nonlocal count
+        step(self, learning_rate)
+        count += 1
+        if count % self.accumulation_steps == 0 and when(count // self.accumulation_steps):
+            with torch.no_grad():
+                damage(dict(self._engine.module.named_parameters())[TENSOR])
+
+    DeepSpeedEngine.step = step_and_damage  # type: ignore[method-assign]
