@@ -1,7 +1,7 @@
-"""How does the memory of one rank go wrong in tests, in the middle of a run?
+"""How does one rank go wrong in tests, in the middle of a run: its memory, or its speed?
 
-Each function is called in that rank's process before it begins (tests/preloaded.py). It changes the weights that the
-rank computes with, in place, after an update; the other ranks know nothing of it.
+Each function is called in the rank's process before it begins (tests/preloaded.py); other ranks know nothing of it.
+Damage to memory changes the weights that the rank computes with, in place, after an update.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,19 @@ def one_bit_is_stuck() -> None:
 def a_weight_becomes_nan() -> None:
     """One weight after the fifth update, once."""
     _after_updates(lambda weight: weight.view(-1)[7].fill_(float("nan")), lambda update: update == 5)
+
+
+def forward_passes_are_slow() -> None:
+    """Each takes six times as long: it is computed six times."""
+    forward = DeepSpeedEngine.forward
+
+    def forward_again(self: DeepSpeedEngine, *inputs: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            for _ in range(5):
+                forward(self, *inputs)  # type: ignore[arg-type]
+        return forward(self, *inputs)  # type: ignore[arg-type]
+
+    DeepSpeedEngine.forward = forward_again  # type: ignore[assignment, method-assign]
 
 
 def _flip(weight: Tensor) -> None:

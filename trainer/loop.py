@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from trainer.preemption import StopRequest
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
+from trainer.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.tracking import RunFiles, Tracker
 from trainer.watchdog import Watchdog
 
@@ -79,6 +81,7 @@ def train(job: Job, state: TrainingState) -> bool:
     settings = job.config.train
     meter = Meter(job.engine.device, work_of(job.config, job.ranks.world_size, job.engine.device))
     skips, alarm = SkipCounter(job.config.limits.skipped_updates), SpikeAlarm(job.config.limits.loss_spike)
+    stragglers, hosts = StragglerWatch(), from_all_ranks(socket.gethostname())
     job.progress.start(state.step)
     job.engine.train(True)
     try:
@@ -104,6 +107,7 @@ def train(job: Job, state: TrainingState) -> bool:
 
             if state.step == settings.steps or state.step % settings.log_every_steps == 0:
                 _log(job, state, meter, alarm, skips, rate, profiled)
+                _name_stragglers(job, state, stragglers.newly_slow(meter.own_seconds_of_rank), hosts)
             if state.step < settings.steps:
                 if state.step % job.config.evaluate.every_steps == 0:
                     bits_per_dim = _evaluate(job, state, job.config.evaluate.images)
@@ -213,6 +217,17 @@ def _log(
         job.tracker.event(state.step, "loss_spike", text, bits_per_dim=loss)
     job.tracker.log(state.step, {name: value for name, value in metrics.items() if math.isfinite(value)})
     job.progress.update(state.step, loss, metrics["perf/images_per_s"])
+
+
+def _name_stragglers(job: Job, state: TrainingState, slow: dict[int, float], hosts: list[str]) -> None:
+    """Say which ranks hold the others up; `slow` says how many times the median each takes."""
+    for rank, ratio in slow.items():
+        text = (
+            f"step {state.step}: rank {rank} on {hosts[rank]} holds the others up: for {SLOW_POINTS} points of the "
+            f"curves its data and forward passes took {ratio:.1f} times as long as the median rank's"
+        )
+        job.progress.note(f"warning: {text}")
+        job.tracker.event(state.step, "straggler", text, rank=rank, host=hosts[rank], ratio=ratio)
 
 
 def _evaluate(job: Job, state: TrainingState, images: int | None) -> float:
