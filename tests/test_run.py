@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -274,6 +275,18 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
+
+
+def test_bf16_on_a_gpu_without_it_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100-SXM2-16GB")
+    arguments = settings(tmp_path / "run", splits, train__precision="bf16")
+    text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
+    assert "train.precision: Tesla V100-SXM2-16GB (compute capability 7.0) has no bf16" in text
+    assert "take fp16 or fp32" in text and not (tmp_path / "run").exists()
 
 
 def test_empty_shards_are_refused(

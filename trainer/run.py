@@ -51,6 +51,7 @@ from trainer.exit_codes import (  # noqa: E402
     code_of,
     report,
 )
+from trainer.gpus import missing_precision  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, Window, parse_window  # noqa: E402
@@ -96,6 +97,8 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         profile = parse_window(arguments.profile) if arguments.profile else None
+        if problem := missing_precision(config.train.precision, ranks.local_rank):
+            raise UsageError(problem)
         train_shards, validation_shards = open_data(config, ranks)
         if arguments.check:
             print_check(config, ranks)
