@@ -101,6 +101,9 @@ class DeepSpeedEngine:
     """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: it fits any stage and world size."""
 
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
+        """Collective. Raises ConfigError for a precision that this kind of device does not compute."""
+        if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError("train.precision: fp16 is not computed by this machine; take bf16 or fp32")
         self.device = device
         self.accumulation_steps = accumulation_steps(config, ranks.world_size)
         self._outcome: Outcome = "applied"

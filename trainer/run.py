@@ -97,12 +97,12 @@ def main() -> int:
     try:
         config = load_config(arguments.config, arguments.overrides)
         profile = parse_window(arguments.profile) if arguments.profile else None
-        if problem := missing_precision(config.train.precision, ranks.local_rank):
-            raise UsageError(problem)
         train_shards, validation_shards = open_data(config, ranks)
         if arguments.check:
             print_check(config, ranks)
             return FINISHED
+        if problem := missing_precision(config.train.precision, ranks.local_rank):
+            raise UsageError(problem)
         lock = prepare_run_folder(config, train_shards, ranks)
         return run(config, ranks, train_shards, validation_shards, lock, profile)
     except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
