@@ -83,6 +83,20 @@ def test_a_stopped_rank_ends_the_job_and_everybody_writes_down_where_it_was(tmp_
     assert state_of(tmp_path / "run")["code"] == 78
 
 
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_never_starts_is_named_instead_of_waited_for(tmp_path: Path, splits: Path, absent: int) -> None:
+    ranks = start(endless(tmp_path / "run", splits, limits__startup_seconds=12), ranks=2)
+    ranks[absent].kill()  # long before it could reach the others
+    _, text = finish(ranks)
+    assert ranks[1 - absent].returncode == 78, text
+    assert "Traceback" not in text
+    if absent == 1:
+        assert "error: rank 1 of 2 did not come in 6 s" in text
+        assert (state_of(tmp_path / "run")["state"], state_of(tmp_path / "run")["code"]) == ("failed", 78)
+    else:
+        assert "error: rank 0 did not come to 127.0.0.1" in text
+
+
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path: Path, splits: Path, s3_server: S3Server) -> None:
     url = f"s3://{s3_server.make_bucket()}/photographs"
     command = [sys.executable, "-m", "data_pipeline.pack", "--source", "photographs", "--dest", url, "--size", "8"]

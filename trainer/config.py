@@ -209,7 +209,8 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
     startup_seconds: float
-    """Longest time from the start to the first step, compilation included; beyond it the job is taken for hung."""
+    """Longest time from the start to the first step, compilation included; beyond it the job is taken for hung.
+    Ranks that have not started after half of it, or after 10 minutes, are missing."""
     step_seconds: float
     """Longest time of one update, or of one batch of an evaluation."""
     checkpoint_seconds: float

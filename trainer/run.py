@@ -42,6 +42,7 @@ from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exit_codes import (  # noqa: E402
     BUG,
     FINISHED,
+    HANG,
     INTERRUPTED,
     STOPPED,
     LostRank,
@@ -56,7 +57,7 @@ from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, Window, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
-from trainer.ranks import Ranks, from_rank_0, occupied_master_port, ranks_from_environment  # noqa: E402
+from trainer.ranks import Ranks, from_rank_0, meeting, occupied_master_port, ranks_from_environment  # noqa: E402
 from trainer.redaction import guard_output  # noqa: E402
 from trainer.run_lock import RunLock  # noqa: E402
 from trainer.tracking import RunFiles, Tracker  # noqa: E402
@@ -134,7 +135,14 @@ def run(
     attempt = lock.attempt if lock else 0
     stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
     watchdog = Watchdog(config.limits, ranks, stacks, record_hang)
-    device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
+    # Half of the limit: the rest of the start needs time, too.
+    with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, config.limits.startup_seconds / 2)) as absent:
+        if absent:
+            watchdog.close()
+            if lock:
+                record_hang(Verdict(absent, HANG))
+            raise LostRank(absent, HANG)
+        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
     watchdog.connect()
     attempt = from_rank_0(attempt)
     tracker = None
