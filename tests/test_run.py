@@ -17,6 +17,7 @@ from PIL import Image
 
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
+from tests.small_disk import on_small_disk
 from trainer import evaluate, run, sample
 
 STEPS = 50
@@ -327,6 +328,17 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert f"run.dir: cannot write to {locked}/run (Permission denied)" in result.stdout
+
+
+def test_a_folder_on_a_full_disk_is_refused_with_exit_code_73(tmp_path: Path, splits: Path) -> None:
+    disk = tmp_path / "disk"
+    run_dir = disk / "run"
+    arguments = ["--config", str(QUICKSTART), *settings(tmp_path / "run", splits, run__dir=run_dir)]
+    fill = 'mkdir "$1/run" && cat /dev/zero > "$1/filler" 2> /dev/null; shift; exec "$@"'
+    result = on_small_disk(disk, 64, fill, str(disk), sys.executable, str(ROOT / "trainer/run.py"), *arguments)
+    assert result.returncode == 73, result.stderr
+    assert f"error: run.dir: no space is left in {run_dir}" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_folder_of_another_run_is_refused(

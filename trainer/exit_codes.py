@@ -34,6 +34,10 @@ class RunInUse(RuntimeError):
     """Another job writes to the run's folder."""
 
 
+class RunFolderFull(RuntimeError):
+    """There is no space left for the run's folder."""
+
+
 class Superseded(RuntimeError):
     """A newer attempt at the run has taken over."""
 
@@ -61,7 +65,7 @@ def code_of(error: BaseException) -> int:
             return CHECKPOINT
         case Diverged():
             return DIVERGED
-        case RunInUse():
+        case RunInUse() | RunFolderFull():
             return IN_USE
         case Superseded():
             return SUPERSEDED

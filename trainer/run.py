@@ -21,6 +21,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import errno  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
@@ -47,6 +48,7 @@ from trainer.exit_codes import (  # noqa: E402
     STOPPED,
     LostRank,
     NoProgress,
+    RunFolderFull,
     Superseded,
     UsageError,
     code_of,
@@ -347,7 +349,7 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     """Make the run's folder, and refuse one that cannot be written, that is in use, or that holds another run.
 
     Returns the lock on rank 0. What may change between two attempts of a run is everything but the model, the seed and
-    the data. Raises UsageError, RunInUse.
+    the data. Raises UsageError, RunInUse, RunFolderFull.
     """
     if problem := occupied_master_port(ranks):
         raise UsageError(problem)
@@ -364,6 +366,10 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
             lock = RunLock(files)
             files.write_state(identity=identity)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFolderFull(
+                f"run.dir: no space is left in {folder}; free some, or choose another run.dir"
+            ) from error
         raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
     if known != identity:
         changed = [key for key in identity if known[key] != identity[key]]
