@@ -12,7 +12,7 @@ from torch import Tensor
 from trainer.deepspeed_engine import DeepSpeedEngine
 
 TENSOR = "layers.1.feed_forward.out.weight"
-"""The tensor that is damaged."""
+"""The tensor that is damaged where its name is of no importance."""
 
 
 def one_bit_flips() -> None:
@@ -28,6 +28,11 @@ def one_bit_is_stuck() -> None:
 def a_weight_becomes_nan() -> None:
     """One weight after the fifth update, once."""
     _after_updates(lambda weight: weight.view(-1)[7].fill_(float("nan")), lambda update: update == 5)
+
+
+def the_output_layer_grows() -> None:
+    """After the thirtieth update, once: the loss jumps, and is finite."""
+    _after_updates(lambda weight: weight.mul_(50.0), lambda update: update == 30, "head.weight")
 
 
 def forward_passes_are_slow() -> None:
@@ -53,7 +58,7 @@ def _stick(weight: Tensor) -> None:
     raw[:16] |= 1  # sixteen weights, so that some had a 0 there
 
 
-def _after_updates(damage: Callable[[Tensor], object], when: Callable[[int], bool]) -> None:
+def _after_updates(damage: Callable[[Tensor], object], when: Callable[[int], bool], name: str = TENSOR) -> None:
     step = DeepSpeedEngine.step
     count = 0
 
@@ -63,6 +68,6 @@ def _after_updates(damage: Callable[[Tensor], object], when: Callable[[int], boo
         count += 1
         if count % self.accumulation_steps == 0 and when(count // self.accumulation_steps):
             with torch.no_grad():
-                damage(dict(self._engine.module.named_parameters())[TENSOR])
+                damage(dict(self._engine.module.named_parameters())[name])
 
     DeepSpeedEngine.step = step_and_damage  # type: ignore[method-assign]

@@ -312,8 +312,8 @@ def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that is not part of a checkpoint."""
-    safetensors.torch.save_file(tensors, path)
+    """A safetensors file that is not part of a checkpoint. Raises OSError."""
+    path.write_bytes(safetensors.torch.save(tensors))
 
 
 def remove(store: Store, folder: str) -> None:

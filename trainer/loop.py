@@ -1,6 +1,7 @@
 """What happens at each step of training, in order?"""
 
 import dataclasses
+import logging
 import math
 import socket
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ from trainer.ranks import Ranks, from_all_ranks
 from trainer.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.tracking import RunFiles, Tracker
 from trainer.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 SAVED_SKIPPED_BATCHES = 10
 """Batches of skipped updates that an attempt keeps for a look at them."""
@@ -186,10 +189,13 @@ def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
     """Put suspicious micro-batches of this rank into the run's folder, for a look at them."""
     folder = job.files.folder / "skipped"
     for index, batch in enumerate(batches):
-        folder.mkdir(exist_ok=True)
         tensors = {"images": batch.images.cpu()} | ({} if batch.labels is None else {"labels": batch.labels.cpu()})
         name = f"step-{step:09d}-rank-{job.ranks.rank:05d}-{index}.safetensors"
-        write_tensors(folder / name, tensors)
+        try:
+            folder.mkdir(exist_ok=True)
+            write_tensors(folder / name, tensors)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); training goes on without it", folder / name, error.strerror)
 
 
 def _log(
