@@ -1,9 +1,10 @@
-"""How does one rank go wrong in tests, in the middle of a run: its memory, or its speed?
+"""How does one rank go wrong in tests, in the middle of a run: its memory, its speed or its clock?
 
 Each function is called in the rank's process before it begins (tests/preloaded.py); other ranks know nothing of it.
 Damage to memory changes the weights that the rank computes with, in place, after an update.
 """
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -46,6 +47,12 @@ def forward_passes_are_slow() -> None:
         return forward(self, *inputs)  # type: ignore[arg-type]
 
     DeepSpeedEngine.forward = forward_again  # type: ignore[assignment, method-assign]
+
+
+def the_clock_is_two_hours_behind() -> None:
+    """What Python calls the time; clocks that only run forward know nothing of it."""
+    right = time.time
+    time.time = lambda: right() - 7200
 
 
 def _flip(weight: Tensor) -> None:

@@ -239,6 +239,17 @@ def test_a_checkpoint_that_is_damaged_on_one_of_two_ranks_is_passed_over_by_both
     assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 11))
 
 
+def test_clocks_that_differ_by_hours_change_nothing(tmp_path: Path, splits: Path) -> None:
+    """Rank 1 is behind at first, and then rank 0, whose files seem to come from the future."""
+    arguments = settings(tmp_path / "run", splits)
+    for wrong, steps in ((1, 4), (0, 8)):
+        behind = {wrong: sabotage.the_clock_is_two_hours_behind}
+        code, text = finish(start([*arguments, "--set", f"train.steps={steps}"], ranks=2, sabotage=behind))
+        assert code == 0, text
+    assert "going on from step-000000004" in text
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 9))
+
+
 def test_the_lock_of_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, splits: Path) -> None:
     """DeepSpeed compiles an operator at start, if it is let, and waits for ever where such a lock lies."""
     for name in ("deepspeed_shm_comm", "deepspeed_ccl_comm", "async_io"):
