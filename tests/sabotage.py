@@ -4,6 +4,7 @@ Each function is called in the rank's process before it begins (tests/preloaded.
 Damage to memory changes the weights that the rank computes with, in place, after an update.
 """
 
+import ctypes
 import time
 from collections.abc import Callable
 
@@ -47,6 +48,11 @@ def forward_passes_are_slow() -> None:
         return forward(self, *inputs)  # type: ignore[arg-type]
 
     DeepSpeedEngine.forward = forward_again  # type: ignore[assignment, method-assign]
+
+
+def a_call_never_gives_python_back() -> None:
+    """After the fifth update: C code that holds Python's lock, so that no thread of the rank runs any more."""
+    _after_updates(lambda weight: ctypes.PyDLL(None).sleep(600), lambda update: update == 5)
 
 
 def the_clock_is_two_hours_behind() -> None:

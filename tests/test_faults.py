@@ -98,6 +98,18 @@ def test_a_rank_that_never_starts_is_named_instead_of_waited_for(tmp_path: Path,
         assert "error: rank 0 did not come to 127.0.0.1" in text
 
 
+def test_a_rank_whose_threads_all_stand_still_is_named_by_the_others(tmp_path: Path, splits: Path) -> None:
+    arguments = endless(tmp_path / "run", splits, limits__lost_rank_seconds=8)
+    ranks = start(arguments, ranks=2, sabotage={1: sabotage.a_call_never_gives_python_back})
+    assert ranks[0].wait(120) == 78
+    assert ranks[1].poll() is None  # the launcher kills it
+    ranks[1].kill()
+    _, text = finish(ranks)
+    assert f"error: rank 1 on {os.uname().nodename} gave no sign of life for 8 s" in text
+    assert curve(tmp_path / "run")[-1][0] >= 4
+    assert list((tmp_path / "run/stacks").glob("rank-00000-*.txt"))
+
+
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path: Path, splits: Path, s3_server: S3Server) -> None:
     url = f"s3://{s3_server.make_bucket()}/photographs"
     command = [sys.executable, "-m", "data_pipeline.pack", "--source", "photographs", "--dest", url, "--size", "8"]
@@ -194,6 +206,14 @@ def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path
     assert safetensors.torch.load_file(kept[0])["images"].shape == (4, 8, 8, 3)
     after = {name: tensors["weight"] for name, tensors in read_states(*_newest(run_dir))}
     assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_a_learning_rate_far_too_high_without_clipping_ends_in_a_sentence(tmp_path: Path, splits: Path) -> None:
+    changes = {"optimizer__peak_lr": 1e3, "optimizer__clip_grad_norm": 0, "optimizer__warmup_steps": 0}
+    arguments = settings(tmp_path / "run", splits, train__steps=30, train__precision="bf16", **changes)
+    code, text = finish(start(arguments, ranks=1))
+    assert code == 76, text
+    assert "Traceback" not in text and "Try a smaller optimizer.peak_lr" in text
 
 
 def test_a_nan_on_one_rank_is_skipped_on_all_names_the_rank_and_is_mended_by_the_last_checkpoint(
