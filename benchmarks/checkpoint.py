@@ -2,10 +2,13 @@
 
     python benchmarks/checkpoint.py --json checkpoint.json
 
-Runs the main job of the quickstart with its checkpoints and without any, in turns, as processes of their own. Compared
-is the time of the loop from the first to the last point of the training curve, which leaves out starting and the last
-checkpoint, and holds what a checkpoint costs in all: copying the state, agreeing, and the processor time of the threads
-that write while training goes on.
+Runs the main job of the quickstart with its checkpoints and without any, in turns, as processes of their own, from the
+first to the last point of the training curve: without starting, and without the checkpoint at the end. Two figures:
+
+- for how long the loop stood still: the time outside of steps in the intervals between two points in which a checkpoint
+  was made, beyond that of the other intervals of the same run;
+- what checkpoints cost in all, with the processor time of the threads that write meanwhile: the difference between the
+  two kinds of run. On a machine that others use, that is smaller than what they change from run to run.
 """
 
 import argparse
@@ -35,8 +38,8 @@ class Loop:
 
     seconds: float
     """From the first to the last point."""
-    seconds_between_steps: float
-    """Of it, outside of steps: in `perf/step_ms` a checkpoint does not count."""
+    stall_seconds: float
+    """Of it, outside of steps because of checkpoints: in `perf/step_ms` they do not count."""
     steps: int
 
 
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
                 folder = work / f"{kind}-{repeat}".replace(" ", "-")
                 none = {"checkpoint.every_steps": NEVER} if kind == "without" else {}
                 run_job(settings | {"run.dir": folder} | none, options.ranks)
-                loops[kind].append(loop_of(folder))
+                loops[kind].append(loop_of(folder, NEVER if none else checkpoints_of(folder)[0]))
                 print(kind, loops[kind][-1], file=sys.stderr, flush=True)
         every, mebibytes = checkpoints_of(work / "with-checkpoints-0")
     report(loops, options, every, mebibytes)
@@ -96,16 +99,18 @@ def run_job(settings: dict[str, object], ranks: int) -> None:
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
 
-def loop_of(run_dir: Path) -> Loop:
-    """The times of a run's loop, from its own record."""
+def loop_of(run_dir: Path, every_steps: int) -> Loop:
+    """The times of a run's loop with a checkpoint after every so many steps, from the run's own record."""
     points = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     points = [point for point in points if "perf/step_ms" in point["metrics"]]
-    seconds = points[-1]["time"] - points[0]["time"]
-    in_steps = sum(
-        (after["step"] - before["step"]) * after["metrics"]["perf/step_ms"] / 1000
-        for before, after in zip(points, points[1:], strict=False)
-    )
-    return Loop(seconds, seconds - in_steps, points[-1]["step"] - points[0]["step"])
+    with_one, without = [], []
+    for before, after in zip(points, points[1:], strict=False):
+        in_steps = (after["step"] - before["step"]) * after["metrics"]["perf/step_ms"] / 1000
+        # A step's point is recorded before its checkpoint is made.
+        made = (after["step"] - 1) // every_steps > (before["step"] - 1) // every_steps
+        (with_one if made else without).append(after["time"] - before["time"] - in_steps)
+    stall = sum(with_one) - len(with_one) * statistics.median(without)
+    return Loop(points[-1]["time"] - points[0]["time"], stall, points[-1]["step"] - points[0]["step"])
 
 
 def checkpoints_of(run_dir: Path) -> tuple[int, float]:
@@ -116,33 +121,40 @@ def checkpoints_of(run_dir: Path) -> tuple[int, float]:
 
 
 def report(loops: dict[str, list[Loop]], options: argparse.Namespace, every: int, mebibytes: float) -> None:
-    """Medians, and the share of the loop's time that checkpoints take."""
+    """Medians, and the shares of the loop's time."""
     median = {kind: statistics.median(loop.seconds for loop in done) for kind, done in loops.items()}
-    between = {kind: statistics.median(loop.seconds_between_steps for loop in done) for kind, done in loops.items()}
-    whole = median["with checkpoints"]
     metrics = {
-        "checkpoint_stall_share": (whole - median["without"]) / whole,
-        "checkpoint_between_steps_share": (between["with checkpoints"] - between["without"]) / whole,
+        "checkpoint_stall_share": statistics.median(
+            loop.stall_seconds / loop.seconds for loop in loops["with checkpoints"]
+        ),
+        "checkpoint_time_share": 1 - median["without"] / median["with checkpoints"],
     }
     rows = []
     for kind, done in loops.items():
         seconds = sorted(loop.seconds for loop in done)
-        rows.append([kind, f"{median[kind]:.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})", f"{between[kind]:.3f}"])
+        stall = statistics.median(loop.stall_seconds for loop in done)
+        rows.append([kind, f"{median[kind]:.2f} ({seconds[0]:.2f} to {seconds[-1]:.2f})", f"{stall:.3f}"])
     steps = loops["without"][0].steps
     text = (
         f"quickstart with {options.ranks} ranks, a checkpoint of {mebibytes:.1f} MiB every {every} steps; the time of "
         f"{steps} steps, medians of {options.repeats} runs in turns (least to most).\n\n"
     )
-    text += table(["", "seconds", "of it between steps"], rows)
+    text += table(["", "seconds", "seconds that the loop stood still for checkpoints"], rows)
+    stall, difference = metrics["checkpoint_stall_share"], metrics["checkpoint_time_share"]
     text += (
-        f"\n\nCheckpoints take {metrics['checkpoint_stall_share']:.1%} of the time; their copies and agreements alone, "
-        f"between two steps, {metrics['checkpoint_between_steps_share']:.2%}."
+        f"\n\nThe loop stands still for checkpoints {stall:.2%} of its time. The difference of the two kinds of run is "
+        f"{difference:.1%}; between least and most of one kind lie {max(_spread(done) for done in loops.values()):.0%}."
     )
     print(text)
     write_section("checkpoints", "python benchmarks/checkpoint.py", text)
     if options.json:
         details = {kind: [vars(loop) for loop in done] for kind, done in loops.items()}
         write_json(options.json, metrics, {"loops": details, "every_steps": every, "mebibytes": mebibytes})
+
+
+def _spread(done: list[Loop]) -> float:
+    seconds = [loop.seconds for loop in done]
+    return max(seconds) / min(seconds) - 1
 
 
 if __name__ == "__main__":
