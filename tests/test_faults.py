@@ -248,7 +248,7 @@ def test_a_loss_that_jumps_is_a_warning_and_an_event(tmp_path: Path, splits: Pat
 
 def test_a_checkpoint_that_is_damaged_on_one_of_two_ranks_is_passed_over_by_both(tmp_path: Path, splits: Path) -> None:
     arguments = settings(tmp_path / "run", splits, train__steps=8, checkpoint__every_steps=4)
-    train(arguments, ranks=2)
+    assert f"a new run: {tmp_path}/run/checkpoints holds no checkpoint" in train(arguments, ranks=2)
     (file,) = (tmp_path / "run/checkpoints/step-000000008").glob("rank-00001-*.safetensors")
     content = bytearray(file.read_bytes())
     content[-5] ^= 4
