@@ -257,7 +257,8 @@ class Reports:
         for rank, found in peers.items():
             for other in found["unreached"]:
                 self.ranks[rank].problems.append(f"network: does not reach {self.ranks[other].node}")
-        middle = statistics.median_low([found["offset"] for found in peers.values()])
+        offsets = [peers[rank]["offset"] for rank in sorted(peers)]
+        middle = statistics.median_low(offsets) if len(offsets) > 2 else offsets[0]  # of two, rank 0 is right
         for rank, found in peers.items():
             offset = found["offset"] - middle
             self.ranks[rank].values["clock_s"] = offset

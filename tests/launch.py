@@ -9,7 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -73,9 +73,14 @@ def settings(run_dir: Path, data: Path, **changes: object) -> list[str]:
 
 
 def start(
-    arguments: list[str], *, ranks: int, config: Path = QUICKSTART, environment: dict[str, str] | None = None
+    arguments: list[str],
+    *,
+    ranks: int,
+    config: Path = QUICKSTART,
+    environment: dict[str, str] | None = None,
+    sabotage: dict[int, Callable[[], None]] | None = None,
 ) -> list[Rank]:
-    """Start the job's processes as a launcher would."""
+    """Start the job's processes as a launcher would; `sabotage` says what goes wrong in which rank."""
     port = free_port()
     common = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | (environment or {})
     processes = []
@@ -83,7 +88,8 @@ def start(
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
         variables = common | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in place.items()}
         folder = Path(tempfile.mkdtemp(prefix=f"rank-{rank}-"))
-        processes.append(start_rank(["--config", str(config), *arguments], variables, folder))
+        wrong = (sabotage or {}).get(rank)
+        processes.append(start_rank(["--config", str(config), *arguments], variables, folder, wrong))
     return processes
 
 

@@ -8,6 +8,7 @@ Protocol: one JSON request a line on stdin, the child's pid as the answer; when 
 the signal that killed it) appears in the file that the request names.
 """
 
+import importlib
 import json
 import os
 import select
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -62,13 +64,20 @@ class Rank:
         self.send_signal(signal.SIGKILL)
 
 
-def start_rank(arguments: list[str], environment: dict[str, str], folder: Path) -> Rank:
-    """Start `trainer/run.py` with these arguments; its output goes to files in `folder`."""
+def start_rank(
+    arguments: list[str], environment: dict[str, str], folder: Path, sabotage: Callable[[], None] | None = None
+) -> Rank:
+    """Start `trainer/run.py` with these arguments; its output goes to files in `folder`.
+
+    `sabotage`, a function of tests/sabotage.py, is called in the rank's process before it begins.
+    """
     server = _server()
     assert server.stdin is not None and server.stdout is not None
     stdout, stderr, exit_code = folder / "stdout", folder / "stderr", folder / "exit_code"
     files = {"stdout": str(stdout), "stderr": str(stderr), "exit_code": str(exit_code)}
-    server.stdin.write(json.dumps({"arguments": arguments, "environment": environment, **files}) + "\n")
+    request = {"arguments": arguments, "environment": environment, **files}
+    request["sabotage"] = sabotage.__name__ if sabotage else None
+    server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     return Rank(int(server.stdout.readline()), stdout, stderr, exit_code)
 
@@ -134,6 +143,8 @@ def _become(request: dict[str, object], main: object, answers: TextIO) -> NoRetu
         os.environ.clear()
         os.environ.update(environment)
         sys.argv = [str(ROOT / "trainer/run.py"), *arguments]
+        if request["sabotage"]:
+            getattr(importlib.import_module("tests.sabotage"), str(request["sabotage"]))()
         code = main()
         sys.stdout.flush()
         sys.stderr.flush()

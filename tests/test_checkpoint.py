@@ -1,6 +1,7 @@
 """Is a checkpoint offered only when it is complete and right, and is the last good one safe?"""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from data_pipeline.storage import Store
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.s3_server import S3Server
+from trainer import checkpoint
 from trainer.checkpoint import Checkpoint, CheckpointError, Checkpoints, intact, list_complete, read_weights, to_keep
 from trainer.config import CheckpointConfig, RunConfig, load_config
 from trainer.engine import TorchEngine
@@ -188,6 +191,85 @@ def test_a_full_disk_costs_checkpoints_and_keeps_the_last_good_one(
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_a_disk_that_fails_costs_a_checkpoint_and_keeps_the_last_good_one(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(checkpoint, "STORE_DEADLINE_SECONDS", 0.1)
+    checkpoints = checkpoints_in(tmp_path)
+    assert save(checkpoints, engine, config, 1) is not None
+    for step, code in ((2, errno.EIO), (3, errno.ESTALE)):
+
+        def failing(descriptor: int, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing)
+            assert save(checkpoints, engine, config, step) is None
+        assert f"step-{step:09d} was not written" in caplog.text and os.strerror(code) in caplog.text
+        assert intact(url_in(tmp_path), 1)[1][0].step == 1
+    assert save(checkpoints, engine, config, 4) is not None
+    left = sorted(path.name for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
+    assert left == 2 * ["manifest.json"] + 2 * ["rank-00000-of-00001.attempt-1.safetensors"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
+def test_a_disk_that_becomes_read_only_costs_a_checkpoint(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(checkpoint, "STORE_DEADLINE_SECONDS", 0.1)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=False).returncode:
+        pytest.skip("this machine forbids mounting")
+    try:
+        checkpoints = checkpoints_in(disk)
+        assert save(checkpoints, engine, config, 1) is not None
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert save(checkpoints, engine, config, 2) is None
+        assert "Read-only file system" in caplog.text
+        assert intact(url_in(disk), 1)[1][0].step == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_checkpoint_that_is_due_while_another_is_written_waits_for_it(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = []
+    write = Store.write
+
+    def slowly(self: Store, name: str, data: bytes) -> None:
+        writing.append(name)
+        time.sleep(0.2)
+        assert writing[-1] == name, "two writers"
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write", slowly)
+    checkpoints = checkpoints_in(tmp_path, background=True, keep_last=3)
+    for step in (1, 2, 3):
+        begin(checkpoints, engine, config, step)
+        assert not checkpoints.is_written()
+    checkpoints.complete()
+    assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1, 2, 3]
+
+
+def test_a_checkpoint_on_s3_that_is_incomplete_is_passed_over(
+    engine: TorchEngine, config: RunConfig, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{s3_server.make_bucket()}/checkpoints"
+    checkpoints, said = checkpoints_in(url, keep_last=3), []
+    for step in (1, 2, 3):
+        assert save(checkpoints, engine, config, step) is not None
+    store = Store(url, 10.0)
+    store.remove("step-000000003/manifest.json")
+    store.remove("step-000000002/rank-00000-of-00001.attempt-1.safetensors")
+    newest = checkpoints.newest(said.append)
+    assert newest is not None and newest.step == 1
+    assert said == ["checkpoint step-000000002 is damaged (1 of 1 files); trying an older one"]
+
+
 def test_checkpoints_on_s3(
     engine: TorchEngine, config: RunConfig, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +301,11 @@ def test_a_tampered_file_with_a_matching_manifest_is_refused_without_running_it(
     save(checkpoints_in(tmp_path), engine, config, 1)
     folder = tmp_path / "checkpoints/step-000000001"
     executed = tmp_path / "executed"
-    for content in (pickle.dumps(Payload(executed)), (2**62).to_bytes(8, "little") + b"{}", b""):
+    overlapping = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a|weight": overlapping, "b|weight": overlapping | {"data_offsets": [4, 12]}}).encode()
+    tampered = [pickle.dumps(Payload(executed)), (2**62).to_bytes(8, "little") + b"{}", b""]
+    tampered.append(len(header).to_bytes(8, "little") + header + bytes(12))
+    for content in tampered:
         manifest = json.loads((folder / "manifest.json").read_text())
         entry = manifest["files"][0]
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

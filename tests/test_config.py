@@ -114,6 +114,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (b"x: " + b"a" * (1 << 20), "is larger than 1 MiB"),
         (b"run: 3\n", "run: must be a section with the keys name, dir"),
         (b"[" * 5000, "is not YAML"),
+        (b"a: &a [x, x]\nb: &b [*a, *a]\nrun: {name: *b}\n", "bad.yaml:2:8: *a: aliases are not allowed here"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_in_a_sentence(tmp_path: Path, content: bytes, words: str) -> None:

@@ -15,6 +15,7 @@ from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.launch import QUICKSTART, TINY_MODEL
 from tests.tiny_model import random_images
+from trainer import deepspeed_engine
 from trainer.config import ConfigError, RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config
 from trainer.engine import Engine, TorchEngine
@@ -70,29 +71,38 @@ def losses(engine: Engine, steps: range) -> list[float]:
     return result
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32")])
-def test_every_stage_gives_the_losses_of_plain_torch(device: torch.device, stage: int, precision: str) -> None:
-    config = tiny(stage, precision)
-    oracle = losses(TorchEngine(new_model(config), config), range(8))
-    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
-    assert losses(engine, range(8)) == pytest.approx(oracle, abs=1e-5)
-    assert oracle[-1] < oracle[0] - 0.05  # the weights do move
+@pytest.fixture(scope="module")
+def oracle() -> list[float]:
+    """The first twenty losses of plain torch: fp32, nothing sharded, nothing recomputed."""
+    config = tiny(0, "fp32", **{"train.activation_checkpoint_every_layers": 0})
+    found = losses(TorchEngine(new_model(config), config), range(20))
+    assert found[-1] < found[0] - 0.3  # the weights do move
+    return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize(("every", "keeps_attention"), [(1, False), (2, False), (1, True)])
-def test_recomputed_layers_give_the_same_losses(
-    device: torch.device, stage: int, every: int, keeps_attention: bool
+@pytest.mark.parametrize(("every", "keeps_attention"), [(0, False), (1, False), (2, False), (1, True)])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")],
+)
+def test_every_stage_precision_and_recomputation_gives_the_losses_of_plain_torch(
+    device: torch.device, oracle: list[float], stage: int, precision: str, every: int, keeps_attention: bool
 ) -> None:
-    plain = tiny(stage, "fp32", **{"train.activation_checkpoint_every_layers": 0})
-    oracle = losses(TorchEngine(new_model(plain), plain), range(4))
     changes = {
         "train.activation_checkpoint_every_layers": every,
         "train.activation_checkpoint_keeps_attention": keeps_attention,
     }
-    config = tiny(stage, "fp32", **changes)
-    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
-    assert losses(engine, range(4)) == pytest.approx(oracle, abs=1e-5)
+    config = tiny(stage, precision, **changes)
+    found = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(20))
+    # bf16 has 8 bits of mantissa: 0.4 % of a value, and of the loss.
+    assert found == pytest.approx(oracle, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.004}))
+
+
+def test_fp16_on_a_machine_without_it_is_refused(device: torch.device) -> None:
+    if deepspeed_engine.get_accelerator().is_fp16_supported():
+        pytest.skip("this machine computes fp16")
+    with pytest.raises(ConfigError, match=r"train\.precision: fp16 is not computed by this machine; take bf16"):
+        DeepSpeedEngine(new_model(tiny(1, "fp16")), tiny(1, "fp16"), ALONE, device)
 
 
 class AttentionCalls(TorchDispatchMode):
@@ -184,15 +194,6 @@ def test_state_on_a_disk_gives_the_same_losses_and_goes_on(
     second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
     second.load_state(states, updates=4)
     assert losses(second, range(4, 6)) == pytest.approx(oracle[4:], abs=1e-3)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_follows_fp32_within_its_precision(device: torch.device, stage: int) -> None:
-    config = tiny(stage, "bf16")
-    oracle = losses(TorchEngine(new_model(config), config), range(8))
-    assert losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(8)) == pytest.approx(
-        oracle, rel=0.01
-    )
 
 
 @pytest.mark.parametrize(

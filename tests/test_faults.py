@@ -17,6 +17,7 @@ import pytest
 import safetensors.torch
 
 from data_pipeline.storage import Store
+from tests import sabotage
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.preloaded import Rank
 from tests.s3_server import S3Server
@@ -81,6 +82,32 @@ def test_a_stopped_rank_ends_the_job_and_everybody_writes_down_where_it_was(tmp_
     stacks = sorted((tmp_path / "run/stacks").glob("rank-00000-*.txt"))
     assert "loop.py" in stacks[0].read_text()
     assert state_of(tmp_path / "run")["code"] == 78
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_rank_that_never_starts_is_named_instead_of_waited_for(tmp_path: Path, splits: Path, absent: int) -> None:
+    ranks = start(endless(tmp_path / "run", splits, limits__startup_seconds=12), ranks=2)
+    ranks[absent].kill()  # long before it could reach the others
+    _, text = finish(ranks)
+    assert ranks[1 - absent].returncode == 78, text
+    assert "Traceback" not in text
+    if absent == 1:
+        assert "error: rank 1 of 2 did not come in 6 s" in text
+        assert (state_of(tmp_path / "run")["state"], state_of(tmp_path / "run")["code"]) == ("failed", 78)
+    else:
+        assert "error: rank 0 did not come to 127.0.0.1" in text
+
+
+def test_a_rank_whose_threads_all_stand_still_is_named_by_the_others(tmp_path: Path, splits: Path) -> None:
+    arguments = endless(tmp_path / "run", splits, limits__lost_rank_seconds=8)
+    ranks = start(arguments, ranks=2, sabotage={1: sabotage.a_call_never_gives_python_back})
+    assert ranks[0].wait(120) == 78
+    assert ranks[1].poll() is None  # the launcher kills it
+    ranks[1].kill()
+    _, text = finish(ranks)
+    assert f"error: rank 1 on {os.uname().nodename} gave no sign of life for 8 s" in text
+    assert curve(tmp_path / "run")[-1][0] >= 4
+    assert list((tmp_path / "run/stacks").glob("rank-00000-*.txt"))
 
 
 def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path: Path, splits: Path, s3_server: S3Server) -> None:
@@ -179,6 +206,81 @@ def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path
     assert safetensors.torch.load_file(kept[0])["images"].shape == (4, 8, 8, 3)
     after = {name: tensors["weight"] for name, tensors in read_states(*_newest(run_dir))}
     assert all(before[name].equal(after[name]) for name in before)
+
+
+def test_a_learning_rate_far_too_high_without_clipping_ends_in_a_sentence(tmp_path: Path, splits: Path) -> None:
+    changes = {"optimizer__peak_lr": 1e3, "optimizer__clip_grad_norm": 0, "optimizer__warmup_steps": 0}
+    arguments = settings(tmp_path / "run", splits, train__steps=30, train__precision="bf16", **changes)
+    code, text = finish(start(arguments, ranks=1))
+    assert code == 76, text
+    assert "Traceback" not in text and "Try a smaller optimizer.peak_lr" in text
+
+
+def test_a_nan_on_one_rank_is_skipped_on_all_names_the_rank_and_is_mended_by_the_last_checkpoint(
+    tmp_path: Path, splits: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = settings(
+        run_dir, splits, train__steps=14, train__zero_stage=0, limits__skipped_updates=3, checkpoint__every_steps=4
+    )
+    code, text = finish(start(arguments, ranks=2, sabotage={1: sabotage.a_weight_becomes_nan}))
+    assert code == 0, text
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    skipped = [event for event in events if event["event"] == "skipped_update"]
+    assert [(event["step"], event["ranks"]) for event in skipped] == [(6, [1]), (7, [1]), (8, [1])]
+    assert "step 6: the loss of rank 1 is not finite; the update is skipped (training images 40-48)" in text
+    assert "step 8: back to the weights of step-000000004 after 3 skipped updates" in text
+    assert {path.name.split("-0.")[0] for path in (run_dir / "skipped").iterdir()} == {
+        f"step-{step:09d}-rank-00001" for step in (6, 7, 8)
+    }
+    assert state_of(run_dir)["state"] == "finished"
+
+
+def test_a_loss_that_jumps_is_a_warning_and_an_event(tmp_path: Path, splits: Path) -> None:
+    arguments = settings(tmp_path / "run", splits, train__steps=36, train__zero_stage=0)
+    code, text = finish(start(arguments, ranks=1, sabotage={0: sabotage.the_output_layer_grows}))
+    assert code == 0, text
+    assert "warning: step 31: the loss jumped to " in text
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    spikes = [event for event in events if event["event"] == "loss_spike"]
+    assert spikes[0]["step"] == 31 and spikes[0]["bits_per_dim"] > 6
+
+
+def test_a_checkpoint_that_is_damaged_on_one_of_two_ranks_is_passed_over_by_both(tmp_path: Path, splits: Path) -> None:
+    arguments = settings(tmp_path / "run", splits, train__steps=8, checkpoint__every_steps=4)
+    assert f"a new run: {tmp_path}/run/checkpoints holds no checkpoint" in train(arguments, ranks=2)
+    (file,) = (tmp_path / "run/checkpoints/step-000000008").glob("rank-00001-*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 4
+    file.write_bytes(content)
+    text = train([*arguments, "--set", "train.steps=10"], ranks=2)
+    assert text.count("checkpoint step-000000008 is damaged (1 of 2 files); trying an older one") == 1
+    assert "going on from step-000000004" in text
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 11))
+
+
+def test_clocks_that_differ_by_hours_change_nothing(tmp_path: Path, splits: Path) -> None:
+    """Rank 1 is behind at first, and then rank 0, whose files seem to come from the future."""
+    arguments = settings(tmp_path / "run", splits)
+    for wrong, steps in ((1, 4), (0, 8)):
+        behind = {wrong: sabotage.the_clock_is_two_hours_behind}
+        code, text = finish(start([*arguments, "--set", f"train.steps={steps}"], ranks=2, sabotage=behind))
+        assert code == 0, text
+    assert "going on from step-000000004" in text
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 9))
+
+
+def test_the_lock_of_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, splits: Path) -> None:
+    """DeepSpeed compiles an operator at start, if it is let, and waits for ever where such a lock lies."""
+    for name in ("deepspeed_shm_comm", "deepspeed_ccl_comm", "async_io"):
+        for folder in (
+            tmp_path / "extensions",
+            tmp_path / f"extensions/py{sys.version_info[0]}{sys.version_info[1]}_cpu",
+        ):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "lock").touch()
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    train(settings(tmp_path / "run", splits, train__steps=2), ranks=2, environment=environment)
 
 
 def test_starts_without_progress_end_after_a_few(tmp_path: Path, splits: Path) -> None:

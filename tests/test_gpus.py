@@ -1,8 +1,9 @@
 """Does the name that CUDA reports lead to the right GPU, and an unknown one to none?"""
 
 import pytest
+import torch
 
-from trainer.gpus import GPUS, find_gpu
+from trainer.gpus import GPUS, find_gpu, missing_precision
 
 
 @pytest.mark.parametrize(
@@ -40,3 +41,22 @@ def test_the_peak_is_that_of_the_precision() -> None:
     assert h200 is not None
     assert h200.peak_tflops("bf16") == h200.peak_tflops("fp16") == pytest.approx(989, abs=1)
     assert h200.peak_tflops("fp32") == pytest.approx(67, abs=1)  # TF32 is off unless somebody allows it
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "refused"),
+    [((7, 5), "bf16", True), ((7, 5), "fp16", False), ((7, 5), "fp32", False), ((8, 0), "bf16", False)],
+)
+def test_bf16_needs_a_gpu_that_has_it(
+    capability: tuple[int, int], precision: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla T4")
+    text = missing_precision(precision, 0)  # type: ignore[arg-type]
+    assert (text is not None) == refused
+    assert text is None or "Tesla T4 (compute capability 7.5) has no bf16" in text
+
+
+def test_on_a_cpu_bf16_is_a_matter_of_speed_alone() -> None:
+    assert torch.cuda.is_available() or missing_precision("bf16", 0) is None

@@ -108,12 +108,14 @@ def test_the_peak_memory_keeps_what_was_freed() -> None:
     assert peak_memory_bytes(CPU) >= size
 
 
-def test_memory_is_that_of_the_largest_rank(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    """The sum over ranks of vectors that hold each rank's memory in its own place gives all of them."""
+def test_memory_is_that_of_the_largest_rank_and_each_ranks_own_time_is_known(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    """The sum over ranks of vectors that hold each rank's memory and time in its own place gives all of them."""
 
     def of_three_ranks(mine: torch.Tensor) -> torch.Tensor:
-        assert mine[2:].tolist() == [0, 2 * 2**30, 0]
-        return mine + mine.new_tensor([1.0, 1.0, 7 * 2**30, 0, 2**30])
+        assert mine[2:].tolist() == [0, 2 * 2**30, 0, 0, pytest.approx(1.25), 0]
+        return mine + mine.new_tensor([1.0, 1.0, 7 * 2**30, 0, 2**30, 4.0, 0, 5.0])
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
@@ -121,9 +123,10 @@ def test_memory_is_that_of_the_largest_rank(monkeypatch: pytest.MonkeyPatch, clo
     monkeypatch.setattr(metrics, "peak_memory_bytes", lambda device: 2 * 2**30)
     monkeypatch.setattr(metrics, "all_sum", of_three_ranks)
     meter = Meter(CPU)
-    one_step(meter, clock, {"data": 1.0}, 8, [math.log(2)])
+    one_step(meter, clock, {"data": 1.0, "forward": 0.25, "backward": 3.0}, 8, [math.log(2)])
     point = meter.reduce()
     assert point["mem/peak_gib"] == 7
+    assert meter.own_seconds_of_rank == pytest.approx([4.0, 1.25, 5.0])
     assert point["train/bits_per_dim"] == pytest.approx((math.log(2) + 1) / 2 / math.log(2))
 
 

@@ -109,13 +109,14 @@ class _Refusing(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=[401, 403, 500, 503])
+@pytest.fixture(params=[401, 403, 500, 503, "no TLS"])
 def refusing_server(request: pytest.FixtureRequest) -> Iterator[str]:
-    handler = type("Handler", (_Refusing,), {"status": request.param})
+    scheme, status = ("https", 500) if request.param == "no TLS" else ("http", request.param)
+    handler = type("Handler", (_Refusing,), {"status": status})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
+    yield f"{scheme}://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()

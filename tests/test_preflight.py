@@ -1,6 +1,7 @@
 """Does preflight judge machines by what is usual, name those that never came, and agree on all ranks?"""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from cluster.machine_checks import Report
 from cluster.preflight import Reports
 from tests.launch import ROOT, free_port
+from tests.s3_server import S3Server
 
 
 def reports(count: int = 4, missing: tuple[str, ...] = ()) -> Reports:
@@ -68,6 +70,13 @@ def test_when_rank_0s_own_clock_is_off_it_is_rank_0_that_is_named() -> None:
     assert found.bad_nodes() == ["n0"]
 
 
+def test_of_two_clocks_rank_0s_is_taken_for_right() -> None:
+    for offset in (-50.0, 50.0):
+        found = reports(2)
+        found.judge_peers(peers(2, n1=offset), 2.0)
+        assert found.bad_nodes() == ["n1"]
+
+
 def test_the_table_shows_the_worst_machine_first_and_each_problem_once() -> None:
     found = reports(missing=("n9", "n9"))
     found.ranks[2].problems += ["disk: full", "memory: full"]
@@ -95,15 +104,37 @@ def test_links_are_judged_by_comparison_and_absolutely() -> None:
     assert sorted(pair.bad_nodes()) == ["n0", "n1"]
 
 
-def preflight(run_dir: Path, *options: str, ranks: int = 2) -> tuple[list[int], str]:
+WITH_A_CLOCK_TWO_HOURS_BEHIND = (
+    "import sys, time\n"
+    "right = time.time\n"
+    "time.time = lambda: right() - 7200\n"
+    "from cluster import preflight\n"
+    "preflight.end(preflight.main(sys.argv[1:]))\n"
+)
+
+
+def preflight(
+    run_dir: Path,
+    *options: str,
+    ranks: int = 2,
+    port: int | None = None,
+    program_of_m1: tuple[str, str] = ("-m", "cluster.preflight"),
+    environment_of_m0: dict[str, str] | None = None,
+    environment_of_m1: dict[str, str] | None = None,
+) -> tuple[list[int], str]:
     """Exit codes and output of real ranks on this machine that call themselves m0, m1, ..."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0"}
-    command = [sys.executable, "-m", "cluster.preflight", "--run-dir", str(run_dir), "--min-disk-gib", "0", *options]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "LOCAL_RANK": "0"}
+    place |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    of_rank = {0: environment_of_m0 or {}, 1: environment_of_m1 or {}}
     processes = [
         subprocess.Popen(
-            command,
+            [
+                sys.executable,
+                *(program_of_m1 if rank == 1 else ("-m", "cluster.preflight")),
+                *("--run-dir", str(run_dir), "--min-disk-gib", "0", *options),
+            ],
             cwd=ROOT,
-            env=os.environ | place | {"RANK": str(rank), "SLURMD_NODENAME": f"m{rank}", "OMP_NUM_THREADS": "1"},
+            env=os.environ | place | {"RANK": str(rank), "SLURMD_NODENAME": f"m{rank}"} | of_rank[rank],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -127,6 +158,45 @@ def test_two_ranks_agree_that_something_is_wrong(tmp_path: Path) -> None:
     assert codes == [69, 69], text
     assert f"- shards at {tmp_path}/none: FileNotFoundError" in text
     assert (tmp_path / "bad").read_text() == "m0\nm1\n"
+
+
+def test_a_machine_with_a_wrong_clock_and_without_the_keys_of_the_store_is_named(
+    packed: Path, tmp_path: Path, s3_server: S3Server
+) -> None:
+    bucket = s3_server.make_bucket()
+    s3_server.filesystem().put(str(packed), f"{bucket}/train", recursive=True)
+    keys = s3_server.environment
+    codes, text = preflight(
+        tmp_path / "run",
+        *("--data-url", f"s3://{bucket}/train"),
+        program_of_m1=("-c", WITH_A_CLOCK_TWO_HOURS_BEHIND),
+        environment_of_m0=keys,
+        environment_of_m1=keys | {"AWS_SECRET_ACCESS_KEY": "the one of somebody else"},
+    )
+    assert codes == [69, 69], text
+    assert "bad nodes: m1\n" in text
+    assert f"- shards at s3://{bucket}/train: " in text
+    (clock,) = [line for line in text.splitlines() if "clock: " in line]
+    assert "behind the others" in clock and 7190 < float(clock.split()[2]) < 7210
+
+
+def test_an_occupied_port_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        codes, text = preflight(tmp_path / "run", "--bad-nodes-to", f"{tmp_path}/bad", ranks=1, port=port)
+    assert codes == [69]
+    assert f"preflight: m0: port {port} is in use, perhaps by another job" in text
+    assert (tmp_path / "bad").read_text() == "m0\n"
+
+
+def test_a_rank_that_never_comes_is_named_by_those_that_did(tmp_path: Path) -> None:
+    codes, text = preflight(
+        tmp_path / "run",
+        *("--wait-seconds", "8", "--nodes", "m0", "m1"),
+        program_of_m1=("-c", "pass"),
+    )
+    assert codes == [69, 0], text
+    assert "- start: 1 of its ranks did not come" in text and "bad nodes: m1\n" in text
 
 
 def test_a_limit_that_makes_no_sense_is_refused() -> None:

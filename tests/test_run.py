@@ -11,11 +11,13 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
+from tests.small_disk import on_small_disk
 from trainer import evaluate, run, sample
 
 STEPS = 50
@@ -280,6 +282,18 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
 
 
+def test_bf16_on_a_gpu_without_it_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100-SXM2-16GB")
+    arguments = settings(tmp_path / "run", splits, train__precision="bf16")
+    text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
+    assert "train.precision: Tesla V100-SXM2-16GB (compute capability 7.0) has no bf16" in text
+    assert "take fp16 or fp32" in text and not (tmp_path / "run").exists()
+
+
 def test_empty_shards_are_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
 ) -> None:
@@ -318,6 +332,17 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert f"run.dir: cannot write to {locked}/run (Permission denied)" in result.stdout
+
+
+def test_a_folder_on_a_full_disk_is_refused_with_exit_code_73(tmp_path: Path, splits: Path) -> None:
+    disk = tmp_path / "disk"
+    run_dir = disk / "run"
+    arguments = ["--config", str(QUICKSTART), *settings(tmp_path / "run", splits, run__dir=run_dir)]
+    fill = 'mkdir "$1/run" && cat /dev/zero > "$1/filler" 2> /dev/null; shift; exec "$@"'
+    result = on_small_disk(disk, 64, fill, str(disk), sys.executable, str(ROOT / "trainer/run.py"), *arguments)
+    assert result.returncode == 73, result.stderr
+    assert f"error: run.dir: no space is left in {run_dir}" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_the_folder_of_another_run_is_refused(

@@ -217,6 +217,20 @@ def test_a_run_that_was_deleted_is_made_anew_with_all_its_points(tmp_path: Path)
     assert RunFiles(tmp_path / "run").read_state()["mlflow_run_id"] == new.info.run_id
 
 
+def test_a_run_that_goes_on_at_another_server_is_made_anew_there_with_all_its_points(tmp_path: Path) -> None:
+    first = tracker_in(tmp_path)
+    first.log(1, {BITS: 7.0})
+    first.close("stopped", code=75, reason="", step=1)
+    (old,) = runs_in(tmp_path)
+    other = mlflow_store(tmp_path / "other")
+    second = tracker_in(tmp_path, f"tracking.uri={other}")
+    second.log(2, {BITS: 6.0})
+    second.close("finished", code=0, reason="", step=2)
+    assert history(other) == [(1, 7.0), (2, 6.0)]
+    (new,) = runs_in(other)
+    assert (new.info.status, new.data.tags["resumed_from"]) == ("FINISHED", old.info.run_id)
+
+
 def test_a_folder_that_lost_its_run_id_finds_its_run_again(tmp_path: Path) -> None:
     first = tracker_in(tmp_path)
     first.log(1, {BITS: 7.0})

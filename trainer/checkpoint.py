@@ -27,6 +27,7 @@ from data_pipeline.storage import DataError, Store
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.engine import Engine, State
 from trainer.ranks import Ranks, all_sum, from_all_ranks, from_rank_0
+from trainer.replicas import check_replicas
 
 log = logging.getLogger(__name__)
 
@@ -94,9 +95,11 @@ class Checkpoints:
     ) -> None:
         """Copy the state to the host and begin to write it; collective. `is_written` and `complete` finish it.
 
-        Training may go on at once: what is written are copies. Raises CheckpointError as `complete` does.
+        Training may go on at once: what is written are copies. Raises CheckpointError as `complete` does, and
+        DifferentWeights, before anything is written, if the ranks' copies of the weights are not the same.
         """
         self.complete()  # never two at once
+        check_replicas(engine.replicas())
         tensors: dict[str, Tensor] = {}
         for index, (parameter, state) in enumerate(engine.state()):
             if index % self._ranks.world_size == self._ranks.rank:
@@ -309,8 +312,8 @@ def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that is not part of a checkpoint."""
-    safetensors.torch.save_file(tensors, path)
+    """A safetensors file that is not part of a checkpoint. Raises OSError."""
+    path.write_bytes(safetensors.torch.save(tensors))
 
 
 def remove(store: Store, folder: str) -> None:

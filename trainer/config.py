@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from data_pipeline.loader import DataConfig
@@ -225,7 +226,8 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
     startup_seconds: float
-    """Longest time from the start to the first step, compilation included; beyond it the job is taken for hung."""
+    """Longest time from the start to the first step, compilation included; beyond it the job is taken for hung.
+    Ranks that have not started after half of it, or after 10 minutes, are missing."""
     step_seconds: float
     """Longest time of one update, or of one batch of an evaluation; more than ``data.read_deadline_seconds``, so that a
     store that is away is named as such."""
@@ -393,7 +395,16 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses repeated keys (YAML lets the last win) and reads 3e-4 as a number, not as text."""
+    """SafeLoader that refuses repeated keys (YAML lets the last win) and aliases, and reads 3e-4 as a number, not text.
+
+    Nine aliases of nine aliases of ... are a few lines of YAML and gigabytes as values.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise ComposerError(None, None, f"*{event.anchor}: aliases are not allowed here", event.start_mark)
+        return super().compose_node(parent, index)
 
 
 def _mapping_without_repeats(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

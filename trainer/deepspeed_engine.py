@@ -171,6 +171,9 @@ class DeepSpeedEngine:
     """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: it fits any stage and world size."""
 
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
+        """Collective. Raises ConfigError for a precision that this kind of device does not compute."""
+        if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+            raise ConfigError("train.precision: fp16 is not computed by this machine; take bf16 or fp32")
         self.device = device
         self.accumulation_steps = accumulation_steps(config, ranks.world_size)
         self._outcome: Outcome = "applied"
@@ -188,6 +191,7 @@ class DeepSpeedEngine:
         )
         self._sharded = config.train.zero_stage > 0
         self._norm_is_of_updates = uses_muon and config.train.zero_stage == 3
+        self._replicated = config.train.zero_stage < 3
         self._fp16 = config.train.precision == "fp16"
         self._blank = blank_inputs(config.model, device)
 
@@ -234,6 +238,10 @@ class DeepSpeedEngine:
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        if self._replicated:
+            yield from self._engine.module.named_parameters()
 
     def state(self) -> Iterator[tuple[str, State]]:
         self._link_optimizer_state()

@@ -49,6 +49,10 @@ class Engine(Protocol):
         """Switch dropout and activation checkpointing on or off."""
         ...
 
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights of which every rank computes with a full copy of its own; none under ZeRO-3."""
+        ...
+
     def state(self) -> Iterator[tuple[str, State]]:
         """Every parameter's name and full state, gathered one at a time; collective."""
         ...
@@ -99,6 +103,9 @@ class TorchEngine:
 
     def train(self, mode: bool) -> None:
         self._model.train(mode)
+
+    def replicas(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._model.named_parameters()
 
     def state(self) -> Iterator[tuple[str, State]]:
         for name, parameter in self._model.named_parameters():

@@ -2,7 +2,8 @@
 
 0 finished · 2 usage or config · 65 bad data · 69 a service is missing · 70 our bug, or starts without progress ·
 73 the run's folder is in use or full · 74 checkpoint I/O · 75 stopped on request, run the same command to go on ·
-76 diverged · 77 a newer attempt has taken over · 78 a rank hangs or is lost · 130 Ctrl-C outside of training.
+76 diverged · 77 a newer attempt has taken over · 78 a rank hangs or is lost · 79 the ranks' weights differ ·
+130 Ctrl-C outside of training.
 The launcher loses exit codes and signals, so `run_state.json` in the run's folder says the same.
 """
 
@@ -15,9 +16,10 @@ from data_pipeline.storage import DataError
 from trainer.checkpoint import CheckpointError
 from trainer.config import ConfigError
 from trainer.redaction import guard_output
+from trainer.replicas import DifferentWeights
 
 FINISHED, USAGE, BUG, IN_USE, CHECKPOINT, STOPPED, DIVERGED = 0, 2, 70, 73, 74, 75, 76
-SUPERSEDED, HANG, INTERRUPTED = 77, 78, 130
+SUPERSEDED, HANG, DIFFERENT, INTERRUPTED = 77, 78, 79, 130
 
 
 class UsageError(ValueError):
@@ -30,6 +32,10 @@ class Diverged(RuntimeError):
 
 class RunInUse(RuntimeError):
     """Another job writes to the run's folder."""
+
+
+class RunFolderFull(RuntimeError):
+    """There is no space left for the run's folder."""
 
 
 class Superseded(RuntimeError):
@@ -59,10 +65,12 @@ def code_of(error: BaseException) -> int:
             return CHECKPOINT
         case Diverged():
             return DIVERGED
-        case RunInUse():
+        case RunInUse() | RunFolderFull():
             return IN_USE
         case Superseded():
             return SUPERSEDED
+        case DifferentWeights():
+            return DIFFERENT
     return BUG
 
 

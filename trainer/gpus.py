@@ -50,6 +50,9 @@ def _gpu(name: str, bf16: float, tf32: float, fp32: float, memory: float, bandwi
     )
 
 
+BF16_CAPABILITY = (8, 0)
+"""CUDA's compute capability of Ampere, the first with bf16 in its tensor cores."""
+
 # The more words a name has, the earlier it stands: "NVIDIA H100 PCIe" is no "H100".
 GPUS = (
     _gpu("H100 PCIe", 756, 378, 51.2, 79.2, 2000, 64),
@@ -71,6 +74,22 @@ GPUS = (
     _gpu("A10", 125, 62.5, 31.2, 22.5, 600, 32),
     _gpu("L4", 121, 60, 30.3, 22.3, 300, 32),
 )
+
+
+def missing_precision(precision: Precision, local_rank: int) -> str | None:
+    """Why this rank's GPU should not train in this precision, a sentence; None where it can, or on a CPU.
+
+    torch emulates bf16 on GPUs before Ampere: every product works, and takes many times as long.
+    """
+    if precision != "bf16" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(local_rank)
+    if (major, minor) >= BF16_CAPABILITY:
+        return None
+    return (
+        f"train.precision: {torch.cuda.get_device_name(local_rank)} (compute capability {major}.{minor}) has no bf16, "
+        "which would be emulated at a fraction of its speed; take fp16 or fp32"
+    )
 
 
 def find_gpu(device_name: str) -> Gpu | None:

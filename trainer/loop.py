@@ -1,7 +1,9 @@
 """What happens at each step of training, in order?"""
 
 import dataclasses
+import logging
 import math
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,8 +25,11 @@ from trainer.preemption import StopRequest
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
+from trainer.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.tracking import RunFiles, Tracker
 from trainer.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 SAVED_SKIPPED_BATCHES = 10
 """Batches of skipped updates that an attempt keeps for a look at them."""
@@ -82,6 +87,7 @@ def train(job: Job, state: TrainingState) -> bool:
     settings = job.config.train
     meter = Meter(job.engine.device, work_of(job.config, job.ranks.world_size, job.engine.device))
     skips, alarm = SkipCounter(job.config.limits.skipped_updates), SpikeAlarm(job.config.limits.loss_spike)
+    stragglers, hosts = StragglerWatch(), from_all_ranks(socket.gethostname())
     job.progress.start(state.step)
     job.engine.train(True)
     try:
@@ -107,6 +113,7 @@ def train(job: Job, state: TrainingState) -> bool:
 
             if state.step == settings.steps or state.step % settings.log_every_steps == 0:
                 _log(job, state, meter, alarm, skips, rate, profiled)
+                _name_stragglers(job, state, stragglers.newly_slow(meter.own_seconds_of_rank), hosts)
             if state.step < settings.steps:
                 if state.step % job.config.evaluate.every_steps == 0:
                     bits_per_dim = _evaluate(job, state, job.config.evaluate.images)
@@ -185,10 +192,13 @@ def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
     """Put suspicious micro-batches of this rank into the run's folder, for a look at them."""
     folder = job.files.folder / "skipped"
     for index, batch in enumerate(batches):
-        folder.mkdir(exist_ok=True)
         tensors = {"images": batch.images.cpu()} | ({} if batch.labels is None else {"labels": batch.labels.cpu()})
         name = f"step-{step:09d}-rank-{job.ranks.rank:05d}-{index}.safetensors"
-        write_tensors(folder / name, tensors)
+        try:
+            folder.mkdir(exist_ok=True)
+            write_tensors(folder / name, tensors)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); training goes on without it", folder / name, error.strerror)
 
 
 def _log(
@@ -230,6 +240,17 @@ def _count_damaged_blocks(job: Job, state: TrainingState, damaged: DamagedBlocks
         text = f"step {state.step}: block {number} of the training data was replaced by the next good one: {cause}"
         job.tracker.event(state.step, "damaged_block", text, block=number)
     return len(damaged.causes)
+
+
+def _name_stragglers(job: Job, state: TrainingState, slow: dict[int, float], hosts: list[str]) -> None:
+    """Say which ranks hold the others up; `slow` says how many times the median each takes."""
+    for rank, ratio in slow.items():
+        text = (
+            f"step {state.step}: rank {rank} on {hosts[rank]} holds the others up: for {SLOW_POINTS} points of the "
+            f"curves its data and forward passes took {ratio:.1f} times as long as the median rank's"
+        )
+        job.progress.note(f"warning: {text}")
+        job.tracker.event(state.step, "straggler", text, rank=rank, host=hosts[rank], ratio=ratio)
 
 
 def _evaluate(job: Job, state: TrainingState, images: int | None) -> float:

@@ -80,6 +80,8 @@ class Meter:
     def __init__(self, device: torch.device, work: Work | None = None) -> None:
         self._device, self._work = device, work
         self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, micro-batches
+        self.own_seconds_of_rank: list[float] = []
+        """What each rank spent on its own before the last point: waiting for data, and in forward passes."""
         self._started = time.perf_counter()
         self._begin_interval()
 
@@ -117,9 +119,11 @@ class Meter:
 
     def reduce(self) -> dict[str, float]:
         """The means since the last call, and start anew; collective."""
-        loss, count, peak_bytes = self._agree()
-        for name, begin, end in self._events:  # all over: _agree has waited for the device
+        if self._events:
+            self._events[-1][2].synchronize()
+        for name, begin, end in self._events:
             self._section_seconds[name] += begin.elapsed_time(end) / 1000
+        loss, count, peak_bytes = self._agree()
         metrics = {
             "train/bits_per_dim": loss / count / math.log(2),
             "perf/images_per_s": self._images / self._seconds,
@@ -142,13 +146,18 @@ class Meter:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
     def _agree(self) -> tuple[float, float, float]:
-        """Sum of losses, number of micro-batches and largest memory of all ranks, in one reduction."""
+        """Sum of losses, number of micro-batches and largest memory of all ranks, in one reduction.
+
+        Brings `own_seconds_of_rank` along.
+        """
         initialized = torch.distributed.is_initialized()
         rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if initialized else (0, 1)
-        peaks = self._loss.new_zeros(world_size)
-        peaks[rank] = peak_memory_bytes(self._device)  # each in a place of its own, so that a sum gathers them
-        loss, count, *peak_of_rank = all_sum(torch.cat([self._loss, peaks])).tolist()
-        return loss, count, max(peak_of_rank)
+        of_ranks = self._loss.new_zeros(2, world_size)  # each rank in a place of its own, so that a sum gathers them
+        own_seconds = sum(self._section_seconds.get(name, 0.0) for name in ("data", "forward"))
+        of_ranks[:, rank] = of_ranks.new_tensor([peak_memory_bytes(self._device), own_seconds])
+        loss, count, *gathered = all_sum(torch.cat([self._loss, of_ranks.flatten()])).tolist()
+        self.own_seconds_of_rank = gathered[world_size:]
+        return loss, count, max(gathered[:world_size])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -1,14 +1,25 @@
 """Who am I among the processes of this job, and how do they agree on a number or a decision?"""
 
+import contextlib
+import logging
 import os
 import socket
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed
 
 DEFAULT_MASTER_PORT = 29500
+LONG_WAIT_SECONDS = 30.0
+"""After so long at the start the terminal says who is missing."""
+GOODBYE_SECONDS = 3.0
+MOST_NAMED = 16
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,66 @@ def occupied_master_port(ranks: Ranks) -> str | None:
                 f"add --master_port {port + 1} behind `deepspeed`"
             )
     return None
+
+
+@contextlib.contextmanager
+def meeting(ranks: Ranks, patience_seconds: float) -> Iterator[str | None]:
+    """Wait until all ranks are there; yields None, or a sentence that names those that did not come in time.
+
+    The rendezvous of torch.distributed, which belongs into the block, would only say how many there are, at its end.
+    """
+    if ranks.world_size == 1:
+        yield None
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    patience = timedelta(seconds=patience_seconds)
+    try:
+        # The rendezvous of rank 0 shares this store's port (multi_tenant), so it must stay open during the block.
+        store = torch.distributed.TCPStore(
+            address, port, None, ranks.rank == 0, patience, wait_for_workers=False, multi_tenant=True
+        )
+        problem = _wait_for_all(store, ranks, patience_seconds) if ranks.rank == 0 else _arrive(store, ranks, patience)
+    except RuntimeError:
+        problem = f"rank 0 did not come to {address}, port {port}, in {patience_seconds:.0f} s, or is lost"
+    yield problem
+
+
+def _wait_for_all(store: torch.distributed.TCPStore, ranks: Ranks, patience_seconds: float) -> str | None:
+    """On rank 0: wait for the others, and tell them the result."""
+    begun, noted = time.monotonic(), False
+    missing = list(range(1, ranks.world_size))
+    while missing and time.monotonic() - begun < patience_seconds:
+        missing = [rank for rank in missing if not store.check([f"arrived/{rank}"])]
+        if missing and not noted and time.monotonic() - begun > LONG_WAIT_SECONDS:
+            noted = True
+            log.warning("still waiting for %s of %d to start", _names_of(missing), ranks.world_size)
+        time.sleep(0.05)
+    problem = (
+        f"{_names_of(missing)} of {ranks.world_size} did not come in {patience_seconds:.0f} s; the logs of their "
+        "machines say why, and cluster.preflight names machines that are not fit"
+        if missing
+        else ""
+    )
+    store.set("meeting", problem)
+    if problem:  # the others read it from this process's store
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        while store.add("read", 0) < ranks.world_size - 1 - len(missing) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    return problem or None
+
+
+def _arrive(store: torch.distributed.TCPStore, ranks: Ranks, patience: timedelta) -> str | None:
+    """On the others: say that this rank is there, and hear the result."""
+    store.set(f"arrived/{ranks.rank}", "")
+    store.wait(["meeting"], patience + timedelta(seconds=GOODBYE_SECONDS))
+    problem = store.get("meeting").decode()
+    store.add("read", 1)
+    return problem or None
+
+
+def _names_of(missing: list[int]) -> str:
+    names = ", ".join(map(str, missing[:MOST_NAMED])) + (" and others" if len(missing) > MOST_NAMED else "")
+    return f"rank {names}" if len(missing) == 1 else f"ranks {names}"
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+import errno  # noqa: E402
 import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
@@ -56,21 +57,24 @@ from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exit_codes import (  # noqa: E402
     BUG,
     FINISHED,
+    HANG,
     INTERRUPTED,
     STOPPED,
     LostRank,
     NoProgress,
+    RunFolderFull,
     Superseded,
     UsageError,
     code_of,
     report,
 )
 from trainer.exported_model import first_states, load_first_weights, origin_tags  # noqa: E402
+from trainer.gpus import missing_precision  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, Window, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
-from trainer.ranks import Ranks, from_rank_0, occupied_master_port, ranks_from_environment  # noqa: E402
+from trainer.ranks import Ranks, from_rank_0, meeting, occupied_master_port, ranks_from_environment  # noqa: E402
 from trainer.redaction import guard_output  # noqa: E402
 from trainer.run_lock import RunLock  # noqa: E402
 from trainer.tracking import RunFiles, Tracker  # noqa: E402
@@ -124,6 +128,8 @@ def main() -> int:
             print_check(config, ranks)
             return FINISHED
         check_offloading(config)
+        if problem := missing_precision(config.train.precision, ranks.local_rank):
+            raise UsageError(problem)
         lock = prepare_run_folder(config, train_shards, ranks)
         return run(config, ranks, train_shards, validation_shards, lock, profile, arguments.source, origin)
     except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
@@ -157,7 +163,14 @@ def run(
     attempt = lock.attempt if lock else 0
     stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
     watchdog = Watchdog(config.limits, ranks, stacks, record_hang)
-    device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
+    # Half of the limit: the rest of the start needs time, too.
+    with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, config.limits.startup_seconds / 2)) as absent:
+        if absent:
+            watchdog.close()
+            if lock:
+                record_hang(Verdict(absent, HANG))
+            raise LostRank(absent, HANG)
+        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
     watchdog.connect()
     attempt = from_rank_0(attempt)
     tracker = None
@@ -418,7 +431,7 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     """Make the run's folder, and refuse one that cannot be written, that is in use, or that holds another run.
 
     Returns the lock on rank 0. What may change between two attempts of a run is everything but the model, the seed and
-    the data. Raises UsageError, RunInUse.
+    the data. Raises UsageError, RunInUse, RunFolderFull.
     """
     if problem := occupied_master_port(ranks):
         raise UsageError(problem)
@@ -435,6 +448,10 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
             lock = RunLock(files)
             files.write_state(identity=identity)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFolderFull(
+                f"run.dir: no space is left in {folder}; free some, or choose another run.dir"
+            ) from error
         raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
     if known != identity:
         changed = [key for key in identity if known[key] != identity[key]]
