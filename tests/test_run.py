@@ -321,7 +321,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
     locked.mkdir(mode=0o555)
     code = (
         "import os, sys\n"
-        "from trainer.run import prepare_run_folder\nfrom trainer.config import load_config\n"
+        "from trainer.startup import prepare_run_folder\nfrom trainer.config import load_config\n"
         "from trainer.ranks import Ranks\nfrom trainer.exit_codes import UsageError\n"
         "class Data: digest = 'x'\n"
         "os.setuid(65534)\n"

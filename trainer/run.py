@@ -20,9 +20,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import argparse  # noqa: E402
-import dataclasses  # noqa: E402
-import errno  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import time  # noqa: E402
@@ -32,27 +29,12 @@ import torch  # noqa: E402
 import torch.distributed  # noqa: E402
 
 from data_pipeline.batch import Batch  # noqa: E402
-from data_pipeline.block_cache import BlockCache  # noqa: E402
 from data_pipeline.damaged_blocks import DamagedBlocks  # noqa: E402
-from data_pipeline.loader import Shards, evaluation_batches, open_shards, train_batches  # noqa: E402
-from data_pipeline.storage import Store  # noqa: E402
-from models.image_transformer import ImageTransformer, flops_by_part, model_flops, num_parameters  # noqa: E402
-from trainer.checkpoint import (  # noqa: E402
-    STORE_DEADLINE_SECONDS,
-    Checkpoint,
-    CheckpointError,
-    Checkpoints,
-    checkpoints_url,
-    list_complete,
-)
-from trainer.config import RunConfig, as_yaml, load_config  # noqa: E402
-from trainer.deepspeed_engine import (  # noqa: E402
-    DeepSpeedEngine,
-    accumulation_steps,
-    check_offloading,
-    deepspeed_config,
-    init_distributed,
-)
+from data_pipeline.loader import evaluation_batches, train_batches  # noqa: E402
+from models.image_transformer import ImageTransformer, flops_by_part  # noqa: E402
+from trainer.checkpoint import Checkpoints, checkpoints_url  # noqa: E402
+from trainer.config import RunConfig, load_config  # noqa: E402
+from trainer.deepspeed_engine import DeepSpeedEngine, check_offloading, deepspeed_config, init_distributed  # noqa: E402
 from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exit_codes import (  # noqa: E402
     BUG,
@@ -62,7 +44,6 @@ from trainer.exit_codes import (  # noqa: E402
     STOPPED,
     LostRank,
     NoProgress,
-    RunFolderFull,
     Superseded,
     UsageError,
     code_of,
@@ -72,18 +53,25 @@ from trainer.exported_model import first_states, load_first_weights, origin_tags
 from trainer.gpus import missing_precision  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
-from trainer.profiler import StepProfiler, Window, parse_window  # noqa: E402
+from trainer.profiler import StepProfiler, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
-from trainer.ranks import Ranks, from_rank_0, meeting, occupied_master_port, ranks_from_environment  # noqa: E402
+from trainer.ranks import Ranks, from_rank_0, meeting, ranks_from_environment  # noqa: E402
 from trainer.redaction import guard_output  # noqa: E402
-from trainer.run_lock import RunLock  # noqa: E402
+from trainer.startup import (  # noqa: E402
+    Start,
+    check_fits,
+    count_start,
+    open_data,
+    origin_of,
+    prepare_run_folder,
+    print_check,
+)
 from trainer.tracking import RunFiles, Tracker  # noqa: E402
 from trainer.training_samples import draw_grid  # noqa: E402
 from trainer.watchdog import Verdict, Watchdog  # noqa: E402
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0
 """The last resort, behind the watchdog's shorter limits: a rank that does not join a collective for so long is lost."""
-OPENING_DEADLINE_SECONDS = 60.0
 
 
 def main() -> int:
@@ -131,7 +119,17 @@ def main() -> int:
         if problem := missing_precision(config.train.precision, ranks.local_rank):
             raise UsageError(problem)
         lock = prepare_run_folder(config, train_shards, ranks)
-        return run(config, ranks, train_shards, validation_shards, lock, profile, arguments.source, origin)
+        start = Start(
+            config=config,
+            ranks=ranks,
+            train_shards=train_shards,
+            validation_shards=validation_shards,
+            lock=lock,
+            profile=profile,
+            source=arguments.source,
+            origin=origin,
+        )
+        return run(start)
     except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
@@ -142,47 +140,18 @@ def main() -> int:
         return code
 
 
-def run(
-    config: RunConfig,
-    ranks: Ranks,
-    train_shards: Shards,
-    validation_shards: Shards,
-    lock: RunLock | None,
-    profile: Window | None,
-    source: Path | None,
-    origin: dict[str, str],
-) -> int:
+def run(start: Start) -> int:
     """Build the parts, train, close down; returns the exit code."""
+    config, ranks = start.config, start.ranks
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     files = RunFiles(Path(config.run.dir))
-
-    def record_hang(verdict: Verdict) -> None:
-        files.write_state(state="failed", code=verdict.code, reason=verdict.reason, ended=time.time())
-
-    attempt = lock.attempt if lock else 0
-    stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
-    watchdog = Watchdog(config.limits, ranks, stacks, record_hang)
-    # Half of the limit: the rest of the start needs time, too.
-    with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, config.limits.startup_seconds / 2)) as absent:
-        if absent:
-            watchdog.close()
-            if lock:
-                record_hang(Verdict(absent, HANG))
-            raise LostRank(absent, HANG)
-        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
-    watchdog.connect()
-    attempt = from_rank_0(attempt)
+    watchdog, device = join_ranks(start, files)
+    attempt = from_rank_0(start.lock.attempt if start.lock else 0)
     tracker = None
     state = TrainingState()
     try:
-        torch.manual_seed(config.run.seed)  # the same first weights on every rank
-        model = ImageTransformer(
-            config.model,
-            checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-            checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-        )
-        engine = DeepSpeedEngine(model, config, ranks, device)
+        engine = build_engine(config, ranks, device)
         progress = Progress(enabled=ranks.rank == 0, total_steps=config.train.steps)
         url = checkpoints_url(config.run.dir, config)
         checkpoints = Checkpoints(url, ranks, device, config.checkpoint, attempt)
@@ -190,91 +159,64 @@ def run(
         step = newest.step if newest else 0
         if problem := from_rank_0(count_start(files, config, step) if ranks.rank == 0 else None):
             raise NoProgress(problem)
-        if newest is None and source:
-            exported = load_first_weights(source, config)
-            origin = origin_tags(source, exported)
-            engine.load_state(first_states(exported, config), updates=0)
-            del exported
-        datasets = {"training": train_shards, "validation": validation_shards}
-        texts = {"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)}
+        origin = start.origin
+        if newest is None and start.source:
+            origin = begin_from(start.source, engine, config)
         tracker = Tracker(
             config,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            datasets=datasets,
-            artifacts=texts,
+            datasets={"training": start.train_shards, "validation": start.validation_shards},
+            artifacts={"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)},
             tags={f"origin.{key}": value for key, value in origin.items()},
         )
         if newest is None:
             progress.note(f"a new run: {url} holds no checkpoint")
-            if lock:
+            if start.lock:
                 files.write_state(origin=origin)
             if origin:
-                text = f"begins from {source}: {origin['weights']} weights of step {origin['step']} of {origin['run']}"
+                weights = f"{origin['weights']} weights of step {origin['step']} of {origin['run']}"
+                text = f"begins from {start.source}: {weights}"
                 progress.note(text)
                 tracker.event(0, "origin", text, origin=origin)
         else:
-            check_fits(newest, config, train_shards, url)
+            check_fits(newest, config, start.train_shards, url)
             checkpoints.load(engine, newest)
             state = TrainingState(newest.step, newest.updates, newest.samples)
-            progress.note(f"going on from {newest.name}" + (f", not from {source}, as it began" if source else ""))
+            instead = f", not from {start.source}, as it began" if start.source else ""
+            progress.note(f"going on from {newest.name}{instead}")
         minutes = config.limits.run_minutes
         stop = StopRequest(config.run.dir, None if minutes is None else 60 * minutes)
 
         def validate(images: int | None) -> dict[str, float]:
             engine.train(False)
             batches = evaluation_batches(
-                validation_shards,
+                start.validation_shards,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
                 batch_images=config.evaluate.batch_images,
                 limit=images,
             )
-            expected = min(images or validation_shards.count, validation_shards.count)
+            expected = min(images or start.validation_shards.count, start.validation_shards.count)
             scores = evaluate(engine.forward, config.model, interruptible(batches, stop, watchdog), device, expected)
             engine.train(True)
             return scores
 
         def draw_samples(step: int) -> None:
-            grid = draw_grid(engine, config, ranks, device, validation_shards, watchdog.alive)
+            grid = draw_grid(engine, config, ranks, device, start.validation_shards, watchdog.alive)
             if grid is not None:
                 tracker.log_image(step, "samples", grid)
 
-        allowed = config.data.max_damaged_blocks
-        damaged_blocks = DamagedBlocks(allowed) if allowed else None
-        batches = train_batches(
-            train_shards,
-            seed=config.run.seed,
-            lanes=config.data.lanes,
-            consumed_samples=state.samples,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            global_batch_images=config.train.global_batch_images,
-            micro_batch_images=config.train.micro_batch_images,
-            fetch_threads=config.data.fetch_threads,
-            prefetch_batches=config.data.prefetch_batches,
-            damaged=damaged_blocks,
-        )
-        profiler = StepProfiler(
-            profile,
-            files.folder / "profile",
-            rank=ranks.rank,
-            device=device,
-            flops=flops_by_part(
-                config.model,
-                checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-                checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-            ),
-            images_per_update=config.train.global_batch_images / ranks.world_size,
-        )
+        damaged_blocks = DamagedBlocks(config.data.max_damaged_blocks) if config.data.max_damaged_blocks else None
+        profiler = step_profiler(start, files, device)
         job = Job(
             config=config,
             ranks=ranks,
             engine=engine,
-            batches=batches,
+            batches=training_batches(start, state.samples, damaged_blocks),
             damaged_blocks=damaged_blocks,
-            images_per_epoch=train_shards.count,
-            data_digest=train_shards.digest,
+            images_per_epoch=start.train_shards.count,
+            data_digest=start.train_shards.digest,
             evaluate=validate,
             draw_samples=draw_samples,
             checkpoints=checkpoints,
@@ -282,7 +224,7 @@ def run(
             tracker=tracker,
             progress=progress,
             stop=stop,
-            superseded=lock.superseded if lock else lambda: False,
+            superseded=start.lock.superseded if start.lock else lambda: False,
             watchdog=watchdog,
             profiler=profiler,
         )
@@ -292,7 +234,7 @@ def run(
         error = explained(error, watchdog, ranks)
         if tracker is not None and not isinstance(error, Superseded):
             tracker.close("failed", code=code_of(error), reason=str(error), step=state.step)
-        elif lock is not None and not isinstance(error, Superseded):
+        elif start.lock is not None and not isinstance(error, Superseded):
             files.write_state(state="failed", code=code_of(error), reason=str(error), ended=time.time())
         raise error
     watchdog.close()
@@ -307,6 +249,84 @@ def run(
         progress.note(f"stopped at step {state.step} on request; the same command goes on from there")
     torch.distributed.destroy_process_group()
     return FINISHED if finished else STOPPED
+
+
+def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
+    """Meet the other ranks; returns what watches over all of them from now on, and this rank's device.
+
+    Raises LostRank, naming those that did not come.
+    """
+
+    def record_hang(verdict: Verdict) -> None:
+        files.write_state(state="failed", code=verdict.code, reason=verdict.reason, ended=time.time())
+
+    ranks, limits = start.ranks, start.config.limits
+    stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
+    watchdog = Watchdog(limits, ranks, stacks, record_hang)
+    # Half of the limit: the rest of the start needs time, too.
+    with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, limits.startup_seconds / 2)) as absent:
+        if absent:
+            watchdog.close()
+            if start.lock:
+                record_hang(Verdict(absent, HANG))
+            raise LostRank(absent, HANG)
+        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
+    watchdog.connect()
+    return watchdog, device
+
+
+def build_engine(config: RunConfig, ranks: Ranks, device: torch.device) -> DeepSpeedEngine:
+    """The model with its first weights, the same on every rank, and its optimizer."""
+    torch.manual_seed(config.run.seed)
+    model = ImageTransformer(
+        config.model,
+        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+    )
+    return DeepSpeedEngine(model, config, ranks, device)
+
+
+def begin_from(source: Path, engine: DeepSpeedEngine, config: RunConfig) -> dict[str, str]:
+    """Give the engine exported weights in place of its first ones; returns what is recorded of them."""
+    exported = load_first_weights(source, config)
+    engine.load_state(first_states(exported, config), updates=0)
+    return origin_tags(source, exported)
+
+
+def training_batches(start: Start, consumed_samples: int, damaged: DamagedBlocks | None) -> Iterator[Batch]:
+    """This rank's micro-batches, from the first image that the run has not consumed."""
+    config = start.config
+    return train_batches(
+        start.train_shards,
+        seed=config.run.seed,
+        lanes=config.data.lanes,
+        consumed_samples=consumed_samples,
+        rank=start.ranks.rank,
+        world_size=start.ranks.world_size,
+        global_batch_images=config.train.global_batch_images,
+        micro_batch_images=config.train.micro_batch_images,
+        fetch_threads=config.data.fetch_threads,
+        prefetch_batches=config.data.prefetch_batches,
+        damaged=damaged,
+    )
+
+
+def step_profiler(start: Start, files: RunFiles, device: torch.device) -> StepProfiler:
+    """What writes the trace that was asked for, and counts operations in it."""
+    config = start.config
+    flops = flops_by_part(
+        config.model,
+        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+    )
+    return StepProfiler(
+        start.profile,
+        files.folder / "profile",
+        rank=start.ranks.rank,
+        device=device,
+        flops=flops,
+        images_per_update=config.train.global_batch_images / start.ranks.world_size,
+    )
 
 
 def interruptible(batches: Iterator[Batch], stop: StopRequest, watchdog: Watchdog) -> Iterator[Batch]:
@@ -329,152 +349,6 @@ def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
     watchdog.failed(str(error).splitlines()[0] if str(error) else type(error).__name__, code)
     watchdog.close()
     return error
-
-
-def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:
-    """Remember that this start begins at `step`; a sentence if several in a row with this config got no further."""
-    before = files.read_state()
-    digest = hashlib.sha256(as_yaml(config).encode()).hexdigest()[:16]
-    repeated = before.get("state") != "finished" and (before.get("start_step"), before.get("start_config")) == (
-        step,
-        digest,
-    )
-    count = before.get("starts_without_progress", 0) + 1 if repeated else 0
-    files.write_state(start_step=step, start_config=digest, starts_without_progress=count)
-    if count < config.limits.starts_without_progress:
-        return None
-    return (
-        f"{count} starts in a row got no further than step {step} (limits.starts_without_progress); the last one ended "
-        f"with: {before.get('reason', 'no reason recorded')}. Any change of the config allows another start"
-    )
-
-
-def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, url: str) -> None:
-    """Raise CheckpointError if a checkpoint is of another model, seed or data set."""
-    model = json.loads(json.dumps(dataclasses.asdict(config.model)))
-    theirs = checkpoint.config["model"]
-    different = [
-        f"model.{name} {theirs.get(name)} there, {value} here"
-        for name, value in model.items()
-        if theirs.get(name) != value
-    ]
-    if checkpoint.config["run"]["seed"] != config.run.seed:
-        different.append(f"run.seed {checkpoint.config['run']['seed']} there, {config.run.seed} here")
-    if (name := checkpoint.config["optimizer"]["name"]) != config.optimizer.name:
-        different.append(f"optimizer.name {name} there, {config.optimizer.name} here")
-    if checkpoint.data_digest != train_shards.digest:
-        different.append("the training data set")
-    if different:
-        raise CheckpointError(
-            f"{url} holds checkpoints of another run: {'; '.join(different)}; choose another checkpoint.url"
-        )
-
-
-def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
-    """Open both data sets by their manifests and check them against model and job, before anything heavy starts.
-
-    Raises DataError, ConfigError or UsageError.
-    """
-    if config.run.world_size not in (None, ranks.world_size):
-        raise UsageError(
-            f"this run wants {config.run.world_size} ranks (run.world_size) and was launched with {ranks.world_size}; "
-            f"check the hostfile's path and slots, or add --set run.world_size={ranks.world_size}"
-        )
-    accumulation_steps(config, ranks.world_size)
-    deadline = config.data.read_deadline_seconds
-    cache = BlockCache(config.data.cache_dir, int(config.data.cache_gib * 2**30)) if config.data.cache_dir else None
-    train_shards = open_shards(config.data.train_url, read_deadline_seconds=deadline, cache=cache)
-    validation_shards = open_shards(config.data.validation_url, read_deadline_seconds=deadline, cache=cache)
-    opened = train_shards, validation_shards
-    for option, shards in zip(("data.train_url", "data.validation_url"), opened, strict=True):
-        if shards.image_size != config.model.image_size:
-            raise UsageError(
-                f"{option}: {shards.url} holds images of {shards.image_size}x{shards.image_size}, "
-                f"and model.image_size is {config.model.image_size}"
-            )
-        if config.model.num_classes and len(shards.classes) != config.model.num_classes:
-            raise UsageError(
-                f"{option}: {shards.url} has {len(shards.classes)} classes, "
-                f"and model.num_classes is {config.model.num_classes}"
-            )
-    if opened[0].count < config.train.global_batch_images:
-        raise UsageError(
-            f"data.train_url: {opened[0].url} holds {opened[0].count} images, too few for "
-            f"{ranks.world_size} ranks that take {config.train.global_batch_images} images a step "
-            "(train.global_batch_images)"
-        )
-    return opened
-
-
-def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:
-    """What is recorded of the exported weights that a run begins from, or began from if it has a checkpoint, which is
-    then not read again; empty for new weights.
-
-    Raises UsageError for weights that cannot be used, or where an earlier attempt without a checkpoint began elsewhere.
-    """
-    recorded = RunFiles(Path(config.run.dir)).read_state().get("origin")
-    if source is None and not recorded:
-        return {}
-    if list_complete(Store(checkpoints_url(config.run.dir, config), STORE_DEADLINE_SECONDS)):
-        return recorded or {}
-    origin = {} if source is None else origin_tags(source, load_first_weights(source, config))
-    if recorded is not None and recorded.get("digest") != origin.get("digest"):
-        began = f"from {recorded['folder']}" if recorded else "without --from"
-        raise UsageError(
-            f"run.dir: {config.run.dir} holds a run that began {began} and has no checkpoint yet; begin it so again, "
-            "choose another run.dir, or delete that folder"
-        )
-    return origin
-
-
-def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) -> RunLock | None:
-    """Make the run's folder, and refuse one that cannot be written, that is in use, or that holds another run.
-
-    Returns the lock on rank 0. What may change between two attempts of a run is everything but the model, the seed and
-    the data. Raises UsageError, RunInUse, RunFolderFull.
-    """
-    if problem := occupied_master_port(ranks):
-        raise UsageError(problem)
-    folder = Path(config.run.dir)
-    files = RunFiles(folder)
-    identity = json.loads(
-        json.dumps({"model": dataclasses.asdict(config.model), "seed": config.run.seed, "data": train_shards.digest})
-    )
-    lock = None
-    try:
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
-        known = files.read_state().get("identity", identity)
-        if known == identity and ranks.rank == 0:
-            lock = RunLock(files)
-            files.write_state(identity=identity)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFolderFull(
-                f"run.dir: no space is left in {folder}; free some, or choose another run.dir"
-            ) from error
-        raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
-    if known != identity:
-        changed = [key for key in identity if known[key] != identity[key]]
-        raise UsageError(
-            f"run.dir: {folder} holds a run with another {' and '.join(changed)}; "
-            "choose another run.dir, or delete that folder"
-        )
-    if config.checkpoint.url and lock:
-        store = Store(config.checkpoint.url, OPENING_DEADLINE_SECONDS)
-        if store.is_local:
-            Path(store.local_path).mkdir(parents=True, exist_ok=True)
-        elif missing := store.missing_part():
-            raise UsageError(f"checkpoint.url: cannot write to {config.checkpoint.url}: {missing}")
-    return lock
-
-
-def print_check(config: RunConfig, ranks: Ranks) -> None:
-    """What `--check` prints: the resolved config, the job's size and DeepSpeed's configuration, once."""
-    if ranks.rank == 0:
-        print(as_yaml(config))
-        print(f"parameters: {num_parameters(config.model):,}")
-        print(f"forward GFLOP per image: {model_flops(config.model).forward / 1e9:.2f}")
-        print(f"deepspeed: {json.dumps(deepspeed_config(config, ranks.world_size))}")
 
 
 if __name__ == "__main__":

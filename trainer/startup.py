@@ -1,0 +1,191 @@
+"""May this job start: are data, weights to begin from, the run's folder and its earlier attempts what the config says?
+
+All of it is found out before a model is built or another rank is waited for, and refused in one sentence.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.block_cache import BlockCache
+from data_pipeline.loader import Shards, open_shards
+from data_pipeline.storage import Store
+from models.image_transformer import model_flops, num_parameters
+from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, CheckpointError, checkpoints_url, list_complete
+from trainer.config import RunConfig, as_yaml
+from trainer.deepspeed_engine import accumulation_steps, deepspeed_config
+from trainer.exit_codes import RunFolderFull, UsageError
+from trainer.exported_model import load_first_weights, origin_tags
+from trainer.profiler import Window
+from trainer.ranks import Ranks, occupied_master_port
+from trainer.run_lock import RunLock
+from trainer.tracking import RunFiles
+
+OPENING_DEADLINE_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """A job that may start: what was asked for and what was found, on one rank."""
+
+    config: RunConfig
+    ranks: Ranks
+    train_shards: Shards
+    validation_shards: Shards
+    lock: RunLock | None
+    """Of the run's folder; only rank 0 has it."""
+    profile: Window | None
+    """Updates of which a trace is written."""
+    source: Path | None
+    """Folder of exported weights that a new run begins from."""
+    origin: dict[str, str]
+    """What is recorded of them."""
+
+
+def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
+    """Open both data sets by their manifests and check them against model and job, before anything heavy starts.
+
+    Raises DataError, ConfigError or UsageError.
+    """
+    if config.run.world_size not in (None, ranks.world_size):
+        raise UsageError(
+            f"this run wants {config.run.world_size} ranks (run.world_size) and was launched with {ranks.world_size}; "
+            f"check the hostfile's path and slots, or add --set run.world_size={ranks.world_size}"
+        )
+    accumulation_steps(config, ranks.world_size)
+    deadline = config.data.read_deadline_seconds
+    cache = BlockCache(config.data.cache_dir, int(config.data.cache_gib * 2**30)) if config.data.cache_dir else None
+    train_shards = open_shards(config.data.train_url, read_deadline_seconds=deadline, cache=cache)
+    validation_shards = open_shards(config.data.validation_url, read_deadline_seconds=deadline, cache=cache)
+    opened = train_shards, validation_shards
+    for option, shards in zip(("data.train_url", "data.validation_url"), opened, strict=True):
+        if shards.image_size != config.model.image_size:
+            raise UsageError(
+                f"{option}: {shards.url} holds images of {shards.image_size}x{shards.image_size}, "
+                f"and model.image_size is {config.model.image_size}"
+            )
+        if config.model.num_classes and len(shards.classes) != config.model.num_classes:
+            raise UsageError(
+                f"{option}: {shards.url} has {len(shards.classes)} classes, "
+                f"and model.num_classes is {config.model.num_classes}"
+            )
+    if opened[0].count < config.train.global_batch_images:
+        raise UsageError(
+            f"data.train_url: {opened[0].url} holds {opened[0].count} images, too few for "
+            f"{ranks.world_size} ranks that take {config.train.global_batch_images} images a step "
+            "(train.global_batch_images)"
+        )
+    return opened
+
+
+def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:
+    """What is recorded of the exported weights that a run begins from, or began from if it has a checkpoint, which is
+    then not read again; empty for new weights.
+
+    Raises UsageError for weights that cannot be used, or where an earlier attempt without a checkpoint began elsewhere.
+    """
+    recorded = RunFiles(Path(config.run.dir)).read_state().get("origin")
+    if source is None and not recorded:
+        return {}
+    if list_complete(Store(checkpoints_url(config.run.dir, config), STORE_DEADLINE_SECONDS)):
+        return recorded or {}
+    origin = {} if source is None else origin_tags(source, load_first_weights(source, config))
+    if recorded is not None and recorded.get("digest") != origin.get("digest"):
+        began = f"from {recorded['folder']}" if recorded else "without --from"
+        raise UsageError(
+            f"run.dir: {config.run.dir} holds a run that began {began} and has no checkpoint yet; begin it so again, "
+            "choose another run.dir, or delete that folder"
+        )
+    return origin
+
+
+def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) -> RunLock | None:
+    """Make the run's folder, and refuse one that cannot be written, that is in use, or that holds another run.
+
+    Returns the lock on rank 0. What may change between two attempts of a run is everything but the model, the seed and
+    the data. Raises UsageError, RunInUse, RunFolderFull.
+    """
+    if problem := occupied_master_port(ranks):
+        raise UsageError(problem)
+    folder = Path(config.run.dir)
+    files = RunFiles(folder)
+    identity = json.loads(
+        json.dumps({"model": dataclasses.asdict(config.model), "seed": config.run.seed, "data": train_shards.digest})
+    )
+    lock = None
+    try:
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        known = files.read_state().get("identity", identity)
+        if known == identity and ranks.rank == 0:
+            lock = RunLock(files)
+            files.write_state(identity=identity)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunFolderFull(
+                f"run.dir: no space is left in {folder}; free some, or choose another run.dir"
+            ) from error
+        raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
+    if known != identity:
+        changed = [key for key in identity if known[key] != identity[key]]
+        raise UsageError(
+            f"run.dir: {folder} holds a run with another {' and '.join(changed)}; "
+            "choose another run.dir, or delete that folder"
+        )
+    if config.checkpoint.url and lock:
+        store = Store(config.checkpoint.url, OPENING_DEADLINE_SECONDS)
+        if store.is_local:
+            Path(store.local_path).mkdir(parents=True, exist_ok=True)
+        elif missing := store.missing_part():
+            raise UsageError(f"checkpoint.url: cannot write to {config.checkpoint.url}: {missing}")
+    return lock
+
+
+def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, url: str) -> None:
+    """Raise CheckpointError if a checkpoint is of another model, seed or data set."""
+    model = json.loads(json.dumps(dataclasses.asdict(config.model)))
+    theirs = checkpoint.config["model"]
+    different = [
+        f"model.{name} {theirs.get(name)} there, {value} here"
+        for name, value in model.items()
+        if theirs.get(name) != value
+    ]
+    if checkpoint.config["run"]["seed"] != config.run.seed:
+        different.append(f"run.seed {checkpoint.config['run']['seed']} there, {config.run.seed} here")
+    if (name := checkpoint.config["optimizer"]["name"]) != config.optimizer.name:
+        different.append(f"optimizer.name {name} there, {config.optimizer.name} here")
+    if checkpoint.data_digest != train_shards.digest:
+        different.append("the training data set")
+    if different:
+        raise CheckpointError(
+            f"{url} holds checkpoints of another run: {'; '.join(different)}; choose another checkpoint.url"
+        )
+
+
+def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:
+    """Remember that this start begins at `step`; a sentence if several in a row with this config got no further."""
+    before = files.read_state()
+    digest = hashlib.sha256(as_yaml(config).encode()).hexdigest()[:16]
+    repeated = before.get("state") != "finished" and (before.get("start_step"), before.get("start_config")) == (
+        step,
+        digest,
+    )
+    count = before.get("starts_without_progress", 0) + 1 if repeated else 0
+    files.write_state(start_step=step, start_config=digest, starts_without_progress=count)
+    if count < config.limits.starts_without_progress:
+        return None
+    return (
+        f"{count} starts in a row got no further than step {step} (limits.starts_without_progress); the last one ended "
+        f"with: {before.get('reason', 'no reason recorded')}. Any change of the config allows another start"
+    )
+
+
+def print_check(config: RunConfig, ranks: Ranks) -> None:
+    """What `--check` prints: the resolved config, the job's size and DeepSpeed's configuration, once."""
+    if ranks.rank == 0:
+        print(as_yaml(config))
+        print(f"parameters: {num_parameters(config.model):,}")
+        print(f"forward GFLOP per image: {model_flops(config.model).forward / 1e9:.2f}")
+        print(f"deepspeed: {json.dumps(deepspeed_config(config, ranks.world_size))}")
