@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from data_pipeline.pack import main as pack_main
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
 from trainer import evaluate, run, sample
@@ -272,6 +273,14 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "16 or 24 would be" in fail(train__global_batch_images=20, ranks=2)
     assert "wants 4 ranks (run.world_size) and was launched with 1" in fail(run__world_size=4)
     assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
+    (tmp_path / "unlabelled").mkdir()
+    for index in range(8):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"unlabelled/{index}.png")
+    pack = ["--source", "folder", "--input", str(tmp_path / "unlabelled"), "--dest", str(tmp_path / "shards")]
+    assert pack_main([*pack, "--size", "8", "--split", "train", "--workers", "1"]) == 0
+    capsys.readouterr()
+    text = fail(data__train_url=tmp_path / "shards", model__num_classes=12)
+    assert f"{tmp_path}/shards holds images without labels, and model.num_classes is 12; set it to 0" in text
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
 
