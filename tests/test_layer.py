@@ -152,6 +152,14 @@ def test_products_of_rotated_vectors_depend_on_differences_of_rows_and_columns_o
     assert product((5, 9), (5, 9)) == pytest.approx(float((q * k).sum()), abs=1e-4)
 
 
+def test_angles_turn_by_one_radian_to_a_hundredth_of_it_for_each_row_and_column() -> None:
+    frequencies = [1, 100 ** (-1 / 3), 100 ** (-2 / 3), 0.01]
+    angles = torch.tensor([position * frequency for position in (3, 5) for frequency in frequencies])
+    cosines, sines = rotary(torch.tensor([3]), torch.tensor([5]), 16)
+    torch.testing.assert_close(cosines[0], angles.cos())
+    torch.testing.assert_close(sines[0], angles.sin())
+
+
 @pytest.mark.parametrize("norm_place", ["post", "pre"])
 def test_dropout_is_on_what_each_sublayer_adds_before_the_sum(norm_place: str) -> None:
     layer = build("paper", norm_place, dropout=0.999999)
