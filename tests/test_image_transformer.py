@@ -140,6 +140,17 @@ def test_dropout_changes_training_and_not_evaluation() -> None:
     assert not torch.equal(model(images), model(images))
 
 
+def test_dropout_is_on_the_embedded_input_of_decoder_and_encoder() -> None:
+    model = build(**CONDITIONS["super-resolution"], dropout=0.5, width=256).train()
+    inputs: list[Tensor] = []
+    for layers in (model.layers, model.encoder.layers):
+        layers[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    model(random_images(1, 4), **random_conditions(model.config, 1))
+    assert len(inputs) == 2
+    for x in inputs:
+        assert (x == 0).double().mean().item() == pytest.approx(0.5, abs=0.05)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_bf16_weights_give_nearly_the_same_fp32_output(block: str, condition: str) -> None:
