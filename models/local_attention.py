@@ -142,10 +142,10 @@ def _log_once(backend: str, why: str) -> None:
     logger.info("attention runs on %s: %s", backend, why)
 
 
-def attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without a mask: q [B, N, any, D], k and v [B, N, any other, D]."""
     dtype = product_dtype(q)
-    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), scale=scale).to(q.dtype)
+    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
