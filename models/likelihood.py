@@ -124,7 +124,9 @@ def log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor
     upper = inverse_scales * (centred + HALF_LEVEL)
     lower = inverse_scales * (centred - HALF_LEVEL)
     log_below_upper, log_above_lower = F.logsigmoid(upper), F.logsigmoid(-lower)
-    log_inside = log_below_upper + log_above_lower + torch.log(-torch.expm1(-2 * HALF_LEVEL * inverse_scales))
+    # Scales beyond 1e36 would give log 0 and gradients that are not finite; there the density below is taken anyway.
+    width = (2 * HALF_LEVEL * inverse_scales).clamp(min=torch.finfo(torch.float32).tiny)
+    log_inside = log_below_upper + log_above_lower + torch.log(-torch.expm1(-width))
 
     middle = (inverse_scales * centred).abs()
     log_density = 2 * F.logsigmoid(middle) - middle - log_scales - math.log(127.5)

@@ -142,10 +142,10 @@ def _log_once(backend: str, why: str) -> None:
     logger.info("attention runs on %s: %s", backend, why)
 
 
-def attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention without a mask: q [B, N, any, D], k and v [B, N, any other, D]."""
     dtype = product_dtype(q)
-    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), scale=scale).to(q.dtype)
+    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:
@@ -166,6 +166,9 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) ->
     given, dtype = q.dtype, product_dtype(q)
     k, v = _for_every_head(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if scale <= 0:
+        # torch's kernel for CPUs masks by -inf before it scales: that would be NaN, or +inf.
+        q, scale = scale * q, 1.0
     plan = _plan_of(pattern, q.device)
     outputs = []
     for group in plan.groups:
@@ -174,7 +177,7 @@ def _blocked(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) ->
         output = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=group.mask, is_causal=group.is_causal, scale=scale
         )
-        outputs.append(output.view(*q.shape[:2], -1, q.shape[-1]))
+        outputs.append(output.view(*q.shape[:2], output.shape[1] * output.shape[2], q.shape[-1]))
     output = torch.cat(outputs, dim=2)
     if plan.restore is not None:
         output = _chunked(output, plan.chunk).index_select(2, plan.restore).flatten(2, 3)
@@ -259,7 +262,8 @@ def _gather(x: Tensor, chunks: Tensor, group: _Group) -> Tensor:
     """[B, N, L, D] -> [B * N, G, rows of a block, D]."""
     batch, heads, _, depth = x.shape
     # index_select and not unfold: compiled for the CPU, unfold gives wrong gradients of k (torch 2.13).
-    return _chunked(x, group.chunk).index_select(2, chunks).view(batch * heads, group.num_blocks, -1, depth)
+    rows = len(chunks) * group.chunk // group.num_blocks
+    return _chunked(x, group.chunk).index_select(2, chunks).view(batch * heads, group.num_blocks, rows, depth)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the compiler, which takes two seconds: called

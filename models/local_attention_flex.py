@@ -57,9 +57,9 @@ def _number_of(pattern: Pattern, device: torch.device) -> int:
 _number_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def block_mask(pattern: Pattern, device: torch.device, tile: int = TILE) -> BlockMask:
-    """The tiles of `tile` queries and keys that the pattern needs, and the mask inside those that are not full."""
-    plan = plan_on_grid(pattern, tile)
+def block_mask(pattern: Pattern, device: torch.device) -> BlockMask:
+    """The tiles of TILE queries and keys that the pattern needs, and the mask inside those that are not full."""
+    plan = plan_on_grid(pattern, TILE)
     partial, full = _padded(plan.partial, device), _padded(plan.full, device)
     # Every bound of a memory is a multiple of `chunk`, so a small table says which block sees which chunk.
     bounds = [bound for block in pattern.blocks for range_ in block.memory for bound in range_]
@@ -78,7 +78,7 @@ def block_mask(pattern: Pattern, device: torch.device, tile: int = TILE) -> Bloc
         return own | in_memory[block_of_slot[query], key // chunk]
 
     lengths = (pattern.length, pattern.length)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=tile, mask_mod=visible, seq_lengths=lengths)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=lengths)
 
 
 def _padded(rows: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor]:

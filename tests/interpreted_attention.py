@@ -177,32 +177,48 @@ def test_large_scores_do_not_overflow() -> None:
     assert_close(actual, expected_results(tensors, pattern), 1e-4)
 
 
+@pytest.mark.parametrize("descriptors", [False, True], indirect=True, ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
-def test_nothing_is_read_or_written_outside_the_tensors(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are windows of larger ones full of NaN; what the kernels allocate is NaN until they write it."""
-    pattern, margin = local_1d(50, 20, 12), 40
+@pytest.mark.parametrize(
+    "pattern", [local_1d(50, 20, 12), local_2d(6, 9, (3, 3), (2, 1))], ids=["1d", "2d partial flange"]
+)
+def test_nothing_is_read_or_written_outside_the_tensors(
+    pattern: Pattern, deterministic: bool, descriptors: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors are windows of larger ones, with NaN beside what is given and infinity beside what the kernels write,
+    which is NaN until then: NaN that is read there and written there shows as well."""
+    margin = 40
+    given, written = [], []
+
+    def window(memories: list[Tensor], shape: torch.Size, dtype: torch.dtype, margin_value: float) -> Tensor:
+        memory = torch.full((*shape[:2], shape[2] + 2 * margin, *shape[3:]), margin_value, dtype=dtype)
+        memories.append(memory)
+        return memory[:, :, margin:-margin].fill_(math.nan)
+
+    def new_window(shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return window(written, shape, dtype, math.inf)
+
+    new_empty = Tensor.new_empty
+
+    def new_empty_window(like: Tensor, shape: torch.Size, **options) -> Tensor:
+        # The interpreter makes empty tensors too, with other options.
+        return new_window(shape, **options) if options.keys() == {"dtype"} else new_empty(like, shape, **options)
+
     tensors = inputs(pattern)
-    surrounded, around = [], []
-
-    def window(like: Tensor, **options) -> Tensor:
-        memory = torch.full((*like.shape[:2], like.shape[2] + 2 * margin, *like.shape[3:]), math.nan, **options)
-        around.append(memory)
-        return memory[:, :, margin:-margin]
-
-    for tensor in tensors:
-        surrounded.append(window(tensor, dtype=tensor.dtype).copy_(tensor))
+    q, k, v, dout = (window(given, tensor.shape, tensor.dtype, math.nan).copy_(tensor) for tensor in tensors)
     number = local_attention_triton._number_of(pattern)
-    empty_like = torch.empty_like
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty_like", lambda like, **options: window(like, dtype=like.dtype))
-        q, k, v, dout = surrounded
+        patch.setattr(torch, "empty_like", lambda like, **options: new_window(like.shape, like.dtype))
+        patch.setattr(Tensor, "new_empty", new_empty_window)
         forward = local_attention_triton._forward._init_fn
         out, lse = forward(q, k, v, number, 0.25, deterministic)
         backward = local_attention_triton._backward._init_fn
         gradients = backward(dout, q, k, v, out, lse, number, 0.25, deterministic)
-    assert torch.empty_like is empty_like and len(around) == 9  # inputs, results, delta
+    assert (len(given), len(written)) == (4, 6)  # written: the output, lse, delta, gradients of q, k and v
     assert_close([out, *gradients], expected_results(tensors, pattern), TOLERANCE)
-    for memory in around:
+    for memory in written:
+        assert memory[:, :, :margin].isposinf().all() and memory[:, :, -margin:].isposinf().all()
+    for memory in given:
         assert memory[:, :, :margin].isnan().all() and memory[:, :, -margin:].isnan().all()
 
 

@@ -88,6 +88,18 @@ def test_every_position_depends_on_the_condition(condition: str, block: str) -> 
     assert by_position(difference, 48).amax(-1).min() > 1e-5
 
 
+def test_the_vector_of_a_class_is_added_to_every_token_before_the_first_layer() -> None:
+    model = build(num_classes=5)
+    inputs: list[Tensor] = []
+    model.layers[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        model(random_images(1, 4).expand(2, -1, -1, -1), torch.tensor([1, 3]))
+        one, other = inputs[0]
+        # As the original scales it: by the square root of the width of 16.
+        expected = 4 * (model.embed_class.weight[3] - model.embed_class.weight[1])
+    torch.testing.assert_close(other - one, expected.expand(48, 16))
+
+
 def test_every_value_of_the_small_image_is_seen() -> None:
     model = build(**CONDITIONS["super-resolution"])
     images, small = random_images(1, 4), random_images(1, 2)
@@ -139,6 +151,17 @@ def test_dropout_changes_training_and_not_evaluation() -> None:
     assert torch.equal(model(images), model(images))
     model.train()
     assert not torch.equal(model(images), model(images))
+
+
+def test_dropout_is_on_the_embedded_input_of_decoder_and_encoder() -> None:
+    model = build(**CONDITIONS["super-resolution"], dropout=0.5, width=256).train()
+    inputs: list[Tensor] = []
+    for layers in (model.layers, model.encoder.layers):
+        layers[0].register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+    model(random_images(1, 4), **random_conditions(model.config, 1))
+    assert len(inputs) == 2
+    for x in inputs:
+        assert (x == 0).double().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.layer import Layer, rotary, rotate
+from models.layer import Block, Layer, norm, rotary, rotate
 from models.local_attention import attend_to_all
 
 WIDTH, HEADS, ATTENTION_WIDTH, FF_WIDTH = 8, 2, 12, 20
@@ -78,6 +78,41 @@ def test_attention_to_the_encoder_comes_between() -> None:
     torch.testing.assert_close(layer(x[None], attend_to_all, None, kv)[0], expected)
 
 
+@pytest.mark.parametrize("block", ["paper", "modern"])
+def test_norms_divide_by_the_deviation_with_the_originals_epsilon(block: Block) -> None:
+    x = 1e-3 * torch.randn(5, 64)  # so small that the epsilon of 1e-6 is half of what is divided by
+    centred = x - x.mean(-1, keepdim=True) if block == "paper" else x
+    expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(norm(block, 64)(x), expected)
+
+
+def test_the_papers_block_starts_as_the_original_and_the_modern_one_keeps_the_variance_of_the_sum() -> None:
+    width, attention_width, ff_width, sublayers = 256, 512, 1024, 6
+
+    def initial_stds(block: Block) -> list[float]:
+        torch.manual_seed(0)
+        layer = Layer(
+            block=block,
+            norm_place="pre",
+            width=width,
+            heads=8,
+            attention_width=attention_width,
+            ff_width=ff_width,
+            dropout=0.0,
+            attends_to_encoder=False,
+            num_sublayers=sublayers,
+        )
+        attention, ff = layer.attention, layer.feed_forward
+        return [m.weight.std().item() for m in (attention.qkv, attention.out, ff.hidden, ff.out)]
+
+    # tensor2tensor: variance scaling by 0.2 over the mean of fan-in and fan-out; q, k and v are matrices of their own.
+    of_attention, of_ff = (math.sqrt(0.2 / ((width + inner) / 2)) for inner in (attention_width, ff_width))
+    assert initial_stds("paper") == pytest.approx([of_attention, of_attention, of_ff, of_ff], rel=0.01)
+    reads = width**-0.5
+    writes = [(inner * sublayers) ** -0.5 for inner in (attention_width, ff_width)]
+    assert initial_stds("modern") == pytest.approx([reads, writes[0], reads, writes[1]], rel=0.01)
+
+
 def test_the_modern_block_has_no_biases_and_the_papers_has_them_in_the_feed_forward_network_only() -> None:
     def biases(block: str) -> set[str]:
         names = [name for name, _ in build(block, "pre").named_parameters()]
@@ -115,6 +150,14 @@ def test_products_of_rotated_vectors_depend_on_differences_of_rows_and_columns_o
     assert product((5, 9), (3, 2)) != pytest.approx(product((5, 9), (2, 2)), abs=1e-2)
     assert product((5, 9), (3, 2)) != pytest.approx(product((5, 9), (3, 1)), abs=1e-2)
     assert product((5, 9), (5, 9)) == pytest.approx(float((q * k).sum()), abs=1e-4)
+
+
+def test_angles_turn_by_one_radian_to_a_hundredth_of_it_for_each_row_and_column() -> None:
+    frequencies = [1, 100 ** (-1 / 3), 100 ** (-2 / 3), 0.01]
+    angles = torch.tensor([position * frequency for position in (3, 5) for frequency in frequencies])
+    cosines, sines = rotary(torch.tensor([3]), torch.tensor([5]), 16)
+    torch.testing.assert_close(cosines[0], angles.cos())
+    torch.testing.assert_close(sines[0], angles.sin())
 
 
 @pytest.mark.parametrize("norm_place", ["post", "pre"])

@@ -16,7 +16,12 @@ REFERENCE = sorted((Path(__file__).parent / "reference").glob("dmol*.npz"))
 
 def original_formula(parameters: Tensor, images: Tensor) -> Tensor:
     """The original's loss written literally, in fp64: differences of sigmoids, then the clamps."""
-    logits, means, log_scales, coefficients = (part.double() for part in split_mixture(parameters))
+    k = parameters.shape[-1] // 10
+    logits = parameters[..., :k].double()
+    means, log_scales, coefficients = (
+        parameters[..., (1 + 3 * i) * k : (4 + 3 * i) * k].double().unflatten(-1, (k, 3)) for i in range(3)
+    )
+    log_scales, coefficients = log_scales.clamp(min=-7), coefficients.tanh()
     x = (images.double() / 127.5 - 1)[..., None, :]
     means = means + torch.stack(
         [
@@ -62,12 +67,37 @@ def test_mixture_nats_are_those_of_the_original_code_up_to_its_own_rounding(path
     np.testing.assert_allclose(parameters.grad, data["dpred"], atol=6e-3)
 
 
-def test_the_mixture_survives_extreme_parameters() -> None:
-    parameters = torch.cat([torch.full((1, 1, 1, 20), 50.0), torch.full((1, 1, 1, 20), -50.0)], dim=1).requires_grad_()
-    images = torch.tensor([0, 255], dtype=torch.uint8).view(1, 2, 1, 1).expand(1, 2, 1, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "extremes",
+    [
+        {"log_scales": -100.0},
+        {"log_scales": -7.0, "means": 30.0},
+        {"log_scales": -7.0, "means": -1e4},
+        {"log_scales": 5.0},
+        {"log_scales": 90.0},
+        {"log_scales": 200.0},
+        {"logits": 1e4},
+        {"coefficients": -1e3},
+    ],
+    ids=str,
+)
+def test_extreme_parameters_keep_nats_right_and_gradients_finite(
+    extremes: dict[str, float], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    mixtures = 5
+    parameters = torch.randn(1, 3, 6, 10 * mixtures)
+    ranges = {"logits": (0, 1), "means": (mixtures, 4 * mixtures), "log_scales": (4 * mixtures, 7 * mixtures)}
+    for name, value in extremes.items():
+        parameters[..., slice(*ranges.get(name, (7 * mixtures, 10 * mixtures)))] = value
+    parameters = parameters.to(dtype).requires_grad_()
+    # The edges and an intensity between them, in most of their combinations over the channels.
+    images = torch.cartesian_prod(*[torch.tensor([0, 100, 255])] * 3)[:18].view(1, 3, 6, 3).to(torch.uint8)
     loss = mixture_nats(parameters, images)
     loss.sum().backward()
-    assert loss.isfinite().all() and parameters.grad.isfinite().all()
+    torch.testing.assert_close(loss.double(), original_formula(parameters, images), rtol=1e-5, atol=1e-4)
+    assert parameters.grad.isfinite().all()
 
 
 def test_categorical_nats_are_the_negative_log_of_softmax() -> None:

@@ -125,6 +125,27 @@ def test_half_precision_on_a_cpu_is_fp32_arithmetic_on_rounded_numbers(name: str
     assert torch.equal(local_attention(q, k, v, pattern), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
+@pytest.mark.parametrize("name", ["1d", "1d no memory", "2d partial flange"])
+def test_any_scale_multiplies_the_scores_of_visible_keys_only(name: str, scale: float, backend: str) -> None:
+    pattern = PATTERNS[name]
+    q, k, v, dout = (torch.randn(1, 2, pattern.length, 4) for _ in range(4))
+    # The loop divides by the square root of the width of 4.
+    expected = outputs_and_gradients((q, k, v), dout, lambda q, k, v: triple_loop(2 * scale * q, k, v, pattern))
+    actual = outputs_and_gradients(
+        (q, k, v), dout, lambda q, k, v: local_attention(q, k, v, pattern, scale=scale, backend=backend)
+    )
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_images_are_no_error(backend: str) -> None:
+    x = torch.zeros(0, 2, 64, 4)
+    assert local_attention(x, x, x, PATTERNS["1d"], backend=backend).shape == x.shape
+
+
 def test_attention_to_all_is_full_attention_without_a_mask() -> None:
     q, k, v = (torch.randn(2, 2, 12, 4) for _ in range(3))
     torch.testing.assert_close(attend_to_all(q, k, v), local_attention(q, k, v, full(12, causal=False)))

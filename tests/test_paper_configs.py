@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.resize import IMAGENET_VERSIONS
 from models.image_transformer import make_pattern, num_parameters
 from trainer.config import load_config
 
@@ -49,7 +50,9 @@ def test_all_these_configs_state_their_size() -> None:
 
 @pytest.mark.parametrize("name", [name for name in WITH_A_NUMBER if name.startswith("imagenet")])
 def test_results_on_imagenet_say_which_imagenet(name: str) -> None:
-    assert "van den Oord et al. 2016 (1 281 149 training and 49 999 validation images" in header(name)
+    oord = "van den Oord et al. 2016 (1 281 149 training and 49 999 validation images, no labels)"
+    assert f"{oord}: version {IMAGENET_VERSIONS['oord']}" in header(name)
+    assert f"Chrabaszcz et al. 2017, version {IMAGENET_VERSIONS['chrabaszcz']} (50 000" in header(name)
 
 
 @pytest.mark.parametrize("name", ["imagenet64_152m", "imagenet64_big"])

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from data_pipeline.pack import main as pack_main
 from tests.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
 from tests.small_disk import on_small_disk
@@ -278,6 +279,14 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     offload = {"train__zero_stage": 3, "train__offload_parameters": "nvme", "train__offload_dir": tmp_path}
     assert "needs a C++ compiler and the package libaio-dev" in fail(**offload, train__precision="bf16")
     assert "offload_parameters: nvme needs precision bf16 or fp16" in fail(**offload, train__precision="fp32")
+    (tmp_path / "unlabelled").mkdir()
+    for index in range(8):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / f"unlabelled/{index}.png")
+    pack = ["--source", "folder", "--input", str(tmp_path / "unlabelled"), "--dest", str(tmp_path / "shards")]
+    assert pack_main([*pack, "--size", "8", "--split", "train", "--workers", "1"]) == 0
+    capsys.readouterr()
+    text = fail(data__train_url=tmp_path / "shards", model__num_classes=12)
+    assert f"{tmp_path}/shards holds images without labels, and model.num_classes is 12; set it to 0" in text
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
 

@@ -67,6 +67,11 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
                 f"{option}: {shards.url} holds images of {shards.image_size}x{shards.image_size}, "
                 f"and model.image_size is {config.model.image_size}"
             )
+        if config.model.num_classes and not shards.classes:
+            raise UsageError(
+                f"{option}: {shards.url} holds images without labels, and model.num_classes is "
+                f"{config.model.num_classes}; set it to 0, or train on labelled images"
+            )
         if config.model.num_classes and len(shards.classes) != config.model.num_classes:
             raise UsageError(
                 f"{option}: {shards.url} has {len(shards.classes)} classes, "
