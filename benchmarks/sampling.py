@@ -53,6 +53,9 @@ CPU_TURNS, GPU_TURNS = 20, 10
 CPU_STEPS, GPU_STEPS = 1, 16
 # Of the norm of the logits: fp32 sums in another order, and bf16 keeps 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+# Heads of keys: of the large model, on a CPU with fewer layers and images.
+KEY_HEADS_TURNS = 30
+KEY_HEADS_LAYERS, KEY_HEADS_BATCH = 2, 16
 WAVES = {"attention": "local_2d", "query_block": (8, 32), "memory": (8, 16), "shift": "block"}
 
 
@@ -160,7 +163,7 @@ def full_cache(task: Task, block: QueryBlock) -> float:
         cache = task.keys_values[layer]
         cache[0, :, :, rank : rank + 1], cache[1, :, :, rank : rank + 1] = k, v
         keys, values = cache[:, :, :, : rank + 1]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     attends = [partial(attend, layer) for layer in range(len(task.model.layers))]
 
@@ -193,7 +196,8 @@ def bytes_a_step(model: ImageTransformer, batch_images: int) -> float:
         if not name.startswith(("embed_", "encoder.")) and ".encoder_attention.kv." not in name
     )
     keys = model.pattern.num_pairs / model.pattern.length + 3 * config.condition_size**2
-    return weights + batch_images * config.layers * keys * 2 * config.attention_width * model.head.weight.element_size()
+    width = config.attention_width // config.heads * config.num_key_heads
+    return weights + batch_images * config.layers * keys * 2 * width * model.head.weight.element_size()
 
 
 def copy_rate(device: torch.device) -> float:
@@ -229,6 +233,26 @@ def wave_steps(image_size: int, device: torch.device) -> dict[str, float]:
     if not torch.equal(*images):
         raise WrongLogits("waves: not the image that is drawn block after block; not timed")
     return {"waves_fewer_steps": steps[1] / steps[0], "waves_speedup": seconds[1] / seconds[0]}
+
+
+def fewer_key_heads(config: ImageTransformerConfig, batch_images: int, device: torch.device) -> dict[str, float]:
+    """Steps of a model with a quarter of the heads of keys, in turns with those of one with all of them; how good their
+    images are is another question."""
+    steps, bytes_read = [], []
+    for key_heads in (config.heads, config.heads // 4):
+        torch.manual_seed(0)
+        model = ImageTransformer(dataclasses.replace(config, key_heads=key_heads)).to(device).eval()
+        if device.type == "cuda":
+            model.bfloat16()
+        steps.append(iter(Decoding(model, batch_images, seed=0, in_waves=False)))
+        turn(steps[-1], 1)
+        bytes_read.append(bytes_a_step(model, batch_images))
+    turns: list[list[float]] = [[], []]
+    for _ in range(KEY_HEADS_TURNS):
+        for seconds, of_model in zip(turns, steps, strict=True):
+            seconds.append(turn(of_model, GPU_STEPS if device.type == "cuda" else CPU_STEPS))
+    all_heads, fewer = (statistics.median(seconds) for seconds in turns)
+    return {"key_heads_speedup": all_heads / fewer, "key_heads_fewer_bytes": bytes_read[0] / bytes_read[1]}
 
 
 def _now() -> float:
@@ -298,7 +322,9 @@ def main(arguments: list[str] | None = None) -> int:
     all_blocks = model.pattern.blocks
     chosen = {round(index * (len(all_blocks) - 1) / max(options.blocks - 1, 1)) for index in range(options.blocks)}
     measured = measure(task, [all_blocks[index] for index in sorted(chosen)])
-    waves = wave_steps(options.waves_size, device)
+    ratios = wave_steps(options.waves_size, device)
+    big = load_config(GPU_CONFIG, [] if on_gpu else [f"model.layers={KEY_HEADS_LAYERS}"]).model
+    ratios |= fewer_key_heads(big, GPU_BATCH if on_gpu else KEY_HEADS_BATCH, device)
 
     overrides = "".join(f" --set {override}" for override in options.overrides)
     command = (
@@ -306,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"--batch-images {options.batch_images}"
     )
     starts = [all_blocks[index].start for index in sorted(chosen)]
-    report(options.config.stem, config, task, starts, measured, waves, command, options.json)
+    report(options.config.stem, config, task, starts, measured, ratios, command, options.json)
     return 0
 
 
@@ -316,7 +342,7 @@ def report(
     task: Task,
     starts: list[int],
     measured: Measured,
-    waves: dict[str, float],
+    ratios: dict[str, float],
     command: str,
     json_file: Path | None,
 ) -> None:
@@ -332,7 +358,7 @@ def report(
         "sampling_vs_full_cache": mean["full cache"] / mean["ours"],
         "sampling_vs_bandwidth_limit": limit / mean["ours"],
         "time_per_token_last_over_first": medians[-1] / medians[0],
-        **{f"sampling_{key}": value for key, value in waves.items()},
+        **{f"sampling_{key}": value for key, value in ratios.items()},
     }
     plan = decode_plan(task.model.pattern, config.shift, in_waves=False)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
@@ -363,13 +389,19 @@ def report(
             _significant(limit / mean["ours"]),
         ]
     )
+    part = f"imagenet64_big, {GPU_BATCH} images"
+    if not on_gpu:
+        part = f"{KEY_HEADS_LAYERS} layers of imagenet64_big, {KEY_HEADS_BATCH} images"
     text += table(header, rows)
     text += (
         f"\n\nOurs took {len(measured.turns[0])} turns at each position, one position after the other. Time per token, "
         f"the last of these positions over the first: {medians[-1] / medians[0]:.3f} (medians; minima "
         f"{min(measured.turns[-1]) / min(measured.turns[0]):.3f})."
         "\n\nA small 2D model with the shift inside each block draws the same image in waves of blocks in "
-        f"{waves['waves_fewer_steps']:.2f} times fewer steps, {waves['waves_speedup']:.2f} times as fast."
+        f"{ratios['waves_fewer_steps']:.2f} times fewer steps, {ratios['waves_speedup']:.2f} times as fast."
+        f"\n\nOf {part}, a step with a quarter of the heads of keys (model.key_heads) is "
+        f"{ratios['key_heads_speedup']:.2f} times as fast (medians of {KEY_HEADS_TURNS} turns each), and must read "
+        f"{ratios['key_heads_fewer_bytes']:.2f} times fewer bytes."
     )
     print(text)
     write_section(f"sampling of {name} on a {'GPU' if on_gpu else 'CPU'}", command, text)

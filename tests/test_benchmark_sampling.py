@@ -15,7 +15,7 @@ from models.generate import Step
 from models.image_transformer import ImageTransformer
 from models.pattern import QueryBlock
 from tests.launch import QUICKSTART, TINY_MODEL
-from tests.tiny_model import tiny_config
+from tests.tiny_model import MODERN, tiny_config
 
 TWO_DIMENSIONS = ["model.attention=local_2d", "model.query_block=[2, 4]", "model.memory=[2, 2]"]
 
@@ -31,6 +31,8 @@ def test_it_reports_ratios_and_writes_them_down(
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr(sampling, "copy_rate", lambda device: 1e9)
+    quarter = {"key_heads_speedup": 2.5, "key_heads_fewer_bytes": 3.0}
+    monkeypatch.setattr(sampling, "fewer_key_heads", lambda config, batch_images, device: quarter)
     arguments = ["--config", str(QUICKSTART), *tiny_settings(*changes), "--batch-images", "2", "--waves-size", "8"]
     assert sampling.main([*arguments, "--json", str(tmp_path / "sampling.json")]) == 0
     numbers = json.loads((tmp_path / "sampling.json").read_text())
@@ -40,7 +42,8 @@ def test_it_reports_ratios_and_writes_them_down(
     first, *_, last = (statistics.median(turns) for turns in numbers["details"]["turns"])
     assert numbers["time_per_token_last_over_first"] == pytest.approx(last / first)
     assert "sampling of quickstart on a CPU" in (tmp_path / "RESULTS.md").read_text()
-    assert "limit of memory" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "limit of memory" in text and "(model.key_heads) is 2.50 times as fast" in text
 
 
 @pytest.mark.parametrize("sampler", [sampling.ours, sampling.recompute, sampling.full_cache])
@@ -89,3 +92,12 @@ def test_positions_take_turns_so_that_a_busy_machine_meets_them_alike(monkeypatc
     measured = sampling.measure(task, blocks)
     assert order == [block.start for block in blocks] * (len(order) // 3)
     assert measured.medians == [1.0, 1.0, 2.0]
+
+
+def test_a_quarter_of_the_heads_of_keys_leaves_a_quarter_of_the_cache_to_read() -> None:
+    """Images and keys so many that the weights hardly count."""
+    config = tiny_config(**MODERN, heads=4, query_block=24, memory=24)
+    with torch.no_grad():
+        ratios = sampling.fewer_key_heads(config, 256, torch.device("cpu"))
+    assert ratios["key_heads_speedup"] > 0
+    assert 3.5 < ratios["key_heads_fewer_bytes"] < 4
