@@ -5,7 +5,9 @@
 
 Untrained weights, random images as the beginning. At a few blocks, spread over the image, each sampler computes the
 same next positions: ours dozens of them, the others one or a few, since an image takes them hours. A sampler
-whose logits are not those of the full forward pass is not timed. Rivals:
+whose logits are not those of the full forward pass is not timed. Ours takes its steps at all of these blocks in turns,
+so that whatever else the machine does meets them alike: the ratio of the medians at the last and at the first block
+says whether the time of a token grows with what came before it. Rivals:
 
 - recompute: the whole beginning goes through the model again for each position, as in the original's code;
 - full cache: keys and values of all positions are kept, and a mask says which are seen; not captured as a graph.
@@ -20,10 +22,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,7 +37,7 @@ from torch import Tensor
 from benchmarks.attention import versions
 from benchmarks.report import table, write_json, write_section
 from models.decode_plan import decode_plan
-from models.generate import Decoding
+from models.generate import Decoding, Step
 from models.image_transformer import ImageTransformer, ImageTransformerConfig
 from models.local_attention import local_attention
 from models.pattern import Pattern, QueryBlock
@@ -45,9 +48,14 @@ from trainer.model_inputs import area_downsample
 ROOT = Path(__file__).resolve().parents[1]
 CPU_CONFIG, GPU_CONFIG = ROOT / "configs/cifar10_cat.yaml", ROOT / "configs/imagenet64_big.yaml"
 CPU_BATCH, GPU_BATCH = 4, 64
-CPU_STEPS, GPU_STEPS = 64, 512
+# Ours: turns at each block beside each block of the rivals, and steps a turn; on a GPU enough to keep it busy.
+CPU_TURNS, GPU_TURNS = 20, 10
+CPU_STEPS, GPU_STEPS = 1, 16
 # Of the norm of the logits: fp32 sums in another order, and bf16 keeps 8 bits.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+# Heads of keys: of the large model, on a CPU with fewer layers and images.
+KEY_HEADS_TURNS = 30
+KEY_HEADS_LAYERS, KEY_HEADS_BATCH = 2, 16
 WAVES = {"attention": "local_2d", "query_block": (8, 32), "memory": (8, 16), "shift": "block"}
 
 
@@ -100,8 +108,8 @@ class Task:
         return self.model.head.weight.dtype
 
 
-def ours(task: Task, block: QueryBlock) -> float:
-    """Seconds a step from the start of a block; the first one, which captures the graph, is checked instead."""
+def ours(task: Task, block: QueryBlock) -> Iterator[Step]:
+    """Steps from the start of a block; the first one, which captures the graph, is done and checked."""
     decoding = Decoding(
         task.model, len(task.images), seed=0, labels=task.labels, condition=task.condition,
         prefix=task.images, keep=block.start, in_waves=False,
@@ -109,8 +117,11 @@ def ours(task: Task, block: QueryBlock) -> float:
     steps = iter(decoding)
     next(steps)
     task.check("ours", decoding.parameters[:, 0], block.start)
-    most = GPU_STEPS if task.values.device.type == "cuda" else CPU_STEPS
-    count = min(block.num_queries, most, task.model.pattern.length - block.start - 1)
+    return steps
+
+
+def turn(steps: Iterator[Step], count: int) -> float:
+    """Seconds a step of the next `count`."""
     begin = _now()
     for _ in range(count):
         next(steps)
@@ -152,7 +163,7 @@ def full_cache(task: Task, block: QueryBlock) -> float:
         cache = task.keys_values[layer]
         cache[0, :, :, rank : rank + 1], cache[1, :, :, rank : rank + 1] = k, v
         keys, values = cache[:, :, :, : rank + 1]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
     attends = [partial(attend, layer) for layer in range(len(task.model.layers))]
 
@@ -185,7 +196,8 @@ def bytes_a_step(model: ImageTransformer, batch_images: int) -> float:
         if not name.startswith(("embed_", "encoder.")) and ".encoder_attention.kv." not in name
     )
     keys = model.pattern.num_pairs / model.pattern.length + 3 * config.condition_size**2
-    return weights + batch_images * config.layers * keys * 2 * config.attention_width * model.head.weight.element_size()
+    width = config.attention_width // config.heads * config.num_key_heads
+    return weights + batch_images * config.layers * keys * 2 * width * model.head.weight.element_size()
 
 
 def copy_rate(device: torch.device) -> float:
@@ -223,23 +235,70 @@ def wave_steps(image_size: int, device: torch.device) -> dict[str, float]:
     return {"waves_fewer_steps": steps[1] / steps[0], "waves_speedup": seconds[1] / seconds[0]}
 
 
+def fewer_key_heads(config: ImageTransformerConfig, batch_images: int, device: torch.device) -> dict[str, float]:
+    """Steps of a model with a quarter of the heads of keys, in turns with those of one with all of them; how good their
+    images are is another question."""
+    steps, bytes_read = [], []
+    for key_heads in (config.heads, config.heads // 4):
+        torch.manual_seed(0)
+        model = ImageTransformer(dataclasses.replace(config, key_heads=key_heads)).to(device).eval()
+        if device.type == "cuda":
+            model.bfloat16()
+        steps.append(iter(Decoding(model, batch_images, seed=0, in_waves=False)))
+        turn(steps[-1], 1)
+        bytes_read.append(bytes_a_step(model, batch_images))
+    turns: list[list[float]] = [[], []]
+    for _ in range(KEY_HEADS_TURNS):
+        for seconds, of_model in zip(turns, steps, strict=True):
+            seconds.append(turn(of_model, GPU_STEPS if device.type == "cuda" else CPU_STEPS))
+    all_heads, fewer = (statistics.median(seconds) for seconds in turns)
+    return {"key_heads_speedup": all_heads / fewer, "key_heads_fewer_bytes": bytes_read[0] / bytes_read[1]}
+
+
 def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
+class Measured(NamedTuple):
+    """Seconds a step by block, and what was measured in between."""
+
+    turns: list[list[float]]
+    """Of ours: each turn at each block."""
+    rivals: dict[str, list[float]]
+    copy_rates: list[float]
+    """Bytes a second."""
+
+    @property
+    def means(self) -> dict[str, list[float]]:
+        """By block, ours first: an image takes the mean, whatever the machine did meanwhile."""
+        return {"ours": [statistics.mean(turns) for turns in self.turns], **self.rivals}
+
+    @property
+    def medians(self) -> list[float]:
+        """Of ours by block."""
+        return [statistics.median(turns) for turns in self.turns]
+
+
 @torch.no_grad()
-def measure(task: Task, blocks: list[QueryBlock]) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds a step of each sampler by block, in turns, and rates of copies in between."""
-    samplers = {"ours": ours, "recompute": recompute, "full cache": full_cache}
-    seconds: dict[str, list[float]] = {name: [] for name in samplers}
-    rates = []
+def measure(task: Task, blocks: list[QueryBlock]) -> Measured:
+    """Ours at all blocks in turns, and then the rivals at one of them, for each block."""
+    rivals = {"recompute": recompute, "full cache": full_cache}
+    on_gpu = task.values.device.type == "cuda"
+    turns, count = (GPU_TURNS, GPU_STEPS) if on_gpu else (CPU_TURNS, CPU_STEPS)
+    steps_left = task.model.pattern.length - blocks[-1].start - 1
+    turns = min(turns, steps_left // (count * len(blocks)))
+    steps = [ours(task, block) for block in blocks]
+    measured = Measured([[] for _ in blocks], {name: [] for name in rivals}, [])
     for block in blocks:
-        rates.append(copy_rate(task.values.device))
-        for name, sampler in samplers.items():
-            seconds[name].append(sampler(task, block))
-    return seconds, rates
+        measured.copy_rates.append(copy_rate(task.values.device))
+        for _ in range(turns):
+            for seconds, at_block in zip(measured.turns, steps, strict=True):
+                seconds.append(turn(at_block, count))
+        for name, sampler in rivals.items():
+            measured.rivals[name].append(sampler(task, block))
+    return measured
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -262,8 +321,10 @@ def main(arguments: list[str] | None = None) -> int:
         task = Task(model, options.batch_images)
     all_blocks = model.pattern.blocks
     chosen = {round(index * (len(all_blocks) - 1) / max(options.blocks - 1, 1)) for index in range(options.blocks)}
-    seconds, rates = measure(task, [all_blocks[index] for index in sorted(chosen)])
-    waves = wave_steps(options.waves_size, device)
+    measured = measure(task, [all_blocks[index] for index in sorted(chosen)])
+    ratios = wave_steps(options.waves_size, device)
+    big = load_config(GPU_CONFIG, [] if on_gpu else [f"model.layers={KEY_HEADS_LAYERS}"]).model
+    ratios |= fewer_key_heads(big, GPU_BATCH if on_gpu else KEY_HEADS_BATCH, device)
 
     overrides = "".join(f" --set {override}" for override in options.overrides)
     command = (
@@ -271,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"--batch-images {options.batch_images}"
     )
     starts = [all_blocks[index].start for index in sorted(chosen)]
-    report(options.config.stem, config, task, starts, seconds, rates, waves, command, options.json)
+    report(options.config.stem, config, task, starts, measured, ratios, command, options.json)
     return 0
 
 
@@ -280,24 +341,24 @@ def report(
     config: ImageTransformerConfig,
     task: Task,
     starts: list[int],
-    seconds: dict[str, list[float]],
-    rates: list[float],
-    waves: dict[str, float],
+    measured: Measured,
+    ratios: dict[str, float],
     command: str,
     json_file: Path | None,
 ) -> None:
-    """Means over the blocks, and ratios of them: a table, RESULTS.md, and the JSON file."""
+    """Means over the blocks, and ratios of them, and medians of ours: a table, RESULTS.md, and the JSON file."""
     batch, length = len(task.images), task.model.pattern.length
     on_gpu = task.values.device.type == "cuda"
-    mean = {sampler: statistics.mean(times) for sampler, times in seconds.items()}
-    rate = statistics.median(rates)
+    mean = {sampler: statistics.mean(times) for sampler, times in measured.means.items()}
+    medians = measured.medians
+    rate = statistics.median(measured.copy_rates)
     limit = bytes_a_step(task.model, batch) / rate
     metrics = {
         "sampling_vs_recompute": mean["recompute"] / mean["ours"],
         "sampling_vs_full_cache": mean["full cache"] / mean["ours"],
         "sampling_vs_bandwidth_limit": limit / mean["ours"],
-        "sampling_slowest_vs_fastest_block": max(seconds["ours"]) / min(seconds["ours"]),
-        **{f"sampling_{key}": value for key, value in waves.items()},
+        "time_per_token_last_over_first": medians[-1] / medians[0],
+        **{f"sampling_{key}": value for key, value in ratios.items()},
     }
     plan = decode_plan(task.model.pattern, config.shift, in_waves=False)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
@@ -315,8 +376,10 @@ def report(
             *(_significant(1e3 * each) for each in times),
             _significant(mean[sampler] / mean["ours"]),
         ]
-        for sampler, times in seconds.items()
+        for sampler, times in measured.means.items()
     ]
+    at_blocks = [_significant(1e3 * median) for median in medians]
+    rows.insert(1, ["ours, median", "", _significant(1e3 * statistics.mean(medians)), *at_blocks, ""])
     rows.append(
         [
             "limit of memory",
@@ -326,15 +389,24 @@ def report(
             _significant(limit / mean["ours"]),
         ]
     )
+    part = f"imagenet64_big, {GPU_BATCH} images"
+    if not on_gpu:
+        part = f"{KEY_HEADS_LAYERS} layers of imagenet64_big, {KEY_HEADS_BATCH} images"
     text += table(header, rows)
     text += (
+        f"\n\nOurs took {len(measured.turns[0])} turns at each position, one position after the other. Time per token, "
+        f"the last of these positions over the first: {medians[-1] / medians[0]:.3f} (medians; minima "
+        f"{min(measured.turns[-1]) / min(measured.turns[0]):.3f})."
         "\n\nA small 2D model with the shift inside each block draws the same image in waves of blocks in "
-        f"{waves['waves_fewer_steps']:.2f} times fewer steps, {waves['waves_speedup']:.2f} times as fast."
+        f"{ratios['waves_fewer_steps']:.2f} times fewer steps, {ratios['waves_speedup']:.2f} times as fast."
+        f"\n\nOf {part}, a step with a quarter of the heads of keys (model.key_heads) is "
+        f"{ratios['key_heads_speedup']:.2f} times as fast (medians of {KEY_HEADS_TURNS} turns each), and must read "
+        f"{ratios['key_heads_fewer_bytes']:.2f} times fewer bytes."
     )
     print(text)
     write_section(f"sampling of {name} on a {'GPU' if on_gpu else 'CPU'}", command, text)
     if json_file:
-        details = {"seconds": seconds, "copy_rates": rates, "limit_seconds": limit, "starts": starts}
+        details = {**measured._asdict(), "limit_seconds": limit, "starts": starts}
         write_json(json_file, metrics, details)
 
 

@@ -62,7 +62,8 @@ def with_flex_raster(model: ImageTransformer) -> None:
     mask = create_block_mask(raster_mask(case), None, None, length, length, device=device, _compile=device != "cpu")
     compiled = torch.compile(flex_attention, dynamic=False)
     in_raster_order(model)
-    model.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask)  # type: ignore[method-assign]
+    shared = config.num_key_heads != config.heads
+    model.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=shared)  # type: ignore[method-assign]
 
 
 def with_dense_mask(model: ImageTransformer) -> None:
@@ -70,7 +71,8 @@ def with_dense_mask(model: ImageTransformer) -> None:
     mask = model.pattern.mask_in_storage_order().to(model.positions.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device))
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device), enable_gqa=shared)
 
     model.attend = attend  # type: ignore[method-assign]
 

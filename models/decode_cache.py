@@ -3,7 +3,8 @@
 Everything is allocated once, for the largest wave of the plan (models/decode_plan.py), and has one shape for all steps:
 which keys a step sees is a comparison of tensors, so that a GPU can replay a step as a captured graph.
 
-Shapes: B batch, N heads, K head width, G blocks decoded together, W slots of a window, T tokens (G, and padding).
+Shapes: B batch, N heads, M heads of keys and values (N, or a divisor of it), K head width, G blocks decoded together, W
+slots of a window, T tokens (G, and padding).
 """
 
 import math
@@ -26,15 +27,15 @@ class DecodeCache:
         *,
         layers: int,
         batch: int,
-        heads: int,
+        key_heads: int,
         head_width: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         # Zeros: a slot that is not seen has weight 0, which only a finite value survives.
         rows, slots = plan.num_windows, plan.window_slots
-        self.windows = torch.zeros(layers, 2, rows, batch, heads, slots, head_width, dtype=dtype, device=device)
-        self.kept = torch.zeros(layers, 2, batch, heads, plan.kept_slots, head_width, dtype=dtype, device=device)
+        self.windows = torch.zeros(layers, 2, rows, batch, key_heads, slots, head_width, dtype=dtype, device=device)
+        self.kept = torch.zeros(layers, 2, batch, key_heads, plan.kept_slots, head_width, dtype=dtype, device=device)
         self.order = torch.full((rows, slots), UNSEEN, dtype=torch.int32, device=device)
         most_steps = max(wave.num_steps for wave in plan.waves)
         self.own_window_slots = torch.zeros(most_steps, dtype=torch.int64, device=device)
@@ -66,7 +67,7 @@ class DecodeCache:
         return [partial(self._attend_step, windows[:, :rows]) for windows in self.windows]
 
     def _attend_step(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, N, T, K] of which the first G tokens are real; windows [2, G, B, N, W, K]."""
+        """q [B, N, T, K], k and v [B, M, T, K], of which the first G tokens are real; windows [2, G, B, M, W, K]."""
         rows, tokens = windows.shape[1], q.shape[2]
         for window, new in zip(windows, (k, v), strict=True):
             new = new[:, :, :rows].permute(2, 0, 1, 3)[..., None, :]
@@ -74,9 +75,10 @@ class DecodeCache:
         keys, values = windows
         # Not the fused operator: on a CPU its sums depend on how many sequences there are.
         scale = 1 / math.sqrt(q.shape[-1])
-        scores = (q[:, :, :rows].permute(2, 0, 1, 3)[..., None, :].to(keys.dtype) * scale) @ keys.transpose(-1, -2)
+        queries = q[:, :, :rows].permute(2, 0, 1, 3).unflatten(2, (keys.shape[2], -1))  # [G, B, M, N / M, K]
+        scores = (queries.to(keys.dtype) * scale) @ keys.transpose(-1, -2)
         weights = (scores.float() + self._bias).softmax(-1)
-        out = (weights.to(values.dtype) @ values).squeeze(3).permute(1, 2, 0, 3).to(q.dtype)
+        out = (weights.to(values.dtype) @ values).flatten(2, 3).permute(1, 2, 0, 3).to(q.dtype)
         return F.pad(out, (0, 0, 0, tokens - rows))
 
     def attend_several(self, row: int, start: int, stop: int) -> list[Attend]:
@@ -87,10 +89,14 @@ class DecodeCache:
         return [partial(self._attend_several, windows[:, row], slots, seen) for windows in self.windows]
 
     def _attend_several(self, windows: Tensor, slots: Tensor, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [B, N, T, K] of which the first tokens are real; windows [2, B, N, W, K], seen [tokens, W]."""
+        """q [B, N, T, K], k and v [B, M, T, K], of which the first tokens are real; windows [2, B, M, W, K], seen
+        [tokens, W]."""
         tokens = len(slots)
         for window, new in zip(windows, (k, v), strict=True):
             window.index_copy_(2, slots, new[:, :, :tokens].to(window.dtype))
         keys, values = windows
-        out = F.scaled_dot_product_attention(q[:, :, :tokens].to(keys.dtype), keys, values, attn_mask=seen)
+        real = q[:, :, :tokens].to(keys.dtype)
+        queries = real.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # those of a head of keys one after the other
+        mask = seen.repeat(q.shape[1] // keys.shape[1], 1)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(*real.shape)
         return F.pad(out.to(q.dtype), (0, 0, 0, q.shape[2] - tokens))

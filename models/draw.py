@@ -32,13 +32,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: must be above 0, not {self.temperature}")
+            raise ValueError(f"temperature: must be above 0 and finite, not {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k: must be at least 1, or 0 for all intensities, not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: must be above 0 and at most 1, not {self.top_p}")
         if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance: must be at least 0, not {self.guidance}")
+            raise ValueError(f"guidance: must be at least 0 and finite, not {self.guidance}")
 
     @property
     def is_guided(self) -> bool:

@@ -136,7 +136,7 @@ class Decoding:
             plan,
             layers=config.layers,
             batch=self._copies * num_images,
-            heads=config.heads,
+            key_heads=config.num_key_heads,
             head_width=config.attention_width // config.heads,
             dtype=product_dtype(weight),
             device=device,

@@ -68,8 +68,11 @@ class ImageTransformerConfig:
     """Width of the tokens between the layers (d in the paper)."""
     heads: int
     """Attention heads."""
+    key_heads: int
+    """Heads of keys and values, each of which serves heads / key_heads neighbouring heads of queries (grouped-query
+    attention, Ainslie et al. 2023), so that decoding keeps and reads so many times fewer of them; 0 for one each."""
     attention_width: int
-    """Width of all heads' queries together; also of keys and values."""
+    """Width of all heads' queries together; also of keys and values where key_heads is 0."""
     ff_width: int
     """Width inside the feed-forward network."""
     block: Block
@@ -95,6 +98,10 @@ class ImageTransformerConfig:
     def __post_init__(self) -> None:
         if problems := _range_problems(self) or [*_attention_problems(self), *_combination_problems(self)]:
             raise ValueError("\n".join(problems))
+
+    @property
+    def num_key_heads(self) -> int:
+        return self.key_heads or self.heads
 
 
 class ImageTransformer(nn.Module):
@@ -200,8 +207,8 @@ class ImageTransformer(nn.Module):
         return local_attention(q, k, v, self.pattern)
 
     def encode(self, condition: Tensor | None) -> list[KeysValues | None]:
-        """What each layer of the decoder attends to in the small image: keys and values [B, N, E, K], or
-        None."""
+        """What each layer of the decoder attends to in the small image: keys and values [B, N, E, K], N
+        of them heads of keys, or None."""
         if condition is None:
             return [None] * self.config.layers
         encoded = self.encoder(condition)
@@ -419,6 +426,7 @@ def _layer(config: ImageTransformerConfig, is_decoder: bool) -> Layer:
         norm_place=config.norm,
         width=config.width,
         heads=config.heads,
+        key_heads=config.num_key_heads,
         attention_width=config.attention_width,
         ff_width=config.ff_width,
         dropout=config.dropout,
@@ -438,7 +446,10 @@ def _range_problems(config: ImageTransformerConfig) -> list[str]:
     for name in ("image_size", "layers", "width", "heads", "attention_width", "ff_width"):
         if getattr(config, name) < 1:
             problems.append(f"{name}: {getattr(config, name)} is not positive")
-    for name in ("mixtures", "dilation_gap", "dilation_blocks", "num_classes", "condition_size", "encoder_layers"):
+    for name in (
+        *("key_heads", "mixtures", "dilation_gap", "dilation_blocks"),
+        *("num_classes", "condition_size", "encoder_layers"),
+    ):
         if getattr(config, name) < 0:
             problems.append(f"{name}: {getattr(config, name)} is negative")
     for name in ("dropout", "label_dropout"):
@@ -499,6 +510,15 @@ def _combination_problems(config: ImageTransformerConfig) -> list[str]:
         (
             head_width.is_integer(),
             f"heads: {config.heads} does not divide attention_width {config.attention_width}",
+        ),
+        (
+            config.heads % config.num_key_heads == 0,
+            f"key_heads: {config.key_heads} does not divide heads {config.heads}",
+        ),
+        (
+            not (config.block == "paper" and config.num_key_heads != config.heads),
+            f"key_heads: {config.key_heads} for {config.heads} heads, but in the paper's block each has its own; set "
+            "key_heads to 0, or block to 'modern'",
         ),
         (
             config.width % 4 == 0,

@@ -5,7 +5,8 @@ feed-forward network that treats every token alike; each is added to its input. 
 attend to each other is a function given by the caller, so that training (all tokens at once) and decoding
 (one token and a cache) share this code.
 
-Shapes: B batch, T tokens, E encoder tokens, D width, N heads, K head width.
+Shapes: B batch, T tokens, E encoder tokens, D width, N heads, M heads of keys and values (N, or a divisor of it), K
+head width.
 """
 
 import math
@@ -22,7 +23,7 @@ from models.local_attention import attend_to_all
 Block = Literal["paper", "modern"]
 NormPlace = Literal["post", "pre"]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(q, k, v), each [B, N, T, K] -> [B, N, T, K]."""
+"""q [B, N, T, K], k and v [B, M, T, K] -> [B, N, T, K]."""
 Std = Callable[[int, int], float]
 """(fan-in, fan-out) -> standard deviation of initial weights."""
 
@@ -48,6 +49,7 @@ class Layer(nn.Module):
         norm_place: NormPlace,
         width: int,
         heads: int,
+        key_heads: int,
         attention_width: int,
         ff_width: int,
         dropout: float,
@@ -59,10 +61,10 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         std_in, std_out = _stds(block, num_sublayers)
         self.attention_norm = norm(block, width)
-        self.attention = SelfAttention(block, width, heads, attention_width, std_in, std_out)
+        self.attention = SelfAttention(block, width, heads, key_heads, attention_width, std_in, std_out)
         if attends_to_encoder:
             self.encoder_attention_norm = norm(block, width)
-            self.encoder_attention = EncoderAttention(block, width, heads, attention_width, std_in, std_out)
+            self.encoder_attention = EncoderAttention(block, width, heads, key_heads, attention_width, std_in, std_out)
         self.feed_forward_norm = norm(block, width)
         self.feed_forward = FeedForward(block, width, ff_width, std_in, std_out)
 
@@ -85,15 +87,19 @@ class Layer(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention among the tokens of one sequence."""
 
-    def __init__(self, block: Block, width: int, heads: int, attention_width: int, std_in: Std, std_out: Std) -> None:
+    def __init__(
+        self, block: Block, width: int, heads: int, key_heads: int, attention_width: int, std_in: Std, std_out: Std
+    ) -> None:
         super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * attention_width, std=std_in(width, attention_width))
+        self.heads = (heads, key_heads, key_heads)
+        self.widths = tuple(attention_width // heads * each for each in self.heads)
+        self.qkv = Linear(width, sum(self.widths), std=std_in(width, attention_width))
         self.q_norm, self.k_norm = (_head_norm(block, attention_width // heads) for _ in range(2))
         self.out = Linear(attention_width, width, std=std_out(attention_width, width))
 
     def forward(self, x: Tensor, attend: Attend, rotation: Tensor | None) -> Tensor:
-        q, k, v = (_split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
+        parts = self.qkv(x).split(self.widths, dim=-1)
+        q, k, v = (_split_heads(part, heads) for part, heads in zip(parts, self.heads, strict=True))
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
@@ -103,19 +109,21 @@ class SelfAttention(nn.Module):
 class EncoderAttention(nn.Module):
     """Multi-head attention of every token to all tokens of the encoder."""
 
-    def __init__(self, block: Block, width: int, heads: int, attention_width: int, std_in: Std, std_out: Std) -> None:
+    def __init__(
+        self, block: Block, width: int, heads: int, key_heads: int, attention_width: int, std_in: Std, std_out: Std
+    ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.key_heads = heads, key_heads
         self.q = Linear(width, attention_width, std=std_in(width, attention_width))
-        self.kv = Linear(width, 2 * attention_width, std=std_in(width, attention_width))
+        self.kv = Linear(width, 2 * (attention_width // heads) * key_heads, std=std_in(width, attention_width))
         self.q_norm, self.k_norm = (_head_norm(block, attention_width // heads) for _ in range(2))
         self.out = Linear(attention_width, width, std=std_out(attention_width, width))
 
     def keys_values(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder output [B, E, D] -> keys and values [B, N, E, K]; the same for every token that is
+        """Encoder output [B, E, D] -> keys and values [B, M, E, K]; the same for every token that is
         decoded."""
         k, v = self.kv(encoded).chunk(2, dim=-1)
-        return self.k_norm(_split_heads(k, self.heads)), _split_heads(v, self.heads)
+        return self.k_norm(_split_heads(k, self.key_heads)), _split_heads(v, self.key_heads)
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = self.q_norm(_split_heads(self.q(x), self.heads))

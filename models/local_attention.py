@@ -143,9 +143,12 @@ def _log_once(backend: str, why: str) -> None:
 
 
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without a mask: q [B, N, any, D], k and v [B, N, any other, D]."""
-    dtype = product_dtype(q)
-    return F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
+    """Attention without a mask: q [B, N, any, D], k and v [B, K, any other, D]."""
+    dtype, key_heads = product_dtype(q), k.shape[1]
+    # Queries that share a head of keys are like further tokens of it: nothing is repeated.
+    queries = q.to(dtype).unflatten(1, (key_heads, -1)).flatten(2, 3)
+    output = F.scaled_dot_product_attention(queries, k.to(dtype), v.to(dtype))
+    return output.reshape(q.shape).to(q.dtype)  # a view but on CUDA, whose kernels may store heads inside
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float) -> Tensor:

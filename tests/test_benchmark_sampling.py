@@ -2,6 +2,8 @@
 
 import json
 import math
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 
 from benchmarks import report, sampling
 from models.decode_plan import decode_plan
+from models.generate import Step
 from models.image_transformer import ImageTransformer
+from models.pattern import QueryBlock
 from tests.launch import QUICKSTART, TINY_MODEL
-from tests.tiny_model import tiny_config
+from tests.tiny_model import MODERN, tiny_config
 
 TWO_DIMENSIONS = ["model.attention=local_2d", "model.query_block=[2, 4]", "model.memory=[2, 2]"]
 
@@ -27,14 +31,19 @@ def test_it_reports_ratios_and_writes_them_down(
 ) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr(sampling, "copy_rate", lambda device: 1e9)
+    quarter = {"key_heads_speedup": 2.5, "key_heads_fewer_bytes": 3.0}
+    monkeypatch.setattr(sampling, "fewer_key_heads", lambda config, batch_images, device: quarter)
     arguments = ["--config", str(QUICKSTART), *tiny_settings(*changes), "--batch-images", "2", "--waves-size", "8"]
     assert sampling.main([*arguments, "--json", str(tmp_path / "sampling.json")]) == 0
     numbers = json.loads((tmp_path / "sampling.json").read_text())
     for key in ("sampling_vs_recompute", "sampling_vs_full_cache", "sampling_vs_bandwidth_limit"):
         assert 0 < numbers[key] < math.inf
     assert numbers["sampling_waves_fewer_steps"] > 1.3
+    first, *_, last = (statistics.median(turns) for turns in numbers["details"]["turns"])
+    assert numbers["time_per_token_last_over_first"] == pytest.approx(last / first)
     assert "sampling of quickstart on a CPU" in (tmp_path / "RESULTS.md").read_text()
-    assert "limit of memory" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "limit of memory" in text and "(model.key_heads) is 2.50 times as fast" in text
 
 
 @pytest.mark.parametrize("sampler", [sampling.ours, sampling.recompute, sampling.full_cache])
@@ -43,7 +52,7 @@ def test_a_sampler_that_computes_something_else_is_not_timed(sampler, monkeypatc
     with torch.no_grad():
         task = sampling.Task(ImageTransformer(tiny_config()).eval(), 1)
         block = task.model.pattern.blocks[2]
-        assert sampler(task, block) > 0
+        assert sampler(task, block)
         task.hidden = task.hidden + 0.01
         with pytest.raises(sampling.WrongLogits, match="logits differ by .* not timed"):
             sampler(task, block)
@@ -58,3 +67,37 @@ def test_the_limit_counts_weights_once_and_what_each_image_sees() -> None:
     weights = sum(p.numel() for p in model.parameters()) - embeddings
     assert one - (three - one) / 2 == pytest.approx(4 * weights)
     assert decode_plan(model.pattern, "generation").num_keys == 16
+
+
+def test_positions_take_turns_so_that_a_busy_machine_meets_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1 s for a token, 9 while the machine is busy: for a third of the time, a token at the last position 2 s."""
+    torch.manual_seed(0)
+    model = ImageTransformer(tiny_config()).eval()
+    with torch.no_grad():
+        task = sampling.Task(model, 1)
+    blocks = [model.pattern.blocks[index] for index in (0, 2, 4)]
+    order: list[int] = []
+
+    def steps(task: sampling.Task, block: QueryBlock) -> Iterator[Step]:
+        for _ in range(100):
+            order.append(block.start)
+            yield Step(0, 0, torch.empty(0))
+
+    def turn(at_block: Iterator[Step], count: int) -> float:
+        next(at_block)
+        return (2.0 if order[-1] == blocks[-1].start else 1.0) * (9 if len(order) <= 15 else 1)
+
+    for name, fake in {"ours": steps, "turn": turn, "copy_rate": lambda device: 1e9}.items():
+        monkeypatch.setattr(sampling, name, fake)
+    measured = sampling.measure(task, blocks)
+    assert order == [block.start for block in blocks] * (len(order) // 3)
+    assert measured.medians == [1.0, 1.0, 2.0]
+
+
+def test_a_quarter_of_the_heads_of_keys_leaves_a_quarter_of_the_cache_to_read() -> None:
+    """Images and keys so many that the weights hardly count."""
+    config = tiny_config(**MODERN, heads=4, query_block=24, memory=24)
+    with torch.no_grad():
+        ratios = sampling.fewer_key_heads(config, 256, torch.device("cpu"))
+    assert ratios["key_heads_speedup"] > 0
+    assert 3.5 < ratios["key_heads_fewer_bytes"] < 4

@@ -156,12 +156,12 @@ def test_a_value_without_probability_is_never_drawn() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("temperature", 0, "temperature: must be above 0, not 0"),
-        ("temperature", math.nan, "temperature: must be above 0, not nan"),
+        ("temperature", 0, "temperature: must be above 0 and finite, not 0"),
+        ("temperature", math.nan, "temperature: must be above 0 and finite, not nan"),
         ("top_k", -1, "top_k: must be at least 1, or 0 for all intensities, not -1"),
         ("top_p", 0.0, "top_p: must be above 0 and at most 1, not 0.0"),
         ("top_p", 1.1, "top_p: must be above 0 and at most 1, not 1.1"),
-        ("guidance", -1.0, "guidance: must be at least 0, not -1.0"),
+        ("guidance", -1.0, "guidance: must be at least 0 and finite, not -1.0"),
     ],
 )
 def test_options_out_of_range_are_refused(option: str, value: float, message: str) -> None:

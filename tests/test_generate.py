@@ -14,7 +14,7 @@ from models.generate import Decoding, consistency, generate
 from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.test_likelihood import channel_distributions
-from tests.tiny_model import BLOCKS, CONDITIONS, HEADS, PATTERNS, random_conditions, random_images, tiny_config
+from tests.tiny_model import BLOCKS, CONDITIONS, HEADS, MODERN, PATTERNS, random_conditions, random_images, tiny_config
 
 
 def build(seed: int = 0, **changes: Any) -> ImageTransformer:
@@ -61,6 +61,26 @@ def test_cached_parameters_are_those_of_the_full_forward_pass(
     not_given = model.pattern.generation_order[keep:]
     assert set(not_given.tolist()) <= set(positions.tolist())
     torch.testing.assert_close(decoded[:, not_given], full[:, not_given], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_the_cache_is_as_long_as_the_window_and_has_the_heads_of_the_keys(pattern: str) -> None:
+    """Whatever the height of the image; rows that are twice as long have twice as many keys that later blocks see."""
+    numbers = []
+    for size, key_heads in ((4, 4), (8, 4), (16, 4), (16, 1)):
+        changes = {**MODERN, "heads": 4, "key_heads": key_heads, "image_size": size, **PATTERNS[pattern]}
+        cache = Decoding(build(**changes), 1, seed=0, in_waves=False)._cache
+        numbers.append(cache.windows.numel() + cache.kept.numel())
+    small, medium, large, one_head = numbers
+    if pattern == "full":
+        assert (medium, large) == (4 * small, 16 * small)
+    elif pattern == "dilated":
+        assert small <= medium == large
+    elif pattern.startswith("1d"):
+        assert small == medium == large
+    else:
+        assert large < 2 * medium < 4 * small
+    assert large == 4 * one_head
 
 
 @pytest.mark.parametrize("head", HEADS)

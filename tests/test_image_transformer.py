@@ -233,6 +233,14 @@ def test_the_models_of_the_paper_have_their_published_sizes(millions: float, cha
     assert num_parameters(tiny_config(**changes)) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
+def test_fewer_heads_of_keys_have_fewer_weights() -> None:
+    big = {**MODERN, **PAPER, "width": 64, "attention_width": 64, **CONDITIONS["super-resolution"], "layers": 3}
+    all_heads, fewer = (num_parameters(tiny_config(**big, key_heads=key_heads)) for key_heads in (0, 2))
+    assert num_parameters(tiny_config(**big, key_heads=8)) == all_heads
+    # Three layers attend to themselves and to the encoder, whose one layer attends to itself.
+    assert all_heads - fewer == 7 * 2 * 64 * (8 - 2) * 8
+
+
 @pytest.mark.parametrize(
     "giga, changes",
     [
@@ -383,6 +391,10 @@ def test_training_hides_classes_at_the_given_rate_and_evaluation_never() -> None
 
 BAD = [
     ({"heads": 3}, "heads: 3 does not divide attention_width 16"),
+    ({**MODERN, "heads": 4, "key_heads": 3}, "key_heads: 3 does not divide heads 4"),
+    ({**MODERN, "key_heads": 4}, "key_heads: 4 does not divide heads 2"),
+    ({"key_heads": -1}, "key_heads: -1 is negative"),
+    ({"key_heads": 1}, "key_heads: 1 for 2 heads, but in the paper's block each has its own; set key_heads to 0"),
     ({"query_block": 7}, "query_block: 7 does not divide the image's 48 positions; choose e.g. one of .*8"),
     (
         {"attention": "local_2d", "query_block": (3, 2), "memory": (1, 1)},
@@ -450,5 +462,5 @@ def test_inputs_that_do_not_fit_the_model_are_refused() -> None:
 
 
 def test_a_config_holds_all_fields_and_no_defaults() -> None:
-    with pytest.raises(TypeError, match="missing 23 required keyword-only arguments"):
+    with pytest.raises(TypeError, match="missing 24 required keyword-only arguments"):
         ImageTransformerConfig()  # type: ignore[call-arg]

@@ -13,13 +13,16 @@ from models.local_attention import attend_to_all
 WIDTH, HEADS, ATTENTION_WIDTH, FF_WIDTH = 8, 2, 12, 20
 
 
-def build(block: str, norm_place: str, attends_to_encoder: bool = False, dropout: float = 0.0) -> Layer:
+def build(
+    block: str, norm_place: str, attends_to_encoder: bool = False, dropout: float = 0.0, key_heads: int = HEADS
+) -> Layer:
     torch.manual_seed(0)
     layer = Layer(
         block=block,  # type: ignore[arg-type]
         norm_place=norm_place,  # type: ignore[arg-type]
         width=WIDTH,
         heads=HEADS,
+        key_heads=key_heads,
         attention_width=ATTENTION_WIDTH,
         ff_width=FF_WIDTH,
         dropout=dropout,
@@ -158,6 +161,22 @@ def test_angles_turn_by_one_radian_to_a_hundredth_of_it_for_each_row_and_column(
     cosines, sines = rotary(torch.tensor([3]), torch.tensor([5]), 16)
     torch.testing.assert_close(cosines[0], angles.cos())
     torch.testing.assert_close(sines[0], angles.sin())
+
+
+def test_heads_that_share_keys_and_values_are_heads_with_equal_weights_of_them() -> None:
+    shared, ordinary = build("modern", "pre", True, key_heads=1), build("modern", "pre", True)
+    state = shared.state_dict()
+    for name, parts in (("attention.qkv.weight", [ATTENTION_WIDTH, 6, 6]), ("encoder_attention.kv.weight", [6, 6])):
+        *own, k, v = state[name].split(parts)
+        state[name] = torch.cat([*own, k, k, v, v])
+    ordinary.load_state_dict(state)
+    x, encoded = torch.randn(2, 5, WIDTH), torch.randn(2, 7, WIDTH)
+    one, other = (
+        layer(x, attend_to_all, None, layer.encoder_attention.keys_values(encoded)) for layer in (shared, ordinary)
+    )
+    torch.testing.assert_close(one, other)
+    keys, values = shared.encoder_attention.keys_values(encoded)
+    assert keys.shape == values.shape == (2, 1, 7, 6)
 
 
 @pytest.mark.parametrize("norm_place", ["post", "pre"])

@@ -93,11 +93,12 @@ class Allocations:
         ("pixels", "2d", "modern", "classes"),
         ("mixture", "dilated", "paper, norm first", "unconditional"),
         ("sub-pixels", "full", "modern", "super-resolution"),
+        ("sub-pixels", "1d", "modern, keys in groups", "super-resolution"),
     ],
 )
 def test_activations_are_those_of_a_real_pass(head: str, pattern: str, block: str, condition: str, every: int) -> None:
     changes = {**HEADS[head], **PATTERNS[pattern], **BLOCKS[block], **CONDITIONS[condition]}
-    config = with_model(**changes, layers=4, width=32, heads=2, attention_width=32, ff_width=64)
+    config = with_model(**changes | {"layers": 4, "width": 32, "heads": 4, "attention_width": 32, "ff_width": 64})
     model = ImageTransformer(config.model, checkpoint_every_layers=every)
     images, inputs = random_images(2, 8), random_conditions(config.model, 2)
 

@@ -21,6 +21,7 @@ TINY: dict[str, Any] = {
     "layers": 2,
     "width": 16,
     "heads": 2,
+    "key_heads": 0,
     "attention_width": 16,
     "ff_width": 24,
     "block": "paper",
@@ -50,6 +51,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "paper": {},
     "paper, norm first": {"norm": "pre", "position": "learned"},
     "modern": MODERN,
+    "modern, keys in groups": {**MODERN, "heads": 4, "key_heads": 2},
 }
 CONDITIONS: dict[str, dict[str, Any]] = {
     "unconditional": {},

@@ -12,6 +12,7 @@ Without --out, the grid goes into the run's folder `samples` and into its MLflow
 import argparse
 import difflib
 import math
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -260,7 +261,7 @@ def _labels(trained: TrainedModel, classes: str | None, count: int) -> Tensor | 
 
 def _class_number(trained: TrainedModel, name: str) -> int:
     num_classes = trained.config.model.num_classes
-    if name.lstrip("-").isdigit():
+    if re.fullmatch("-?[0-9]+", name):
         if not 0 <= int(name) < num_classes:
             raise UsageError(f"--classes: {name} is not between 0 and {num_classes - 1}, the classes of the model")
         return int(name)
