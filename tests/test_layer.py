@@ -99,6 +99,7 @@ def test_the_papers_block_starts_as_the_original_and_the_modern_one_keeps_the_va
             norm_place="pre",
             width=width,
             heads=8,
+            key_heads=8,
             attention_width=attention_width,
             ff_width=ff_width,
             dropout=0.0,
