@@ -1,5 +1,6 @@
 # Two commands on a fresh machine: `make quickstart` does the main job, `make test` runs the tests. A third, as root on
-# Debian: `make test-cluster` launches over several machines by ssh and by Slurm, and breaks them.
+# Debian: `make test-cluster` launches over several machines by ssh and by Slurm, and breaks them; `make test-browser`
+# looks at the pages in Chromium.
 # Needed before: Linux, Python 3.11 or 3.12 with venv, g++. A GPU is used if there is one.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ export OMP_WAIT_POLICY := PASSIVE
 DATA := data/quickstart
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-cluster check install clean
+.PHONY: quickstart test test-cluster test-browser check install clean
 
 quickstart: install
 	@echo "== 1/5 Pack photographs into WebDataset shards: $(DATA)"
@@ -40,6 +41,10 @@ test: install check
 
 test-cluster: install
 	tests/cluster/run
+
+test-browser: install
+	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null
+	pytest tests/test_demo.py tests/test_compare_view.py
 
 check: install
 	ruff check .
