@@ -77,9 +77,9 @@ class DecodeCache:
         queries = _by_block(q, rows, steps).unflatten(2, (keys.shape[2], -1)).transpose(3, 4)  # [G, B, M, A, N / M, K]
         queries = queries.to(keys.dtype) * (1 / math.sqrt(q.shape[-1]))
         # Not the fused operator, and a product for each step: on a CPU the sums of one depend on how many rows it has.
-        scores = torch.stack([each @ keys.transpose(-1, -2) for each in queries.unbind(3)], dim=3)
+        scores = _stacked([each @ keys.transpose(-1, -2) for each in queries.unbind(3)], 3)
         weights = (scores.float() + self._bias).softmax(-1).to(values.dtype)
-        out = torch.stack([each @ values for each in weights.unbind(3)], dim=2)  # [G, B, A, M, N / M, K]
+        out = _stacked([each @ values for each in weights.unbind(3)], 2)  # [G, B, A, M, N / M, K]
         out = out.flatten(3, 4).permute(1, 3, 0, 2, 4).flatten(2, 3).to(q.dtype)
         return F.pad(out, (0, 0, 0, tokens - rows * steps))
 
@@ -107,3 +107,8 @@ class DecodeCache:
 def _by_block(x: Tensor, rows: int, steps: int) -> Tensor:
     """[B, N, T, K] -> [G, B, N, A, K] of the first G A tokens."""
     return x[:, :, : rows * steps].unflatten(2, (rows, steps)).permute(2, 0, 1, 3, 4)
+
+
+def _stacked(parts: list[Tensor], axis: int) -> Tensor:
+    """A single one without a copy, which on a GPU would be one more kernel in every layer."""
+    return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)
