@@ -4,7 +4,7 @@ Everything is allocated once, for the largest wave of the plan (models/decode_pl
 which keys a step sees is a comparison of tensors, so that a GPU can replay a step as a captured graph.
 
 Shapes: B batch, N heads, M heads of keys and values (N, or a divisor of it), K head width, G blocks decoded together, W
-slots of a window, T tokens (G, and padding).
+slots of a window, A steps computed together, T tokens (G A, and padding).
 """
 
 import math
@@ -39,7 +39,7 @@ class DecodeCache:
         self.order = torch.full((rows, slots), UNSEEN, dtype=torch.int32, device=device)
         most_steps = max(wave.num_steps for wave in plan.waves)
         self.own_window_slots = torch.zeros(most_steps, dtype=torch.int64, device=device)
-        self._window_slot = self.own_window_slots[:1]
+        self._new_slots = self.own_window_slots[:1]
         self._bias = torch.zeros(())
 
     def enter(self, wave: Wave) -> None:
@@ -59,27 +59,29 @@ class DecodeCache:
             keys = self.windows[:, :, row].index_select(4, window_slots.to(device))
             self.kept.index_copy_(4, kept_slots.to(device), keys)
 
-    def attend_step(self, rows: int, step: Tensor) -> list[Attend]:
-        """For each layer, attention of the `step`-th token (int64 [1]) of the first `rows` blocks, one token each."""
-        self._window_slot = self.own_window_slots.index_select(0, step)
-        seen = self.order[:rows] <= step
-        self._bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -math.inf)[:, None, None, None]
-        return [partial(self._attend_step, windows[:, :rows]) for windows in self.windows]
+    def attend_steps(self, rows: int, steps: Tensor) -> list[Attend]:
+        """For each layer, attention of the tokens with these numbers (int64 [A]) of each of the first `rows` blocks;
+        the tokens of a block come one after the other."""
+        self._new_slots = self.own_window_slots.index_select(0, steps)
+        seen = self.order[:rows, None] <= steps[:, None]
+        bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -math.inf)
+        self._bias = bias[:, None, None, :, None]  # [G, 1, 1, A, 1, W]
+        return [partial(self._attend_steps, windows[:, :rows]) for windows in self.windows]
 
-    def _attend_step(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, N, T, K], k and v [B, M, T, K], of which the first G tokens are real; windows [2, G, B, M, W, K]."""
-        rows, tokens = windows.shape[1], q.shape[2]
+    def _attend_steps(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, N, T, K], k and v [B, M, T, K], of which the first G A tokens are real; windows [2, G, B, M, W, K]."""
+        rows, steps, tokens = windows.shape[1], len(self._new_slots), q.shape[2]
         for window, new in zip(windows, (k, v), strict=True):
-            new = new[:, :, :rows].permute(2, 0, 1, 3)[..., None, :]
-            window.index_copy_(3, self._window_slot, new.to(window.dtype))
+            window.index_copy_(3, self._new_slots, _by_block(new, rows, steps).to(window.dtype))
         keys, values = windows
-        # Not the fused operator: on a CPU its sums depend on how many sequences there are.
-        scale = 1 / math.sqrt(q.shape[-1])
-        queries = q[:, :, :rows].permute(2, 0, 1, 3).unflatten(2, (keys.shape[2], -1))  # [G, B, M, N / M, K]
-        scores = (queries.to(keys.dtype) * scale) @ keys.transpose(-1, -2)
-        weights = (scores.float() + self._bias).softmax(-1)
-        out = (weights.to(values.dtype) @ values).flatten(2, 3).permute(1, 2, 0, 3).to(q.dtype)
-        return F.pad(out, (0, 0, 0, tokens - rows))
+        queries = _by_block(q, rows, steps).unflatten(2, (keys.shape[2], -1)).transpose(3, 4)  # [G, B, M, A, N / M, K]
+        queries = queries.to(keys.dtype) * (1 / math.sqrt(q.shape[-1]))
+        # Not the fused operator, and a product for each step: on a CPU the sums of one depend on how many rows it has.
+        scores = _stacked([each @ keys.transpose(-1, -2) for each in queries.unbind(3)], 3)
+        weights = (scores.float() + self._bias).softmax(-1).to(values.dtype)
+        out = _stacked([each @ values for each in weights.unbind(3)], 2)  # [G, B, A, M, N / M, K]
+        out = out.flatten(3, 4).permute(1, 3, 0, 2, 4).flatten(2, 3).to(q.dtype)
+        return F.pad(out, (0, 0, 0, tokens - rows * steps))
 
     def attend_several(self, row: int, start: int, stop: int) -> list[Attend]:
         """For each layer, attention of the tokens start..stop of one block, all at once."""
@@ -100,3 +102,13 @@ class DecodeCache:
         mask = seen.repeat(q.shape[1] // keys.shape[1], 1)
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(*real.shape)
         return F.pad(out.to(q.dtype), (0, 0, 0, q.shape[2] - tokens))
+
+
+def _by_block(x: Tensor, rows: int, steps: int) -> Tensor:
+    """[B, N, T, K] -> [G, B, N, A, K] of the first G A tokens."""
+    return x[:, :, : rows * steps].unflatten(2, (rows, steps)).permute(2, 0, 1, 3, 4)
+
+
+def _stacked(parts: list[Tensor], axis: int) -> Tensor:
+    """A single one without a copy, which on a GPU would be one more kernel in every layer."""
+    return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)

@@ -54,14 +54,16 @@ def draw(
 ) -> Tensor:
     """Intensities uint8 [..., C] drawn from parameters [..., C, 256] (categorical) or [..., 10 K] (mixture).
 
-    uniforms float64 in (0, 1): [..., C], one per sub-pixel, or [..., 4], one for the component and one per channel.
+    uniforms float64 in (0, 1): [..., C, 256], one per intensity, or [..., 4], one for the component and one per
+    channel.
     without_class, shaped like parameters: the model's output for no class, for guidance.
 
     Top-k, top-p and guidance of a mixture act on the 256 probabilities of each channel given those before it.
     """
     if output == "categorical":
         logits = _guided(parameters.double(), without_class, sampling) / sampling.temperature
-        return _draw_index(_filtered(logits, sampling), uniforms).to(torch.uint8)
+        # Gumbel-max: logits that differ little draw mostly the same, which looking ahead lives on (models/generate.py).
+        return (_filtered(logits, sampling) - (-uniforms.log()).log()).argmax(-1).to(torch.uint8)
     given = [parameters] if without_class is None else [parameters, without_class]
     mixtures = [_at_temperature(split_mixture(each), sampling.temperature) for each in given]
     if without_class is not None or sampling.top_k or sampling.top_p < 1:

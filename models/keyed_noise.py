@@ -9,17 +9,18 @@ PHILOX_ROUNDS = 10
 LOW_32_BITS = 0xFFFFFFFF
 
 
-def keyed_uniforms(seed: int, images: Tensor, positions: Tensor) -> Tensor:
-    """float64 [B, T, 4] in (0, 1), each a function of seed, image index int64 [B] and raster position int64
-    [T] alone.
+def keyed_uniforms(seed: int, images: Tensor, positions: Tensor, count: int = 4) -> Tensor:
+    """float64 [B, T, count] in (0, 1), each a function of seed, image index int64 [B], raster position int64 [T] and
+    its number alone; count is a multiple of 4.
 
-    Philox4x32-10 (Salmon et al. 2011) with the seed as key and (position, image) as counter.
+    Philox4x32-10 (Salmon et al. 2011) with the seed as key and (position, image, number / 4) as counter.
     """
+    shape = (len(images), len(positions), count // 4)
     words = [
-        positions[None, :].expand(len(images), -1),
-        (images & LOW_32_BITS)[:, None].expand(-1, len(positions)),
-        (images >> 32 & LOW_32_BITS)[:, None].expand(-1, len(positions)),
-        torch.zeros(len(images), len(positions), dtype=torch.int64, device=images.device),
+        positions[None, :, None].expand(shape),
+        (images & LOW_32_BITS)[:, None, None].expand(shape),
+        (images >> 32 & LOW_32_BITS)[:, None, None].expand(shape),
+        torch.arange(count // 4, device=images.device).expand(shape),
     ]
     keys = [seed & LOW_32_BITS, seed >> 32 & LOW_32_BITS]
     for _ in range(PHILOX_ROUNDS):
@@ -32,4 +33,4 @@ def keyed_uniforms(seed: int, images: Tensor, positions: Tensor) -> Tensor:
             first & LOW_32_BITS,
         ]
         keys = [(key + step) & LOW_32_BITS for key, step in zip(keys, PHILOX_KEY_STEPS, strict=True)]
-    return (torch.stack(words, dim=-1).double() + 0.5) / 2**32
+    return (torch.stack(words, dim=-1).flatten(2).double() + 0.5) / 2**32

@@ -101,3 +101,14 @@ def test_a_quarter_of_the_heads_of_keys_leaves_a_quarter_of_the_cache_to_read() 
         ratios = sampling.fewer_key_heads(config, 256, torch.device("cpu"))
     assert ratios["key_heads_speedup"] > 0
     assert 3.5 < ratios["key_heads_fewer_bytes"] < 4
+
+
+def test_looking_ahead_is_measured_where_it_draws_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = ImageTransformer(tiny_config()).eval()
+    assert "times fewer steps" in sampling.looking_ahead(model, "untrained")
+    seeds = iter(range(100))
+    original = sampling.Decoding
+    monkeypatch.setattr(sampling, "Decoding", lambda *a, **k: original(*a, **k | {"seed": next(seeds)}))
+    with pytest.raises(sampling.WrongLogits, match="looking ahead: not the image"):
+        sampling.looking_ahead(model, "untrained")

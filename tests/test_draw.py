@@ -41,7 +41,7 @@ def test_drawn_colours_cost_what_the_entropy_says_and_follow_each_conditional(na
 def test_drawn_categories_have_their_probabilities() -> None:
     num = 20000
     logits = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
-    uniforms = keyed_uniforms(3, torch.arange(num), torch.tensor([0]))[:, 0, :1]
+    uniforms = uniforms_for("categorical", num)
     counts = draw("categorical", logits.expand(num, 1, 256), uniforms).long().flatten().bincount(minlength=256)
     expected = num * logits.double().softmax(-1)[0]
     assert ((counts - expected) ** 2 / expected).sum() < 330.5  # 255 degrees of freedom, probability 0.001
@@ -50,9 +50,8 @@ def test_drawn_categories_have_their_probabilities() -> None:
 @pytest.mark.parametrize("output", ["categorical", "mixture"])
 def test_a_low_temperature_draws_likelier_values(output: Output) -> None:
     num = 4000
-    uniforms = keyed_uniforms(3, torch.arange(num), torch.tensor([0]))[:, 0]
+    uniforms = uniforms_for(output, num, channels=3)
     if output == "categorical":
-        uniforms = uniforms[:, :3]
         parameters = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).expand(num, 3, 256)
     else:
         parameters = initial_mixture(3)
@@ -80,9 +79,11 @@ def probabilities(output: Output, parameters: torch.Tensor, drawn: torch.Tensor)
     return [parameters[:, 0].double().softmax(-1)]
 
 
-def uniforms_for(output: Output, num: int) -> torch.Tensor:
-    uniforms = keyed_uniforms(11, torch.arange(num), torch.tensor([0]))[:, 0]
-    return uniforms[:, :1] if output == "categorical" else uniforms
+def uniforms_for(output: Output, num: int, channels: int = 1) -> torch.Tensor:
+    """[num, channels, 256] or [num, 4]."""
+    categorical = output == "categorical"
+    uniforms = keyed_uniforms(11, torch.arange(num), torch.tensor([0]), 256 * channels if categorical else 4)[:, 0]
+    return uniforms.view(num, channels, 256) if categorical else uniforms
 
 
 def assert_follows(drawn: torch.Tensor, p: torch.Tensor) -> None:

@@ -35,10 +35,12 @@ def decoded_parameters(model: ImageTransformer, num_images: int, **options: Any)
     steps = [(step.positions, decoding.parameters.clone()) for step in decoding]
     positions, parameters = torch.cat([p for p, _ in steps]), torch.cat([p for _, p in steps], dim=1).flatten(2)
     by_position = parameters.new_full((num_images, model.pattern.length, parameters.shape[2]), math.nan)
+    assert len(positions.unique()) == len(positions) == parameters.shape[1]
     by_position[:, positions] = parameters
     return decoding.images, by_position, positions
 
 
+GUIDED = {"num_classes": 5, "label_dropout": 0.2}
 SCHEDULES = [*((name, True) for name in PATTERNS), ("2d block shift", False)]
 
 
@@ -113,12 +115,54 @@ def test_waves_draw_the_same_image_as_one_block_after_the_other(threads: int) ->
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        waves, sequential = (Decoding(model, 1, seed=0, in_waves=in_waves) for in_waves in (True, False))
+        waves, sequential = (
+            Decoding(model, 1, seed=0, in_waves=in_waves, look_ahead=False) for in_waves in (True, False)
+        )
         num_steps = [sum(1 for _ in decoding) for decoding in (waves, sequential)]
     finally:
         torch.set_num_threads(before)
     assert torch.equal(waves.images, sequential.images)
     assert num_steps[1] >= 1.8 * num_steps[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 9, "guidance": 2.0}], ids=["plain", "guided"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_looking_ahead_draws_the_same_image_from_the_same_bits_in_fewer_steps(
+    pattern: str, head: str, options: dict[str, Any]
+) -> None:
+    model = build(image_size=8, **{**MODERN, **PATTERNS[pattern]}, **HEADS[head], **GUIDED)
+    with torch.no_grad():  # some guesses are right, and many are wrong
+        model.head.weight.mul_(4)
+    given = {"prefix": random_images(1, 8), "keep": 13, "labels": torch.tensor([3]), "sampling": Sampling(**options)}
+    num_steps, results = [], []
+    for look_ahead in (True, False):
+        results.append(decoded_parameters(model, 1, look_ahead=look_ahead, **given))
+        num_steps.append(sum(1 for _ in Decoding(model, 1, seed=0, look_ahead=look_ahead, **given)))
+    (images, parameters, positions), (expected, expected_parameters, in_order) = results
+    assert torch.equal(images, expected)
+    drawn = model.pattern.generation_order[13:]
+    assert torch.equal(parameters[:, drawn], expected_parameters[:, drawn])
+    assert sorted(positions.tolist()) == sorted(in_order.tolist())
+    if head == "sub-pixels" and not options and pattern != "2d block shift":
+        assert num_steps[0] < 0.95 * num_steps[1]
+
+
+def test_looking_ahead_takes_as_many_steps_as_guesses_are_wrong() -> None:
+    """Where values do not depend on those before, every guess is right once its noise has been seen: a step draws four
+    values at once, and guesses for the next four are those of the step before."""
+    model = build(image_size=8)
+    with torch.no_grad():
+        model.head.weight.zero_()
+    decoding = Decoding(model, 1, seed=0)
+    drawn = [len(step.positions) for step in decoding]
+    assert sum(drawn) == model.pattern.length and max(drawn) == 4
+    expected, ahead = [], 0  # tokens that were computed, and so guessed, beyond the last final one
+    while sum(expected) < model.pattern.length:
+        left = 8 - sum(expected) % 8  # in the block
+        expected.append(min(ahead + 1, 4, left))
+        ahead = max(min(4, left) - expected[-1], 0)
+    assert drawn == expected
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -180,9 +224,6 @@ def test_a_low_temperature_draws_likelier_images() -> None:
     assert cost[0] < cost[1] < cost[2]
 
 
-GUIDED = {"num_classes": 5, "label_dropout": 0.2}
-
-
 @pytest.mark.parametrize("pattern", ["1d", "2d block shift"])
 @pytest.mark.parametrize("head", HEADS)
 def test_guidance_sees_the_full_forward_pass_with_and_without_the_class(
@@ -226,7 +267,7 @@ def test_a_step_can_be_captured(head: str, block: str, options: dict[str, Any]) 
     done again, as it is before the capture."""
     model = build(**PATTERNS["2d block shift"], **HEADS[head], **BLOCKS[block], **GUIDED)
     labels, sampling = torch.tensor([1, 4]), Sampling(**options)
-    decoding = Decoding(model, 2, seed=0, labels=labels, sampling=sampling)
+    decoding = Decoding(model, 2, seed=0, labels=labels, sampling=sampling, look_ahead=False)
     for number, _ in enumerate(decoding):
         after = decoding._step.clone()
         if number == 0:
@@ -264,7 +305,7 @@ def test_consistency_is_the_distance_of_the_shrunk_image_to_the_small_one() -> N
 
 def test_progress_is_told_after_each_position() -> None:
     calls: list[tuple[int, int]] = []
-    generate(build(), 1, seed=0, progress=lambda done, total: calls.append((done, total)))
+    generate(build(), 4, seed=0, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, 48) for done in range(1, 49)]
 
 

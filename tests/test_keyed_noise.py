@@ -14,6 +14,12 @@ def test_uniforms_are_philox() -> None:
     assert ((zeros * 2**32).floor().long().flatten().tolist()) == expected
 
 
+def test_more_of_them_begin_with_the_same_ones_and_go_on_with_others() -> None:
+    few, many = (keyed_uniforms(5, torch.arange(3), torch.arange(7), count) for count in (4, 256))
+    assert torch.equal(many[..., :4], few)
+    assert many.unique().numel() == 3 * 7 * 256
+
+
 def test_uniforms_are_uniform_and_differ_by_seed_image_and_position() -> None:
     uniforms = keyed_uniforms(12345678901234, torch.arange(100), torch.arange(100))
     assert uniforms.min() > 0 and uniforms.max() < 1
