@@ -27,6 +27,14 @@ def test_a_checkpoint_after_the_trouble_allows_another_roll_back() -> None:
     assert skips.skipped(can_roll_back=True) == "give up"
 
 
+def test_a_checkpoint_after_a_single_update_does_not() -> None:
+    skips = SkipCounter(limit=2)
+    assert [skips.skipped(can_roll_back=True) for _ in range(2)] == ["go on", "roll back"]
+    skips.applied()
+    skips.checkpointed()
+    assert [skips.skipped(can_roll_back=True) for _ in range(2)] == ["go on", "give up"]
+
+
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to() -> None:
     assert SkipCounter(limit=1).skipped(can_roll_back=False) == "give up"
 

@@ -22,16 +22,19 @@ class SkipCounter:
         self.limit = limit
         self.in_a_row = 0
         self.total = 0
+        self._applied_in_a_row = 0
         self._rolled_back = False
 
     def applied(self) -> None:
         """The update was made."""
         self.in_a_row = 0
+        self._applied_in_a_row += 1
 
     def skipped(self, *, can_roll_back: bool) -> Action:
         """The update was skipped; `can_roll_back` says whether there is a checkpoint to go back to."""
         self.in_a_row += 1
         self.total += 1
+        self._applied_in_a_row = 0
         if self.in_a_row < self.limit:
             return "go on"
         if self._rolled_back or not can_roll_back:
@@ -40,8 +43,10 @@ class SkipCounter:
         return "roll back"
 
     def checkpointed(self) -> None:
-        """A new checkpoint is complete: the training got past the trouble, and may go back once more."""
-        self._rolled_back = False
+        """A new checkpoint is complete. After as many updates in a row as may be skipped, the training got past the
+        trouble and may go back once more; one between two series of skips would prove nothing."""
+        if self._applied_in_a_row >= self.limit:
+            self._rolled_back = False
 
 
 class SpikeAlarm:
