@@ -52,9 +52,9 @@ TORCHVISION_STUB = {
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure streaming beside its peers.")
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    parser.add_argument("--images", type=int, default=50_000)
+    parser.add_argument("--images", type=int, default=200_000)
     parser.add_argument("--size", type=int, default=64, help="edge of the images in pixels")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--work", type=Path, help="folder to keep the data in for another run")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()

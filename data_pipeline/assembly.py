@@ -65,13 +65,13 @@ def assemble(
     """Fill the planned batches; in evaluation, mark what is left over of the last ones as not valid."""
     pinned, layout = torch.cuda.is_available(), reader.layout
     memory = BatchMemory((batch_images, layout.image_size, layout.image_size, 3), pinned)
-    source = layout.pixels(reader.memory.samples)
+    source = torch.from_numpy(layout.pixels(reader.memory.samples))
     for planned in plan:
         images, count = memory.take(), planned.samples
         labels = torch.zeros(batch_images, dtype=torch.int64, pin_memory=pinned)
         rows, labels.numpy()[:count] = reader.next_samples(count)
-        pixels = images.numpy().reshape(batch_images, -1)
-        pixels[:count] = source[rows]
+        pixels = images.view(batch_images, -1)
+        torch.index_select(source, 0, torch.from_numpy(rows), out=pixels[:count])  # numpy would copy everything twice
         pixels[count:] = 0
         reader.let_go()
         valid = torch.arange(batch_images) < count if evaluating else None
