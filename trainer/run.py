@@ -18,6 +18,8 @@ import os  # noqa: E402
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Warnings of torch's C++ code are stack traces of sockets that a lost rank has closed.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Its profiler tells of each of its stages.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import argparse  # noqa: E402
 import json  # noqa: E402
