@@ -317,11 +317,6 @@ PARTS = ("embedding", "encoder", "attention projections", "attention scores", "f
 """Of the model, in the order of the forward pass; scores are the products of queries, keys and values."""
 
 
-def forward_flops(config: ImageTransformerConfig) -> int:
-    """Flops.forward of `model_flops`."""
-    return model_flops(config).forward
-
-
 def model_flops(
     config: ImageTransformerConfig, *, checkpoint_every_layers: int = 0, checkpoint_keeps_attention: bool = False
 ) -> Flops:

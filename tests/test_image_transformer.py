@@ -12,7 +12,6 @@ from models.image_transformer import (
     ImageTransformer,
     ImageTransformerConfig,
     flops_by_part,
-    forward_flops,
     model_flops,
     num_parameters,
 )
@@ -254,7 +253,7 @@ def test_fewer_heads_of_keys_have_fewer_weights() -> None:
     ],
 )
 def test_the_models_of_the_paper_take_their_known_flops(giga: float, changes: dict[str, Any]) -> None:
-    assert forward_flops(tiny_config(**changes)) / 1e9 == pytest.approx(giga, rel=0.01)
+    assert model_flops(tiny_config(**changes)).forward / 1e9 == pytest.approx(giga, rel=0.01)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -270,7 +269,7 @@ def test_flops_are_those_that_torch_counts_with_only_visible_pairs_of_attention(
     encoder_length = 3 * config.condition_size**2
     pairs = config.layers * (int(model.pattern.mask().sum()) + length * encoder_length)
     pairs += config.encoder_layers * encoder_length**2
-    assert forward_flops(config) == matrices + 4 * config.attention_width * pairs
+    assert model_flops(config).forward == matrices + 4 * config.attention_width * pairs
 
 
 def test_each_part_takes_the_flops_that_torch_counts_in_its_modules() -> None:
