@@ -22,7 +22,9 @@ ALLOWED = {
 # Replacing one of these libraries touches these files only.
 HOME = {
     "deepspeed": {"trainer/deepspeed_engine.py"},
-    "mlflow": {f"trainer/{name}.py" for name in ("mlflow_mirror", "run_history", "system_metrics", "tracking")},
+    "mlflow": {
+        f"trainer/{name}.py" for name in ("mlflow_mirror", "comparison/run_history", "system_metrics", "tracking")
+    },
     "yaml": {"trainer/config.py", "cluster/submit.py"},
     "pydantic": {"trainer/config.py"},
     "safetensors": {"trainer/checkpoint.py", "trainer/exported_model.py"},

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainer.comparison_page import comparison_page
-from trainer.exit_codes import UsageError, run_tool
-from trainer.line_chart import number
-from trainer.published import PUBLISHED, data_set_key
-from trainer.run_history import (
+from trainer.comparison.charts import number
+from trainer.comparison.page import comparison_page
+from trainer.comparison.published import PUBLISHED, data_set_key
+from trainer.comparison.run_history import (
     RUN_ID,
     RunHistory,
     histories_of_experiment,
@@ -25,6 +24,7 @@ from trainer.run_history import (
     history_of_run,
     open_store,
 )
+from trainer.exit_codes import UsageError, run_tool
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")

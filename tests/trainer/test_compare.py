@@ -17,11 +17,11 @@ from PIL import Image
 
 from tests.launch import QUICKSTART, mlflow_store
 from trainer import compare
+from trainer.comparison.charts import Line, line_chart, number, running_mean, ticks
+from trainer.comparison.published import PUBLISHED, data_set_key
+from trainer.comparison.run_history import RunHistory, history_of_folder, history_of_run
 from trainer.config import load_config
 from trainer.journal import RunFiles
-from trainer.line_chart import Line, line_chart, number, running_mean, ticks
-from trainer.published import PUBLISHED, data_set_key
-from trainer.run_history import RunHistory, history_of_folder, history_of_run
 from trainer.tracking import Tracker, record_results
 
 

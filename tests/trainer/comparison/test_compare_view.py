@@ -7,7 +7,7 @@ import pytest
 
 from tests.browser import CHROMIUM, Browser
 from tests.mlflow_server import MlflowServer
-from tests.test_compare import make_run
+from tests.trainer.test_compare import make_run
 from trainer.journal import RunFiles
 
 VIEW_SECONDS = 120.0

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from trainer.line_chart import Line, color_of, line_chart
-from trainer.published import PUBLISHED
-from trainer.run_history import Curve, RunHistory
+from trainer.comparison.charts import Line, color_of, line_chart
+from trainer.comparison.published import PUBLISHED
+from trainer.comparison.run_history import Curve, RunHistory
 
 CHARTS = {
     "val/bits_per_dim": "Validation, bits/dim",
