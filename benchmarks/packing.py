@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.report import table, write_json, write_section
-from data_pipeline.resize import to_pixels
-from data_pipeline.sources import photograph_at, photographs
+from data_pipeline.packing.resize import to_pixels
+from data_pipeline.packing.sources_photographs import photograph_at, photographs
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 95
 SIZE = 64

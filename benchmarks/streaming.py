@@ -27,7 +27,7 @@ import webdataset
 from benchmarks.report import table, write_json, write_section
 from data_pipeline.loader import open_shards, train_batches
 from data_pipeline.pack import main as pack_main
-from data_pipeline.shard_format import decode
+from data_pipeline.shard_format import decode_samples
 
 BATCH, LANES, FETCH_THREADS = 256, 8, 2
 HERE = Path(__file__).resolve().parent
@@ -141,7 +141,7 @@ def stored_images(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     size, parts = shards.image_size, []
     for block in shards.manifest.blocks:
         data = shards.store.read(shards.manifest.shards[block.shard].name, block.begin, block.end)
-        parts.append(decode(data, size))
+        parts.append(decode_samples(data, size))
     images, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
     return images.reshape(-1, size, size, 3), labels
 

@@ -26,7 +26,7 @@ from data_pipeline.damaged_blocks import SAME_ANSWERS, DamagedBlocks
 from data_pipeline.image_shards import images_in
 from data_pipeline.manifest import Block, Manifest
 from data_pipeline.order import StoredOrder, TrainingOrder, Window
-from data_pipeline.shard_format import SampleLayout, encode
+from data_pipeline.shard_format import SampleLayout, encode_samples
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
 
 CLOSING_SECONDS = 2.5  # a read that hangs may outlive its reader, but not hold up the program for longer
@@ -226,7 +226,7 @@ class WindowReader:
             self._read(block, memoryview(data))
             where = self.store.url_of(self.manifest.shards[block.shard].name)
             images, labels = images_in(bytes(data), self.manifest.image_size, where)
-            encode(np.arange(block.count), labels, images, out=samples)
+            encode_samples(np.arange(block.count), labels, images, out=samples)
 
     def _read(self, block: Block, into: memoryview) -> None:
         name = self.manifest.shards[block.shard].name

@@ -25,7 +25,7 @@ UNUSUAL_MODES = {
 SUFFIXES = {"JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "TIFF": ("tif", "tiff")}
 
 
-def decode(data: bytes, name: str, edge: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
+def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
     """The RGB image in a file of any format of ``SUFFIXES``, and notes on what was odd about the file.
 
     ``edge``: what width and height have to be, if that is known.

@@ -9,7 +9,7 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from data_pipeline.archives import HEADER_BYTES, Member, tar_members
-from data_pipeline.decode import SUFFIXES, decode
+from data_pipeline.decode import SUFFIXES, decode_image
 from data_pipeline.shard_format import LABEL_DIGITS
 from data_pipeline.storage import EXIT_CORRUPT, DataError
 
@@ -81,7 +81,7 @@ def images_in(data: bytes, size: int, where: str) -> tuple[np.ndarray, np.ndarra
     images, labels = [], []
     for sample in samples_in(io.BytesIO(data), where, complete=False):
         images.append(image_of(data, sample, size, where))
-        labels.append(label_of(data, sample, where) if sample.label else 0)
+        labels.append(class_number_of(data, sample, where) if sample.label else 0)
     return np.stack(images), np.array(labels, np.int64)
 
 
@@ -90,11 +90,11 @@ def image_of(data: bytes, sample: ImageSample, size: int, where: str) -> np.ndar
     name = f"{where}: {sample.image.name}"
     if sample.image.size > LARGEST_IMAGE_BYTES:
         raise DataError(f"{name} has {sample.image.size} bytes, too many for an image", EXIT_CORRUPT)
-    image, _ = decode(data[sample.image.offset : sample.image.offset + sample.image.size], name, size)
+    image, _ = decode_image(data[sample.image.offset : sample.image.offset + sample.image.size], name, size)
     return np.asarray(image)
 
 
-def label_of(data: bytes, sample: ImageSample, where: str) -> int:
+def class_number_of(data: bytes, sample: ImageSample, where: str) -> int:
     """The class number of a sample that has one."""
     assert sample.label is not None
     text = data[sample.label.offset : sample.label.offset + min(sample.label.size, LARGEST_LABEL_BYTES)].strip()

@@ -16,15 +16,15 @@ from dataclasses import dataclass
 
 import xxhash
 
-from data_pipeline.archives import open_range
-from data_pipeline.decode import decode
-from data_pipeline.image_shards import ImageSample, image_of, label_of, samples_in
+from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range
+from data_pipeline.decode import decode_image
+from data_pipeline.image_shards import ImageSample, class_number_of, image_of, samples_in
 from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest, Shard, open_store, read_manifest, write_manifest
-from data_pipeline.pack_work import BLOCK_IMAGES, Staged, count_progress, run_all
-from data_pipeline.packing_progress import PackingProgress
+from data_pipeline.packing.progress import PackingProgress
+from data_pipeline.packing.tasks import BLOCK_IMAGES, Staged
+from data_pipeline.packing.workers import count_progress, run_all
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
 
-READ_DEADLINE_SECONDS = 600.0
 MOST_CLASSES = 100_000  # each has a name in the manifest
 
 
@@ -52,7 +52,7 @@ class IndexTask:
                 moved = moved_back(sample, begin)
                 image = image_of(data, moved, self.size, where)
                 statistics.add_statistics(image[None])
-                statistics.labels.append(label_of(data, moved, where) if sample.label else -1)
+                statistics.labels.append(class_number_of(data, moved, where) if sample.label else -1)
                 labelled += sample.label is not None
                 ignored.update(sample.ignored)
             begin = run[-1].end
@@ -114,7 +114,7 @@ def index(store: Store, split: str, workers: int) -> Manifest:
     indexed_shards = [found[number] for number in range(len(names)) if found[number].shard.count]
     if not indexed_shards:
         raise DataError(f"the {len(names)} tar files at {store.url} hold no samples")
-    manifest = manifest_of(store, split, size, indexed_shards)
+    manifest = manifest_of_indexed(store, split, size, indexed_shards)
     write_manifest(store, manifest)
     return manifest
 
@@ -126,7 +126,7 @@ def size_of_first(store: Store, names: list[str]) -> int:
         with open_range(where) as file:
             for sample in samples_in(file, where):
                 file.seek(sample.image.offset)
-                image, _ = decode(file.read(sample.image.size), f"{where}: {sample.image.name}")
+                image, _ = decode_image(file.read(sample.image.size), f"{where}: {sample.image.name}")
                 if image.width != image.height:
                     raise DataError(
                         f"{where}: {sample.image.name} is {image.width} x {image.height}; only square images of one "
@@ -137,7 +137,7 @@ def size_of_first(store: Store, names: list[str]) -> int:
     raise DataError(f"the {len(names)} tar files at {store.url} hold no samples")
 
 
-def manifest_of(store: Store, split: str, size: int, shards: list[IndexedShard]) -> Manifest:
+def manifest_of_indexed(store: Store, split: str, size: int, shards: list[IndexedShard]) -> Manifest:
     """The manifest of indexed shards; classes are as many as the largest label needs."""
     labels = [label for shard in shards for label in shard.statistics.labels]
     if min(labels) < 0 <= max(labels):

@@ -16,18 +16,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from data_pipeline.packing import Settings, Workforce, pack
-from data_pipeline.resize import PROTOCOLS
-from data_pipeline.sources import Source, folder, photographs
-from data_pipeline.sources_arrays import chrabaszcz, cifar10, oord
-from data_pipeline.sources_imagenet import (
+from data_pipeline.packing.plan import Settings
+from data_pipeline.packing.resize import PROTOCOLS
+from data_pipeline.packing.source import Source
+from data_pipeline.packing.sources_arrays import chrabaszcz, cifar10, oord
+from data_pipeline.packing.sources_folder import folder
+from data_pipeline.packing.sources_imagenet import (
     celeba,
     imagenet_folder,
     imagenet_kaggle,
     imagenet_train_tar,
     imagenet_validation,
 )
-from data_pipeline.sources_parquet import imagenet_parquet
+from data_pipeline.packing.sources_parquet import imagenet_parquet
+from data_pipeline.packing.sources_photographs import photographs
+from data_pipeline.packing.steps import Workforce, pack
 from data_pipeline.storage import DataError
 
 SHARD_IMAGES = 8192

@@ -59,7 +59,9 @@ class SampleLayout:
         return labels
 
 
-def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def encode_samples(
+    keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.ndarray | None = None
+) -> np.ndarray:
     """The bytes of samples, uint8 [n, stride], exactly as ``webdataset.TarWriter`` writes them.
 
     keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. ``out`` takes the result, if given. The headers of one
@@ -85,7 +87,7 @@ def encode(keys: np.ndarray, labels: np.ndarray, images: np.ndarray, out: np.nda
     return samples
 
 
-def decode(data: bytes | memoryview, image_size: int) -> tuple[np.ndarray, np.ndarray]:
+def decode_samples(data: bytes | memoryview, image_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [n, S * S * 3] and labels int64 [n] of a run of samples; the images are a view of ``data``."""
     layout = SampleLayout(image_size)
     samples = np.frombuffer(data, np.uint8).reshape(-1, layout.stride)

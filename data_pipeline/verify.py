@@ -23,8 +23,8 @@ from data_pipeline.image_shards import images_in
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest, Shard
 from data_pipeline.pack import EXTRA_OPTIONS
-from data_pipeline.packing_progress import PackingProgress
-from data_pipeline.shard_format import KEY_DIGITS, decode, encode, end_of_shard
+from data_pipeline.packing.progress import PackingProgress
+from data_pipeline.shard_format import KEY_DIGITS, decode_samples, encode_samples, end_of_shard
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
 
 READ_DEADLINE_SECONDS = 60.0
@@ -189,11 +189,11 @@ def check_block(manifest: Manifest, block: Block, data: bytes) -> Iterator[str]:
         except DataError as error:
             yield f"are not samples of images: {error}"
         return
-    images, labels = decode(data, size)
+    images, labels = decode_samples(data, size)
     if manifest.classes and not (labels < len(manifest.classes)).all():
         yield f"hold the label {labels.max()}, but there are {len(manifest.classes)} classes"
     # Writing the samples again must give these bytes: every tar and npy header is as webdataset makes it.
-    if encode(keys_of(data, block), labels, images.reshape(-1, size, size, 3)).tobytes() != data:
+    if encode_samples(keys_of(data, block), labels, images.reshape(-1, size, size, 3)).tobytes() != data:
         yield "are not samples as webdataset writes them"
 
 

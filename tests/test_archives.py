@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.archives import InnerTar, Member, ZipMembers, open_range, open_zip, tar_groups, tar_members
-from data_pipeline.sources import Group
+from data_pipeline.archives import Member, open_range, tar_members
+from data_pipeline.packing.archive_groups import InnerTar, ZipMembers, open_zip, tar_groups
+from data_pipeline.packing.source import Group
 from data_pipeline.storage import DataError, Store
 from tests.imagenet_forms import put, tar_bytes, zip_bytes
 
@@ -34,7 +35,7 @@ def test_groups_read_every_file_of_a_tar_once(
     tmp_path: Path, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("data_pipeline.archives.STREAM_BYTES", buffer_bytes)
-    monkeypatch.setattr("data_pipeline.archives.GROUP_IMAGES", 7)
+    monkeypatch.setattr("data_pipeline.packing.archive_groups.GROUP_IMAGES", 7)
     path = put(tmp_path / "a.tar", tar_bytes(FILES))
     with open_range(str(path)) as file:
         members = list(tar_members(file, "a.tar"))

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline import decode as module
-from data_pipeline.decode import decode
+from data_pipeline.decode import decode_image
 from data_pipeline.storage import DataError
 from tests.imagenet_forms import image_bytes, random_pixels
 
@@ -38,7 +38,7 @@ def rotated_jpeg() -> bytes:
     ],
 )
 def test_odd_files_are_converted_as_pillow_does_and_noted(data: bytes, name: str, notes: tuple[str, ...]) -> None:
-    image, got = decode(data, name)
+    image, got = decode_image(data, name)
     assert got == notes
     assert (np.asarray(image) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
     assert image.size == (7, 9), "not rotated"
@@ -48,14 +48,14 @@ def test_an_animation_gives_its_first_frame() -> None:
     stream = io.BytesIO()
     frames = [Image.fromarray(random_pixels(9, 7, seed)) for seed in range(3)]
     frames[0].save(stream, "PNG", save_all=True, append_images=frames[1:])
-    image, notes = decode(stream.getvalue(), "a.png")
+    image, notes = decode_image(stream.getvalue(), "a.png")
     assert notes == ("first_frame_of_several",) and (np.asarray(image) == np.asarray(frames[0])).all()
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>no such image</html>", b"\xff\xd8\xff\xe0 cut", b"\0" * 5000])
 def test_what_is_no_image_is_named(content: bytes) -> None:
     with pytest.raises(DataError, match=r"^a/b.jpg is (not an image|damaged) \(.+\)") as caught:
-        decode(content, "a/b.jpg")
+        decode_image(content, "a/b.jpg")
     assert caught.value.exit_code == 65
 
 
@@ -64,14 +64,14 @@ def test_a_file_that_is_cut_off_is_not_half_gray(kind: str) -> None:
     data = image_bytes(random_pixels(64, 64, 0), kind)
     for length in (len(data) // 4, len(data) // 2, len(data) - 60):
         with pytest.raises(DataError, match="is damaged"):
-            decode(data[:length], "x")
+            decode_image(data[:length], "x")
 
 
 @pytest.mark.parametrize("colour", [0, 2, 4, 6])  # gray, RGB, gray with alpha, RGBA
 def test_sixteen_bits_a_channel_are_refused_instead_of_clipped(colour: int) -> None:
     row = b"\0" + np.full(4 * {0: 1, 2: 3, 4: 2, 6: 4}[colour], 40_000, ">u2").tobytes()
     with pytest.raises(DataError, match="^x.png has .* of more than 8 bits a channel: convert it") as caught:
-        decode(png_file(4, 4, 16, colour, row * 4), "x.png")
+        decode_image(png_file(4, 4, 16, colour, row * 4), "x.png")
     assert caught.value.exit_code == 65
 
 
@@ -90,17 +90,17 @@ def png_file(width: int, height: int, bits: int, colour: int, rows: bytes) -> by
 def test_a_png_that_would_fill_the_memory_is_refused_before_decoding(edge: int) -> None:
     started = time.process_time()
     with pytest.raises(DataError, match=f"^x.png has {edge} x {edge} pixels: remove it|^x.png is damaged .*bomb"):
-        decode(png_file(edge, edge, 8, 2, bytes(1000)), "x.png")
+        decode_image(png_file(edge, edge, 8, 2, bytes(1000)), "x.png")
     assert time.process_time() - started < 2, "decoding would take longer"
 
 
 def test_absurd_dimensions_are_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST_IMAGE_PIXELS", 62)
     with pytest.raises(DataError, match="has 7 x 9 pixels"):
-        decode(image_bytes(PIXELS), "x")
+        decode_image(image_bytes(PIXELS), "x")
 
 
 def test_formats_that_run_programs_are_not_opened() -> None:
     """Pillow would hand PostScript to Ghostscript."""
     with pytest.raises(DataError, match="is not an image"):
-        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 7 9\n%%EndComments\nshowpage\n", "x.eps")
+        decode_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 7 9\n%%EndComments\nshowpage\n", "x.eps")

@@ -1,6 +1,6 @@
 """Is the table of classes the published one?"""
 
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 
 
 def test_classes_have_their_well_known_indices() -> None:

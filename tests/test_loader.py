@@ -23,7 +23,7 @@ from data_pipeline import storage
 from data_pipeline.loader import DataConfig, Shards, evaluation_batches, open_shards, train_batches
 from data_pipeline.manifest import Block, Manifest, Shard, write_manifest
 from data_pipeline.order import TrainingOrder
-from data_pipeline.shard_format import SampleLayout, decode, encode, end_of_shard
+from data_pipeline.shard_format import SampleLayout, decode_samples, encode_samples, end_of_shard
 from data_pipeline.storage import DataError, Store
 from tests.conftest import forget_filesystems, pack_photographs
 from tests.faulty_filesystem import FAULTS, FaultyFilesystem
@@ -48,7 +48,7 @@ def all_images(shards: Shards) -> tuple[np.ndarray, np.ndarray]:
     parts = []
     for block in shards.manifest.blocks:
         data = (Path(shards.url) / shards.manifest.shards[block.shard].name).read_bytes()[block.begin : block.end]
-        parts.append(decode(data, shards.image_size))
+        parts.append(decode_samples(data, shards.image_size))
     images = np.concatenate([images for images, _ in parts])
     shape = (-1, shards.image_size, shards.image_size, 3)
     return images.reshape(shape), np.concatenate([labels for _, labels in parts])
@@ -121,7 +121,7 @@ def numbered(folder: Path, counts: list[int]) -> Shards:
     """A data set of one-pixel images in blocks of the given sizes; labels number the images."""
     numbers, stride = np.arange(sum(counts)), SampleLayout(1).stride
     pixels = np.stack([numbers, numbers >> 8, numbers >> 16], 1).astype(np.uint8).reshape(-1, 1, 1, 3)
-    data = encode(numbers, numbers, pixels).tobytes() + end_of_shard(len(numbers) * stride)
+    data = encode_samples(numbers, numbers, pixels).tobytes() + end_of_shard(len(numbers) * stride)
     edges = [0, *np.cumsum(counts).tolist()]
     blocks = tuple(
         Block(0, a * stride, b * stride, b - a, xxhash.xxh3_64_hexdigest(data[a * stride : b * stride]))

@@ -35,7 +35,7 @@ def test_packing_twice_gives_the_same_bytes(packed: Path, tmp_path: Path) -> Non
 
 
 def test_more_processes_give_the_same_bytes(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.packing.GROUPS_PER_WORKER", 1)
+    monkeypatch.setattr("data_pipeline.packing.steps.GROUPS_PER_WORKER", 1)
     assert main([*PHOTOGRAPHS[:-1], "2", "--dest", str(tmp_path / "two")]) == 0
     assert contents(tmp_path / "two") == contents(packed)
 

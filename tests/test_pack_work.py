@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.pack_work import CHUNK_IMAGES, ShardTask, StageTask, read_staged, run_all
-from data_pipeline.shard_format import decode
-from data_pipeline.sources import Item
+from data_pipeline.packing.source import Item
+from data_pipeline.packing.tasks import CHUNK_IMAGES, ShardTask, StageTask, read_staged
+from data_pipeline.packing.workers import run_all
+from data_pipeline.shard_format import decode_samples
 from data_pipeline.storage import DataError
 from tests.imagenet_forms import random_pixels
 
@@ -62,7 +63,7 @@ def test_a_shard_holds_the_samples_it_was_told_to_in_order(tmp_path: Path) -> No
     task = ShardTask(str(tmp_path), str(tmp_path / "d"), 0.0, 0, "x.tar", 8, samples, labels, starts, None)
     record = task.run()
     data = (tmp_path / "d" / "x.tar").read_bytes()
-    images, got_labels = decode(data[: record.blocks[-1][1]], 8)
+    images, got_labels = decode_samples(data[: record.blocks[-1][1]], 8)
     assert (got_labels == labels).all()
     for image, sample in zip(images, samples.tolist(), strict=True):
         assert image.tobytes() == random_pixels(8, 8, sample).tobytes()

@@ -15,13 +15,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from data_pipeline.decode import decode
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES
+from data_pipeline.decode import decode_image
 from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from data_pipeline.pack import main
-from data_pipeline.packing import shard_bounds
-from data_pipeline.resize import to_pixels
-from data_pipeline.sources_arrays import CIFAR10_FILES
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
+from data_pipeline.packing.resize import to_pixels
+from data_pipeline.packing.sources_arrays import CIFAR10_FILES
+from data_pipeline.packing.steps import shard_bounds
 from data_pipeline.storage import Store
 from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
@@ -61,7 +61,7 @@ def test_imagenet_becomes_verified_shards_that_say_what_they_are(tmp_path: Path,
     shards = open_shards(str(tmp_path / "d"))
     assert verify(shards) == []
     expected = [
-        (to_pixels(decode(data, name)[0], protocol, 8).tobytes(), WNIDS.index(wnid))
+        (to_pixels(decode_image(data, name)[0], protocol, 8).tobytes(), WNIDS.index(wnid))
         for wnid, files in training_files().items()
         for name, data in files.items()
     ]
@@ -186,7 +186,7 @@ def test_a_disk_that_is_full_ends_packing_and_with_more_room_it_goes_on(
 def test_storage_that_is_away_for_longer_than_the_deadline_ends_packing(
     s3_bucket: str, s3_server: S3Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_pipeline.packing.WRITE_DEADLINE_SECONDS", 2.0)
+    monkeypatch.setattr("data_pipeline.packing.steps.WRITE_DEADLINE_SECONDS", 2.0)
     s3_server.kill()
     try:
         assert main([*PHOTOGRAPHS, "--dest", f"s3://{s3_bucket}/train"]) == 69

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from data_pipeline.packing_progress import PackingProgress, progress_line
+from data_pipeline.packing.progress import PackingProgress, progress_line
 
 
 def test_the_line_has_rate_and_time_left() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.resize import IMAGENET_VERSIONS
+from data_pipeline.packing.resize import IMAGENET_VERSIONS
 from models.image_transformer import make_pattern, num_parameters
 from trainer.config import load_config
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from PIL.Image import Resampling
 
-from data_pipeline.resize import PROTOCOLS, describe, to_pixels
+from data_pipeline.packing.resize import PROTOCOLS, describe, to_pixels
 
 RNG = np.random.default_rng(0)
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import webdataset
 
-from data_pipeline.shard_format import KEY_DIGITS, SampleLayout, decode, encode, end_of_shard, npy_header
+from data_pipeline.shard_format import (
+    KEY_DIGITS,
+    SampleLayout,
+    decode_samples,
+    encode_samples,
+    end_of_shard,
+    npy_header,
+)
 
 
 @pytest.mark.parametrize("size", [1, 7, 8, 32, 64, 100])
@@ -19,16 +26,16 @@ def test_encoding_equals_webdatasets_own_writer(size: int) -> None:
     with webdataset.TarWriter(stream, user="root", group="root", mtime=0) as writer:
         for key, label, image in zip(keys.tolist(), labels.tolist(), images, strict=True):
             writer.write({"__key__": f"{key:0{KEY_DIGITS}d}", "npy": image, "cls": label})
-    samples = encode(keys, labels, images)
+    samples = encode_samples(keys, labels, images)
     assert samples.shape == (len(labels), SampleLayout(size).stride)
     assert samples.tobytes() + end_of_shard(samples.nbytes) == stream.getvalue()
-    got_images, got_labels = decode(samples.tobytes(), size)
+    got_images, got_labels = decode_samples(samples.tobytes(), size)
     assert (got_images.reshape(images.shape) == images).all() and (got_labels == labels).all()
 
 
 def test_decoding_copies_no_pixels() -> None:
-    data = encode(np.arange(2), np.arange(2), np.zeros((2, 8, 8, 3), np.uint8)).tobytes()
-    images, _ = decode(data, 8)
+    data = encode_samples(np.arange(2), np.arange(2), np.zeros((2, 8, 8, 3), np.uint8)).tobytes()
+    images, _ = decode_samples(data, 8)
     assert np.shares_memory(images, np.frombuffer(data, np.uint8))
 
 

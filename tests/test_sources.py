@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipeline import sources
-from data_pipeline.sources import PHOTOGRAPHS, Source, folder, photographs
+from data_pipeline.packing.source import Item, Source
+from data_pipeline.packing.sources_folder import folder
+from data_pipeline.packing.sources_photographs import PHOTOGRAPHS, photographs
 from data_pipeline.storage import DataError
 
 
-def all_items(source: Source) -> list[sources.Item]:
+def all_items(source: Source) -> list[Item]:
     return [item for group in source.groups for item in group.read()]
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
-from data_pipeline.sources import Item, Source
-from data_pipeline.sources_arrays import chrabaszcz, cifar10, oord
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
+from data_pipeline.packing.source import Item, Source
+from data_pipeline.packing.sources_arrays import chrabaszcz, cifar10, oord
 from data_pipeline.storage import DataError
 from tests.imagenet_forms import image_bytes, put, random_pixels, tar_bytes
 
@@ -167,7 +167,7 @@ def test_cifar_without_its_files_is_explained(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("planar", [False, True])
 def test_npy_mirrors_are_read_in_both_layouts(tmp_path: Path, planar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.sources_arrays.GROUP_IMAGES", 4)
+    monkeypatch.setattr("data_pipeline.packing.sources_arrays.GROUP_IMAGES", 4)
     np.save(tmp_path / "imagenet8-train.npy", IMAGES.transpose(0, 3, 1, 2) if planar else IMAGES)
     source = oord(str(tmp_path / "imagenet8-train.npy"), 8)
     assert len(source.groups) == 2 and source.count == 6 and source.classes == ()

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
-from data_pipeline.sources import Source
-from data_pipeline.sources_imagenet import (
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
+from data_pipeline.packing.source import Source
+from data_pipeline.packing.sources_imagenet import (
     celeba,
     imagenet_folder,
     imagenet_kaggle,

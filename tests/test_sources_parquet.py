@@ -6,8 +6,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES
-from data_pipeline.sources_parquet import imagenet_parquet
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
+from data_pipeline.packing.sources_parquet import imagenet_parquet
 from data_pipeline.storage import DataError
 from tests.imagenet_forms import image_bytes, put, random_pixels
 

@@ -16,7 +16,7 @@ from data_pipeline import storage
 from data_pipeline.loader import open_shards
 from data_pipeline.manifest import digest_of
 from data_pipeline.pack import main as pack_main
-from data_pipeline.shard_format import SampleLayout, encode
+from data_pipeline.shard_format import SampleLayout, encode_samples
 from data_pipeline.storage import DataError
 from data_pipeline.verify import main, verify
 from tests.faulty_filesystem import FAULTS, FaultyFilesystem
@@ -197,12 +197,12 @@ def test_samples_that_are_not_ordinary_are_found_behind_right_checksums(dest: Pa
     count = open_shards(str(dest)).manifest.blocks[0].count
     keys = np.arange(count)
     images, labels = np.zeros((count, 8, 8, 3), np.uint8), np.zeros(count, np.int64)
-    rewrite_first_block(dest, encode(keys, labels + 12, images))
+    rewrite_first_block(dest, encode_samples(keys, labels + 12, images))
     assert any("hold the label 12, but there are 12 classes" in str(p) for p in verify(open_shards(str(dest))))
-    rewrite_first_block(dest, encode(keys, labels, images))
+    rewrite_first_block(dest, encode_samples(keys, labels, images))
     (problem,) = verify(open_shards(str(dest)))
     assert str(problem) == "manifest.json: some samples have the same key"
-    broken = encode(keys, labels, images)
+    broken = encode_samples(keys, labels, images)
     broken[3, SampleLayout(8).pixels_offset - 100] ^= 1  # in the header of the npy file
     rewrite_first_block(dest, broken)
     assert any("are not samples as webdataset writes them" in str(p) for p in verify(open_shards(str(dest))))

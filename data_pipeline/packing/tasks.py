@@ -6,23 +6,18 @@ any machine can do any of them, again or for the first time, with the same bytes
 
 import hashlib
 import json
-import multiprocessing
-import os
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 
-from data_pipeline.decode import decode
-from data_pipeline.resize import to_pixels
-from data_pipeline.shard_format import SampleLayout, encode, end_of_shard
-from data_pipeline.sources import Group, Item
+from data_pipeline.decode import decode_image
+from data_pipeline.packing.resize import to_pixels
+from data_pipeline.packing.source import Group, Item
+from data_pipeline.packing.workers import count_progress
+from data_pipeline.shard_format import SampleLayout, encode_samples, end_of_shard
 from data_pipeline.storage import EXIT_CANNOT_WRITE, EXIT_CORRUPT, EXIT_UNREACHABLE, DataError, Store, atomic_file
 
 JOURNAL = "_packing"
@@ -102,7 +97,7 @@ class Staged:
 
 def pixels_of(item: Item, protocol: str, size: int) -> tuple[np.ndarray, tuple[str, ...]]:
     """uint8 [size, size, 3] of an item, and what was odd about its file."""
-    image, notes = decode(item.image, item.name) if isinstance(item.image, bytes) else (item.image, ())
+    image, notes = decode_image(item.image, item.name) if isinstance(item.image, bytes) else (item.image, ())
     try:
         return to_pixels(image, protocol, size), notes
     except ValueError as error:
@@ -138,7 +133,7 @@ class ShardTask:
         images = self._images()
         for first in range(0, count, BLOCK_IMAGES):
             rows = slice(first, min(first + BLOCK_IMAGES, count))
-            encode(self.samples[rows], self.labels[rows], images[rows], out=view[rows])
+            encode_samples(self.samples[rows], self.labels[rows], images[rows], out=view[rows])
             begin, end = rows.start * stride, rows.stop * stride
             blocks.append((begin, end, rows.stop - first, xxhash.xxh3_64_hexdigest(view[rows].data)))
             count_progress(rows.stop - first)
@@ -186,12 +181,6 @@ class ShardRecord:
     """begin, end, count and XXH3 of each."""
 
 
-class Task(Protocol):
-    """Something to do in any process; what it returns is sent back."""
-
-    def run(self) -> Any: ...
-
-
 def staged_path(scratch: str, number: int) -> str:
     return f"{scratch}/group-{number:06d}"
 
@@ -208,67 +197,3 @@ def read_staged(scratch: str, number: int, size: int) -> Staged | None:
     except FileNotFoundError:
         return None
     return staged if length == len(staged.labels) * size * size * 3 else None
-
-
-def run_all(tasks: Sequence[Task], workers: int, progress: Any) -> Iterator[tuple[int, Any]]:
-    """Run tasks, on several processes if asked, and yield (index, result) as they finish.
-
-    progress: a shared counter of images (``multiprocessing.Value``) that the tasks add to.
-    """
-    if workers <= 1:
-        set_progress(progress)
-        try:
-            for index, task in enumerate(tasks):
-                yield index, task.run()
-        finally:
-            set_progress(None)
-        return
-    # Not fork: a filesystem of s3fs must not be inherited. The fork server imports everything once.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(progress,))
-    try:
-        futures = {pool.submit(run_task, task): index for index, task in enumerate(tasks)}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a packing process was killed, probably because memory ran out: use fewer --workers and run the same "
-            "command again, it goes on where it was",
-            EXIT_UNREACHABLE,
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def run_task(task: Task) -> Any:
-    return task.run()
-
-
-def start_worker(progress: Any) -> None:
-    """Prepare a worker process: it counts images, and ends when the process that started it is gone."""
-    set_progress(progress)
-
-    def leave_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-_progress: Any = None
-
-
-def set_progress(progress: Any) -> None:
-    """Name the counter this process adds to."""
-    global _progress
-    _progress = progress
-
-
-def count_progress(images: int) -> None:
-    """Add to the shared counter, if there is one."""
-    if _progress is not None:
-        with _progress.get_lock():
-            _progress.value += images

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.archives import open_range
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES
-from data_pipeline.sources import READ_DEADLINE_SECONDS, Item, Source
-from data_pipeline.sources_imagenet import digest
+from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
+from data_pipeline.packing.source import Item, Source, listing_digest
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
 
 COLUMNS = ["image", "label"]
@@ -53,7 +52,7 @@ def imagenet_parquet(url: str, split: str) -> Source:
         metadata = open_parquet(f"{url}/{name}").metadata
         count += metadata.num_rows
         groups += [RowGroup(f"{url}/{name}", number) for number in range(metadata.num_row_groups)]
-    origin = {"files": len(names), "listing_sha256": digest((name, found[name]) for name in names)}
+    origin = {"files": len(names), "listing_sha256": listing_digest((name, found[name]) for name in names)}
     return Source("imagenet", IMAGENET_CLASSES, groups, count, origin)
 
 

@@ -5,30 +5,22 @@ Each step finds out what is there already, so an interrupted or shared packing g
 """
 
 import getpass
-import json
 import os
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data_pipeline.manifest import (
-    MANIFEST_NAME,
-    Block,
-    Manifest,
-    Shard,
-    digest_of,
-    open_store,
-    read_manifest,
-    write_manifest,
-)
+from data_pipeline.manifest import Block, Manifest, Shard, digest_of, open_store, write_manifest
 from data_pipeline.order import permutation
-from data_pipeline.pack_work import (
+from data_pipeline.packing.plan import Settings, claim, damaged_shards, find_finished, plan_of, protocol_of
+from data_pipeline.packing.progress import PackingProgress
+from data_pipeline.packing.source import Source
+from data_pipeline.packing.tasks import (
     BLOCK_IMAGES,
     JOURNAL,
     ShardRecord,
@@ -37,11 +29,8 @@ from data_pipeline.pack_work import (
     StageTask,
     read_staged,
     record_name,
-    run_all,
 )
-from data_pipeline.packing_progress import PackingProgress
-from data_pipeline.resize import IMAGENET_VERSIONS, PROTOCOLS, describe
-from data_pipeline.sources import Source
+from data_pipeline.packing.workers import run_all
 from data_pipeline.storage import (
     EXIT_CANNOT_WRITE,
     EXIT_CORRUPT,
@@ -53,32 +42,9 @@ from data_pipeline.storage import (
 )
 
 EXIT_COME_AGAIN = 75
-LARGEST_IMAGE_SIZE = 1024
 GROUPS_PER_WORKER = 4  # fewer are done sooner than another process starts
 SHARDS_PER_WORKER = 2
 WRITE_DEADLINE_SECONDS = 600.0
-PLAN_NAME = f"{JOURNAL}/plan.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything besides the source that decides the bytes of the result."""
-
-    split: str
-    size: int
-    protocol: str
-    seed: int
-    shard_images: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.size <= LARGEST_IMAGE_SIZE:
-            raise ValueError(f"--size {self.size}: the edge in pixels must be 1 to {LARGEST_IMAGE_SIZE}")
-        if self.seed < 0:
-            raise ValueError(f"--seed {self.seed}: must not be negative")
-        if self.shard_images < 1:
-            raise ValueError(f"--shard-images {self.shard_images}: must be at least 1")
-        if not self.split.isidentifier():
-            raise ValueError(f"--split {self.split!r}: use a word like train or validation")
 
 
 @dataclass(frozen=True)
@@ -156,7 +122,7 @@ def pack_missing(
     staged = stage(source, settings, workspace, workforce)
     if finished is None:
         records = write_shards(settings, staged, store, workspace, workforce, None)
-        manifest = manifest_of(source, settings, digest, staged, records)
+        manifest = manifest_of_packed(source, settings, digest, staged, records)
         write_manifest(store, manifest)
     else:
         manifest = finished
@@ -168,64 +134,6 @@ def pack_missing(
             raise
     clean_up(store, workspace)
     return manifest, True
-
-
-def plan_of(source: Source, settings: Settings) -> dict[str, Any]:
-    """What decides the bytes of the result, as JSON; its digest is the identity of the data set."""
-    return {
-        "source": {"form": source.form, **source.origin},
-        "classes": list(source.classes),
-        "protocol": protocol_of(source, settings),
-        **{key: value for key, value in asdict(settings).items() if key != "protocol"},
-    }
-
-
-def protocol_of(source: Source, settings: Settings) -> dict[str, Any]:
-    """How the images come to their size; DataError for a combination that has no name."""
-    name = source.protocol or settings.protocol
-    imagenet = source.form == "imagenet"
-    known = IMAGENET_VERSIONS if imagenet else PROTOCOLS
-    if source.protocol is None and name not in known:
-        raise DataError(f"--protocol {name}: images of {source.form} are resized by {' or '.join(sorted(known))}")
-    return describe(name, resized_here=source.protocol is None, imagenet=imagenet)
-
-
-def find_finished(store: Store, digest: str) -> Manifest | None:
-    """The manifest at the destination if it was packed by the same plan; DataError if by another one."""
-    if not store.exists(MANIFEST_NAME):
-        return None
-    manifest, _ = read_manifest(store)
-    if manifest.source.get("plan_sha256") != digest:
-        raise DataError(
-            f"{store.url} already holds another data set: {manifest.count} images of {manifest.name}, split "
-            f"{manifest.split}, seed {manifest.seed}; choose another --dest or remove it"
-        )
-    return manifest
-
-
-def damaged_shards(store: Store, manifest: Manifest, named: Sequence[str]) -> list[int]:
-    """Numbers of the shards that are missing, have a wrong size, or are named because ``verify`` found them damaged."""
-    shards = manifest.shards
-    if strange := set(named) - {shard.name for shard in shards}:
-        known = f"{shards[0].name} to {shards[-1].name}"
-        raise DataError(f"--rewrite {min(strange)}: {store.url} has no such shard, it has {known}")
-    sizes = store.walk()
-    return [n for n, shard in enumerate(shards) if shard.name in named or sizes.get(shard.name) != shard.bytes]
-
-
-def claim(store: Store, plan: dict[str, Any]) -> None:
-    """Write the plan to the destination; DataError if another plan, or something else, is there."""
-    if store.exists(PLAN_NAME):
-        if digest_of(read_json(store, PLAN_NAME, 1 << 26)) != digest_of(plan):
-            raise DataError(
-                f"{store.url} holds the unfinished packing of another data set or of other settings; "
-                "finish that one, choose another --dest, or remove it"
-            )
-        return
-    others = [name for name in store.names() if name != JOURNAL]
-    if others:
-        raise DataError(f"{store.url} is not empty (it holds {others[0]}); choose another --dest or remove it")
-    store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())
 
 
 def workspace_of(store: Store, digest: str, workforce: Workforce) -> Path:
@@ -346,7 +254,7 @@ def shard_bounds(count: int, shard_images: int) -> list[tuple[int, int]]:
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
-def manifest_of(
+def manifest_of_packed(
     source: Source, settings: Settings, digest: str, staged: list[Staged], records: list[ShardRecord]
 ) -> Manifest:
     """The manifest of a finished packing."""

@@ -1,28 +1,19 @@
-"""Where do the images to pack come from: each source is a list of groups that are read one after the other.
-
-A group is the unit of work and of restarting: small enough to redo, read front to back. Reading the same group
-again gives the same samples in the same order.
-"""
+"""Which crops of the photographs inside installed packages make a small data set for a first try?"""
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from data_pipeline.decode import decode
+from data_pipeline.decode import decode_image
 from data_pipeline.order import hash_of, mix
-from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-GROUP_IMAGES = 512
-LARGEST_IMAGE_BYTES = 1 << 30
-READ_DEADLINE_SECONDS = 600.0
+from data_pipeline.packing.source import GROUP_IMAGES, Item, Source
+from data_pipeline.storage import DataError
 
 # Real RGB photographs inside packages that are installed anyway: class name -> (package, path, split).
 # The split is by photograph, so that validation shows scenes that training never saw; the two views of the
@@ -44,44 +35,6 @@ PHOTOGRAPHS = {
 PACKAGE_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 # Crops of these many tenths of the target size are taken, then reduced: details and whole objects.
 CROP_TENTHS = (10, 15, 20, 30, 40)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One image before resizing."""
-
-    name: str
-    """What an error message calls it."""
-    label: int
-    image: bytes | Image.Image | np.ndarray
-    """The bytes of an image file, or an RGB image, or uint8 [S, S, 3] that has its final size already."""
-
-
-class Group(Protocol):
-    """A run of images that is read front to back; small enough to send to a worker process."""
-
-    @property
-    def name(self) -> str: ...
-
-    def read(self) -> Iterator[Item]: ...
-
-
-@dataclass(frozen=True)
-class Source:
-    """Images to pack."""
-
-    form: str
-    classes: tuple[str, ...]
-    """Class names in the order of their labels; empty when the images have no classes."""
-    groups: Sequence[Group]
-    count: int | None
-    """Number of images, when it is known before reading."""
-    origin: Mapping[str, Any]
-    """What identifies the data; goes into the manifest. Equal origins mean equal images."""
-    protocol: str | None = None
-    """How the images came to their size, when the source holds them at that size; None when they are resized here."""
-    options: tuple[str, ...] = ()
-    """What names this source on the command line, without the places where it lies; for the command of a repair."""
 
 
 @dataclass(frozen=True)
@@ -109,24 +62,6 @@ class Crops:
             left, top = x % (photograph.width - edge + 1), y % (photograph.height - edge + 1)
             crop = photograph.crop((left, top, left + edge, top + edge))
             yield Item(f"crop {number} of {self.paths[which]}", self.labels[which], crop)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Image files below a folder."""
-
-    url: str
-    names: tuple[str, ...]
-    labels: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.names[0]} and {len(self.names) - 1} more"
-
-    def read(self) -> Iterator[Item]:
-        store = Store(self.url, READ_DEADLINE_SECONDS)
-        for name, label in zip(self.names, self.labels, strict=True):
-            yield Item(f"{self.url}/{name}", label, store.read(name))
 
 
 def photographs(*, split: str, size: int, images: int, seed: int) -> Source:
@@ -168,35 +103,4 @@ def locate(package: str, path: str) -> Path:
 @lru_cache(maxsize=16)
 def photograph_at(path: str) -> Image.Image:
     """A decoded photograph; a few dozen megabytes for all of them."""
-    return decode(Path(path).read_bytes(), path)[0]
-
-
-def folder(url: str) -> Source:
-    """Every image below a folder; the first level of subfolders, if there is one, names the classes."""
-    url = normalised(url)
-    found = image_names(url)
-    names = sorted(found)
-    loose = [name for name in names if "/" not in name]
-    classes = tuple(sorted({name.partition("/")[0] for name in names if "/" in name}))
-    if loose and classes:
-        raise DataError(f"{url} has images both in subfolders ({classes[0]}, ...) and beside them ({loose[0]}, ...)")
-    index = {name: label for label, name in enumerate(classes)}
-    labels = [index.get(name.partition("/")[0], 0) for name in names]
-    groups = [
-        Files(url, tuple(names[i : i + GROUP_IMAGES]), tuple(labels[i : i + GROUP_IMAGES]))
-        for i in range(0, len(names), GROUP_IMAGES)
-    ]
-    listing = "".join(f"{name}\t{found[name]}\n" for name in names)
-    origin = {"files": len(names), "listing_sha256": hashlib.sha256(listing.encode()).hexdigest()}
-    return Source("folder", classes, groups, len(names), origin)
-
-
-def image_names(url: str) -> dict[str, int]:
-    """Size in bytes of every image below a folder by its name; DataError when there is none."""
-    found = Store(url, READ_DEADLINE_SECONDS).files()
-    images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
-    if not images:
-        raise DataError(f"no images at {url}: none of its files ends in {', '.join(IMAGE_SUFFIXES)}")
-    if (largest := max(images, key=lambda name: images[name])) and images[largest] > LARGEST_IMAGE_BYTES:
-        raise DataError(f"{url}/{largest} has {images[largest]} bytes, too many for an image", EXIT_CORRUPT)
-    return images
+    return decode_image(Path(path).read_bytes(), path)[0]

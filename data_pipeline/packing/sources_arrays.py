@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.archives import open_range, open_zip, read_member, tar_groups, tar_members
-from data_pipeline.decode import decode
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
-from data_pipeline.sources import GROUP_IMAGES, READ_DEADLINE_SECONDS, Group, Item, Source
-from data_pipeline.sources_imagenet import digest
+from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range, tar_members
+from data_pipeline.decode import decode_image
+from data_pipeline.packing.archive_groups import open_zip, read_member, tar_groups
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
+from data_pipeline.packing.source import GROUP_IMAGES, Group, Item, Source, listing_digest
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, split_url
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -114,7 +114,7 @@ def chrabaszcz(url: str, split: str, size: int) -> Source:
     rank = {wnid: index for index, wnid in enumerate(IMAGENET_CLASSES)}
     labels = tuple(rank[wnid] for wnid in WNIDS_IN_DEVKIT_ORDER)
     groups = [PlanarBatch(f"{url}/{name}", None, size, labels, 1) for name in names]
-    origin = {"batches": [base(name) for name in names], "listing_sha256": digest((n, found[n]) for n in names)}
+    origin = {"batches": [base(name) for name in names], "listing_sha256": listing_digest((n, found[n]) for n in names)}
     return Source("imagenet", IMAGENET_CLASSES, groups, None, origin, "chrabaszcz")
 
 
@@ -137,7 +137,7 @@ def cifar10(url: str, split: str, size: int) -> Source:
             raise DataError(f"{url} holds no {missing[0]}: give cifar-10-python.tar.gz or the folder in it")
         groups = [PlanarBatch(f"{url}/{name}", None, 32, None, 0) for name in wanted]
         listing = [(name, found[name]) for name in wanted]
-    return Source("cifar10", CIFAR10_CLASSES, groups, None, {"listing_sha256": digest(listing)}, "cifar10")
+    return Source("cifar10", CIFAR10_CLASSES, groups, None, {"listing_sha256": listing_digest(listing)}, "cifar10")
 
 
 def oord(url: str, size: int) -> Source:
@@ -165,7 +165,7 @@ def oord(url: str, size: int) -> Source:
             raise DataError(f"{url} holds no PNG files")
         file.seek(members[0].offset)
         check_size(read_member(file, members[0].size, members[0].name), f"{url}:{members[0].name}", size)
-    listing = digest((member.name, member.size) for member in members)
+    listing = listing_digest((member.name, member.size) for member in members)
     groups = list(tar_groups(url, members, [0] * len(members)))
     return Source("imagenet", (), groups, len(members), {"archive": name, "listing_sha256": listing}, "oord")
 
@@ -173,7 +173,7 @@ def oord(url: str, size: int) -> Source:
 def check_size(data: bytes, name: str, size: int) -> None:
     """DataError when an image file has another size than it is to be packed at; before anything is written."""
     try:
-        image, _ = decode(data, name)
+        image, _ = decode_image(data, name)
     except DataError:
         return  # a damaged file is for the packing to report, or to leave out where that is allowed
     if image.size != (size, size):

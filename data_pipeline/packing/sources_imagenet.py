@@ -4,16 +4,17 @@ Classes are WordNet ids; the label is the id's rank in sorted order.
 """
 
 import csv
-import hashlib
 import io
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from data_pipeline.archives import InnerTar, ZipMembers, open_range, open_zip, tar_groups, tar_members
-from data_pipeline.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
-from data_pipeline.sources import GROUP_IMAGES, Files, Group, Source, folder, image_names
+from data_pipeline.archives import open_range, tar_members
+from data_pipeline.packing.archive_groups import InnerTar, ZipMembers, open_zip, tar_groups
+from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
+from data_pipeline.packing.source import GROUP_IMAGES, Group, Source, listing_digest
+from data_pipeline.packing.sources_folder import file_groups, folder, image_names
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, split_url
 
 CLASS_INDEX = {wnid: index for index, wnid in enumerate(IMAGENET_CLASSES)}
@@ -43,7 +44,7 @@ def imagenet_train_tar(url: str) -> Source:
         InnerTar(url, member.offset, member.offset + member.size, member.name, classes.index(wnid))
         for member, wnid in sorted(zip(members, wnids, strict=True), key=lambda pair: pair[1])
     ]
-    origin = {"archive": split_url(url)[1], "listing_sha256": digest((m.name, m.size) for m in members)}
+    origin = {"archive": split_url(url)[1], "listing_sha256": listing_digest((m.name, m.size) for m in members)}
     return Source("imagenet", classes, groups, None, origin)
 
 
@@ -59,17 +60,17 @@ def imagenet_validation(url: str, labels_url: str) -> Source:
         with open_range(url, buffer_bytes=1 << 20) as file:
             members = list(tar_members(file, url))
         found = {member.name.rpartition("/")[2]: member.size for member in members}
-        labels = [label_of(member.name.rpartition("/")[2], wnids, labels_url) for member in members]
+        labels = [validation_label(member.name.rpartition("/")[2], wnids, labels_url) for member in members]
         groups: list[Group] = list(tar_groups(url, members, labels))
     else:
         found = image_names(url)
         names = sorted(found)
-        labels = [label_of(name, wnids, labels_url) for name in names]
+        labels = [validation_label(name, wnids, labels_url) for name in names]
         groups = file_groups(url, names, labels)
     if not found:
         raise DataError(f"{url} holds no images")
-    origin = {"archive": split_url(url)[1], "listing_sha256": digest(sorted(found.items()))}
-    origin |= {"labels_sha256": digest(sorted(wnids.items()))}
+    origin = {"archive": split_url(url)[1], "listing_sha256": listing_digest(sorted(found.items()))}
+    origin |= {"labels_sha256": listing_digest(sorted(wnids.items()))}
     return Source("imagenet", IMAGENET_CLASSES, groups, len(found), origin)
 
 
@@ -118,7 +119,7 @@ def celeba(url: str, split: str) -> Source:
         ]
     else:
         groups = file_groups(url, names, labels)
-    origin = {"archive": split_url(url)[1], "listing_sha256": digest((name, found[name]) for name in names)}
+    origin = {"archive": split_url(url)[1], "listing_sha256": listing_digest((name, found[name]) for name in names)}
     return Source("celeba", (), groups, len(names), origin)
 
 
@@ -155,7 +156,7 @@ def ground_truth_in_devkit(data: bytes, url: str) -> bytes:
     raise DataError(f"{url} holds no ILSVRC2012_validation_ground_truth.txt; give ILSVRC2012_devkit_t12.tar.gz")
 
 
-def label_of(name: str, wnids: Mapping[str, str], labels_url: str) -> int:
+def validation_label(name: str, wnids: Mapping[str, str], labels_url: str) -> int:
     """The class index of a validation image."""
     if name not in wnids:
         expected = "" if VALIDATION_NAME.fullmatch(name) else "; names like ILSVRC2012_val_00000001.JPEG are expected"
@@ -174,15 +175,3 @@ def classes_of(wnids: Iterable[str], url: str) -> tuple[str, ...]:
     if len(set(classes)) != len(classes):
         raise DataError(f"{url} holds a class twice", EXIT_CORRUPT)
     return classes
-
-
-def file_groups(url: str, names: list[str], labels: list[int]) -> list[Group]:
-    return [
-        Files(url, tuple(names[i : i + GROUP_IMAGES]), tuple(labels[i : i + GROUP_IMAGES]))
-        for i in range(0, len(names), GROUP_IMAGES)
-    ]
-
-
-def digest(listing: Iterable[tuple[str, object]]) -> str:
-    """SHA-256 of names with their sizes or values."""
-    return hashlib.sha256("".join(f"{name}\t{value}\n" for name, value in listing).encode()).hexdigest()
