@@ -21,7 +21,6 @@ from tests.conftest import pack_photographs
 from tests.launch import QUICKSTART, ROOT, curve, free_port, settings, train
 from trainer.config import load_config
 from trainer.evaluate import evaluate
-from trainer.heat_map import heat_map
 from trainer.journal import RunFiles
 
 CPU = torch.device("cpu")
@@ -71,16 +70,6 @@ def test_nats_by_position_are_those_of_each_sub_pixel_of_the_valid_images() -> N
     expected = torch.full((4, 4, 3), math.log(2), dtype=torch.float64)
     expected[:2, :, 1] = math.log(255 / 0.5)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_a_heat_map_shows_each_map_on_one_scale() -> None:
-    low, high = np.zeros((8, 8)), np.ones((8, 8))
-    picture = np.asarray(heat_map({"low": low, "high": high}, "bits"))
-    dark, light = np.array([68, 1, 84]), np.array([253, 231, 37])
-    assert (picture[100, 100] == dark).all()
-    assert (picture[100, 400] == light).all()
-    assert (picture[308, 16] == dark).all()  # the scale below
-    assert (picture[308, -17] == light).all()
 
 
 @pytest.fixture(scope="module")

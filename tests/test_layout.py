@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each package may import besides the standard library and itself.
 ALLOWED = {
     "models": {"torch", "triton"},
-    "data_pipeline": {"torch", "numpy", "PIL", "webdataset", "fsspec", "xxhash", "botocore", "aiohttp"},
+    "data_pipeline": {"torch", "numpy", "PIL", "webdataset", "fsspec", "xxhash", "botocore", "aiohttp", "pyarrow"},
     "trainer": {
         "torch", "numpy", "PIL", "models", "data_pipeline",
         "deepspeed", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
-        "starlette", "uvicorn",
+        "starlette", "uvicorn", "matplotlib", "pillow_jxl",
     },
     "cluster": {"torch", "fsspec", "yaml"},
 }  # fmt: skip
@@ -29,6 +29,7 @@ HOME = {
     "pydantic": {"trainer/config.py"},
     "safetensors": {"trainer/checkpoint.py", "trainer/exported_model.py"},
     "PIL": {"data_pipeline", "trainer"},
+    "matplotlib": {"trainer/heat_map.py"},
     "starlette": {"trainer/demo.py"},
     "uvicorn": {"trainer/demo.py"},
 }
@@ -50,6 +51,8 @@ def imported(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are written in full, so that a search finds them"
             modules |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "importlib.import_module":
+            modules |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
     return modules
 
 

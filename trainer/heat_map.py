@@ -1,55 +1,58 @@
 """How do numbers of each position of an image become a picture: maps side by side, on one scale that is shown?"""
 
-from collections.abc import Mapping
+import contextlib
+import importlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-# Nine points of matplotlib's viridis: equal steps look equal, also without colours.
-_COLORS = np.array(
-    [
-        (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
-        (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
-    ],
-    dtype=np.float64,
-)  # fmt: skip
-_MAP_PIXELS = 256
-_GAP, _TITLE, _BAR = 16, 28, 18
-_TEXT_SIZE = 16
+_DOTS_AN_INCH = 120
+_MAP_INCHES, _SCALE_INCHES, _HEIGHT_INCHES = 2.7, 0.9, 3.2
+_COLORS = "viridis"
+"""Equal steps look equal, also in grey and to the colour-blind."""
 
 
 def heat_map(maps: Mapping[str, np.ndarray], unit: str) -> Image.Image:
-    """A picture of maps [H, W] with their names, dark for the lowest number of all and light for the highest.
+    """A picture of maps [H, W], each below its name and its mean, with the colour bar that they share.
 
-    The scale reaches from the 1st to the 99th percentile, so that a few outliers do not hide the rest.
+    The lowest numbers are dark, the highest light. The scale reaches from the 1st to the 99th percentile of all maps,
+    so that a few outliers do not hide the rest. The picture's size depends on the number of maps only.
     """
     values = np.concatenate([array.ravel() for array in maps.values()])
     low, high = (float(value) for value in np.percentile(values, (1, 99)))
-    font = ImageFont.load_default(_TEXT_SIZE)
-    height = max(array.shape[0] for array in maps.values())
-    enlarge = max(1, _MAP_PIXELS // height)
-    tall = height * enlarge
-    panels = [_colored(array, low, high).repeat(enlarge, axis=0).repeat(enlarge, axis=1) for array in maps.values()]
-    width = sum(panel.shape[1] + _GAP for panel in panels) + _GAP
-    canvas = Image.new("RGB", (width, _TITLE + tall + 2 * _GAP + _BAR + _TITLE), "white")
-    pen = ImageDraw.Draw(canvas)
-    left = _GAP
-    for (name, array), panel in zip(maps.items(), panels, strict=True):
-        pen.text((left, 6), f"{name}: {array.mean():.3f}", fill="black", font=font)
-        canvas.paste(Image.fromarray(panel), (left, _TITLE))
-        left += panel.shape[1] + _GAP
-    top, length = _TITLE + tall + _GAP, width - 2 * _GAP
-    scale = _colored(np.linspace(low, high, length)[None].repeat(_BAR, axis=0), low, high)
-    canvas.paste(Image.fromarray(scale), (_GAP, top))
-    below = top + _BAR + 4
-    pen.text((_GAP, below), f"{low:.2f}", fill="black", font=font)
-    pen.text((width // 2, below), unit, fill="black", font=font, anchor="ma")
-    pen.text((width - _GAP, below), f"{high:.2f}", fill="black", font=font, anchor="ra")
-    return canvas
+    with _without_traces():
+        # Loaded here, because matplotlib takes as long as half a second, and most uses of the trainer draw no map.
+        figures: Any = importlib.import_module("matplotlib.figure")
+        agg: Any = importlib.import_module("matplotlib.backends.backend_agg")
+    size = (len(maps) * _MAP_INCHES + _SCALE_INCHES, _HEIGHT_INCHES)
+    figure = figures.Figure(figsize=size, dpi=_DOTS_AN_INCH, layout="compressed")
+    canvas = agg.FigureCanvasAgg(figure)  # draws in memory, without a screen
+    panels = figure.subplots(1, len(maps), squeeze=False, sharey=True)[0]
+    for panel, (name, array) in zip(panels, maps.items(), strict=True):
+        image = panel.imshow(array, cmap=_COLORS, vmin=low, vmax=high, interpolation="nearest")
+        panel.set_title(f"{name}: mean {array.mean():.3f}")
+        panel.set_xlabel("column, pixels")
+    panels[0].set_ylabel("row, pixels")
+    figure.colorbar(image, ax=list(panels), label=unit, extend="both", pad=0.01, fraction=0.12 / len(maps), aspect=16)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _colored(array: np.ndarray, low: float, high: float) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    place = np.clip((array - low) / max(high - low, 1e-12), 0, 1) * (len(_COLORS) - 1)
-    steps = np.arange(len(_COLORS))
-    return np.stack([np.interp(place, steps, _COLORS[:, c]) for c in range(3)], axis=-1).round().astype(np.uint8)
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Let matplotlib be imported without its list of the machine's fonts in the user's home, or a message about it."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    if "MPLCONFIGDIR" in os.environ:  # the user says where it may write
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["MPLCONFIGDIR"]
