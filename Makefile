@@ -40,7 +40,7 @@ test: install check
 	pytest --numprocesses 2 --dist loadfile
 
 test-cluster: install
-	tests/cluster/run
+	tests/lab/run
 
 test-browser: install
 	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null

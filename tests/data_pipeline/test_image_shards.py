@@ -10,7 +10,7 @@ from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from data_pipeline.image_shards import images_in, samples_in
 from data_pipeline.storage import DataError
-from tests.imagenet_forms import image_bytes, random_pixels, tar_bytes
+from tests.support.imagenet_forms import image_bytes, random_pixels, tar_bytes
 
 PNG = [image_bytes(random_pixels(8, 8, seed)) for seed in range(4)]
 

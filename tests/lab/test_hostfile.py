@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.jobs import STEPS, arguments, last_step, same_curves, state_of
-from tests.cluster.lab import BIN, Lab, Node, wait_for
+from tests.lab.jobs import STEPS, arguments, last_step, same_curves, state_of
+from tests.lab.lab import BIN, Lab, Node, wait_for
 from tests.launch import curve, free_port
 
 LOST_SECONDS = 60.0

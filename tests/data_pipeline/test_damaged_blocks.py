@@ -16,8 +16,8 @@ from data_pipeline.loader import Shards, open_shards, train_batches
 from data_pipeline.storage import DataError
 from tests import launch
 from tests.conftest import pack_photographs
-from tests.faulty_filesystem import FaultyFilesystem
-from tests.test_loader import numbered
+from tests.data_pipeline.test_loader import numbered
+from tests.support.faulty_filesystem import FaultyFilesystem
 
 LANES = 4
 
@@ -136,7 +136,7 @@ def test_storage_that_is_away_is_not_taken_for_damage(tmp_path: Path, monkeypatc
     numbered(tmp_path, [20, 20])
     shards = open_shards(str(tmp_path), read_deadline_seconds=0.1)
     faulty = FaultyFilesystem(share=1.0, seed=0)
-    monkeypatch.setattr("tests.faulty_filesystem.FAULTS", ("error",))
+    monkeypatch.setattr("tests.support.faulty_filesystem.FAULTS", ("error",))
     monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
     damaged = DamagedBlocks(10)
     with pytest.raises(DataError, match="gave up after .* connection reset") as caught:
@@ -148,7 +148,7 @@ def test_faults_that_pass_are_not_taken_for_damage(tmp_path: Path, monkeypatch: 
     shards = numbered(tmp_path, [20] * 10)
     whole = labels_of(shards, DamagedBlocks(0), steps=100)
     faulty = FaultyFilesystem(share=0.8, seed=2)  # five wrong reads in a row are the rule, the same five never come
-    monkeypatch.setattr("tests.faulty_filesystem.FAULTS", ("short", "flipped"))
+    monkeypatch.setattr("tests.support.faulty_filesystem.FAULTS", ("short", "flipped"))
     monkeypatch.setattr(storage, "open_filesystem", lambda url: faulty)
     assert labels_of(shards, DamagedBlocks(0), steps=100) == whole
     assert faulty.counts["short"] > 3 and faulty.counts["flipped"] > 3

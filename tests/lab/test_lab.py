@@ -1,6 +1,6 @@
 """Is the lab what the other tests take it for: machines that are apart, and that can be cut off and killed?"""
 
-from tests.cluster.lab import HEAD_ADDRESS, Lab, run
+from tests.lab.lab import HEAD_ADDRESS, Lab, run
 
 
 def test_nodes_reach_each_other_by_name_and_a_cut_cable_separates_them(lab: Lab) -> None:

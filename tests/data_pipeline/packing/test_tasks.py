@@ -1,7 +1,5 @@
 """Are staged groups and shards functions of their task alone, with exact statistics?"""
 
-import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +9,9 @@ import pytest
 
 from data_pipeline.packing.source import Item
 from data_pipeline.packing.tasks import CHUNK_IMAGES, ShardTask, StageTask, read_staged
-from data_pipeline.packing.workers import run_all
 from data_pipeline.shard_format import decode_samples
 from data_pipeline.storage import DataError
-from tests.imagenet_forms import random_pixels
+from tests.support.imagenet_forms import random_pixels
 
 
 @dataclass(frozen=True)
@@ -74,25 +71,3 @@ def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="5 does not fit: it is uint8 of shape") as caught:
         StageTask(str(tmp_path), 0, Pixels(5, 1), 16, "cifar10", False).run()
     assert caught.value.exit_code == 65
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_errors_in_worker_processes_arrive_whole(tmp_path: Path, workers: int) -> None:
-    tasks = [StageTask(str(tmp_path), number, Pixels(5, 1), 16, "cifar10", False) for number in range(3)]
-    with pytest.raises(DataError, match="5 does not fit") as caught:
-        list(run_all(tasks, workers, None))
-    assert caught.value.exit_code == 65
-
-
-@dataclass(frozen=True)
-class OutOfMemory:
-    """Work that the kernel kills."""
-
-    def run(self) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_that_the_kernel_kills_ends_the_packing_in_one_sentence() -> None:
-    with pytest.raises(DataError, match="^a packing process was killed, probably because memory ran out") as caught:
-        list(run_all([OutOfMemory(), OutOfMemory()], 2, None))
-    assert caught.value.exit_code == 69

@@ -10,16 +10,16 @@ from types import FrameType
 
 import pytest
 
-from tests.cluster.jobs import IMAGES, STEPS, arguments, last_step
-from tests.cluster.lab import HEAD_ADDRESS, ROOT, Lab
 from tests.conftest import pack_photographs
+from tests.lab.jobs import IMAGES, STEPS, arguments, last_step
+from tests.lab.lab import HEAD_ADDRESS, ROOT, Lab
 from tests.launch import train
 from tests.s3_server import S3Server
 
 
 def pytest_configure() -> None:
     if "IN_LAB" not in os.environ:
-        pytest.exit("the tests of tests/cluster are run by `make test-cluster`", returncode=2)
+        pytest.exit("the tests of tests/lab are run by `make test-cluster`", returncode=2)
     # Process 1 of the lab ignores SIGTERM unless it says otherwise.
     signal.signal(signal.SIGTERM, _end)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cluster import hosts
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def check(folder: Path, content: str | bytes, **environment: str) -> tuple[int, str]:

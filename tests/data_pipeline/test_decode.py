@@ -12,7 +12,7 @@ from PIL import Image
 from data_pipeline import decode as module
 from data_pipeline.decode import decode_image
 from data_pipeline.storage import DataError
-from tests.imagenet_forms import image_bytes, random_pixels
+from tests.support.imagenet_forms import image_bytes, random_pixels
 
 PIXELS = random_pixels(9, 7, 0)
 

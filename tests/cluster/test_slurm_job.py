@@ -1,4 +1,4 @@
-"""Does the batch script's program start its steps right, and know when rank 0 listens? (tests/cluster has the rest.)"""
+"""Does the batch script's program start its steps right, and know when rank 0 listens? (tests/lab has the rest.)"""
 
 import argparse
 import os

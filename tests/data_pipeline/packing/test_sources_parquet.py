@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
 from data_pipeline.packing.sources_parquet import imagenet_parquet
 from data_pipeline.storage import DataError
-from tests.imagenet_forms import image_bytes, put, random_pixels
+from tests.support.imagenet_forms import image_bytes, put, random_pixels
 
 FILES = [image_bytes(random_pixels(9, 7, seed)) for seed in range(10)]
 LABELS = [0, 999, 5, 5, 1, 2, 3, 4, 500, 10]

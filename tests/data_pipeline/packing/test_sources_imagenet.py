@@ -14,7 +14,16 @@ from data_pipeline.packing.sources_imagenet import (
     imagenet_validation,
 )
 from data_pipeline.storage import DataError
-from tests.imagenet_forms import WNIDS, image_bytes, put, random_pixels, tar_bytes, train_tar, training_files, zip_bytes
+from tests.support.imagenet_forms import (
+    WNIDS,
+    image_bytes,
+    put,
+    random_pixels,
+    tar_bytes,
+    train_tar,
+    training_files,
+    zip_bytes,
+)
 
 # Three validation images with the devkit's numbers 1, 2 and 1000.
 NUMBERS = (1, 2, 1000)

@@ -13,7 +13,7 @@ from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DE
 from data_pipeline.packing.source import Item, Source
 from data_pipeline.packing.sources_arrays import chrabaszcz, cifar10, oord
 from data_pipeline.storage import DataError
-from tests.imagenet_forms import image_bytes, put, random_pixels, tar_bytes
+from tests.support.imagenet_forms import image_bytes, put, random_pixels, tar_bytes
 
 IMAGES = np.stack([random_pixels(8, 8, seed) for seed in range(6)])
 PLANAR = IMAGES.transpose(0, 3, 1, 2).reshape(6, -1)  # all red, all green, all blue

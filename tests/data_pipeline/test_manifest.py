@@ -12,7 +12,7 @@ from data_pipeline import storage
 from data_pipeline.loader import open_shards
 from data_pipeline.manifest import Manifest, check, digest_of, from_json, read_manifest, to_json, write_manifest
 from data_pipeline.storage import DataError, Store
-from tests.faulty_filesystem import FAULTS, FaultyFilesystem
+from tests.support.faulty_filesystem import FAULTS, FaultyFilesystem
 
 
 @pytest.fixture

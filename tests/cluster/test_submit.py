@@ -10,7 +10,7 @@ import pytest
 
 from cluster import submit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ["--config", str(ROOT / "configs/quickstart.yaml"), "--no-check"]
 SITE = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_EXCLUDE", "GPUS_PER_NODE", "CPUS_PER_TASK", "INTERFACE")
 
@@ -122,7 +122,7 @@ def test_a_config_without_what_is_needed_is_refused(tmp_path: Path, capsys: pyte
 def test_what_sbatch_says_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A stand-in for sbatch that notes its input; the real one is in tests/cluster."""
+    """A stand-in for sbatch that notes its input; the real one is in tests/lab."""
     tools = tmp_path / "bin"
     tools.mkdir()
     options = [*CONFIG, "--nodes", "1", "--time", "5", "--set", f"run.dir={tmp_path}/run"]
@@ -168,7 +168,7 @@ def test_the_link_leads_to_the_run_if_it_exists(tmp_path: Path, monkeypatch: pyt
 
 
 def test_the_scripts_are_clean(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    scripts = [*ROOT.glob("cluster/*.sbatch"), ROOT / "tests/cluster/run"]
+    scripts = [*ROOT.glob("cluster/*.sbatch"), ROOT / "tests/lab/run"]
     assert len(scripts) == 4
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)

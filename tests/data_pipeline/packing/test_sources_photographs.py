@@ -1,4 +1,4 @@
-"""Does each source deliver the right images with the right labels, and say what is wrong with its input?"""
+"""Do crops come from the right photographs, the same ones for the same seed?"""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from data_pipeline.packing.source import Item, Source
-from data_pipeline.packing.sources_folder import folder
 from data_pipeline.packing.sources_photographs import PHOTOGRAPHS, photographs
 from data_pipeline.storage import DataError
 
@@ -65,50 +64,3 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DataError, match="pip install scikit-image") as caught:
         photographs(split="train", size=8, images=1, seed=0)
     assert caught.value.exit_code == 2
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(path)
-    return path
-
-
-def test_a_flat_folder_has_no_classes(picture: Path) -> None:
-    source = folder(str(picture.parent))
-    assert source.classes == () and source.count == 1
-    (item,) = all_items(source)
-    assert item.label == 0 and item.image == picture.read_bytes()
-
-
-def test_the_origin_changes_with_names_and_sizes(picture: Path) -> None:
-    before = folder(str(picture.parent)).origin
-    (picture.parent / "second.png").write_bytes(picture.read_bytes())
-    both = folder(str(picture.parent)).origin
-    assert before != both
-    (picture.parent / "second.png").write_bytes(picture.read_bytes() + b"\0")
-    assert folder(str(picture.parent)).origin != both
-
-
-def test_folders_that_cannot_be_packed_are_explained(picture: Path, tmp_path: Path) -> None:
-    (tmp_path / "text").mkdir()
-    with pytest.raises(DataError, match="nothing at .*/text: there is no file in it"):
-        folder(str(tmp_path / "text"))
-    (tmp_path / "text" / "readme").write_text("x")
-    with pytest.raises(DataError, match="no images at .*: none of its files ends in .jpg"):
-        folder(str(tmp_path / "text"))
-    with pytest.raises(DataError, match="nothing at .*/nowhere: there is no such folder"):
-        folder(str(tmp_path / "nowhere"))
-    with pytest.raises(DataError, match="readme is a file, and a folder is expected"):
-        folder(str(tmp_path / "text" / "readme"))
-    (tmp_path / "huge").mkdir()
-    with (tmp_path / "huge" / "a.png").open("wb") as file:
-        file.truncate(2 << 30)  # takes no room on the disk
-    with pytest.raises(DataError, match="huge/a.png has 2147483648 bytes, too many for an image") as caught:
-        folder(str(tmp_path / "huge"))
-    assert caught.value.exit_code == 65
-    (tmp_path / "huge" / "a.png").unlink()
-    (tmp_path / "class").mkdir()
-    (tmp_path / "class" / "a.png").write_bytes(picture.read_bytes())
-    with pytest.raises(DataError, match="both in subfolders"):
-        folder(str(tmp_path))

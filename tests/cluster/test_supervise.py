@@ -11,7 +11,7 @@ import pytest
 
 from cluster import supervise
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Stands in for the launcher and the trainer: dies twice, finishes the third time.
 JOB = """
 import json, os, sys, time

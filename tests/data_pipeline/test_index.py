@@ -12,7 +12,7 @@ from data_pipeline.loader import evaluation_batches, open_shards, train_batches
 from data_pipeline.storage import DataError, Store
 from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
-from tests.imagenet_forms import image_bytes, put, random_pixels, tar_bytes
+from tests.support.imagenet_forms import image_bytes, put, random_pixels, tar_bytes
 
 
 def foreign(folder: Path, count: int = 1300, labelled: bool = True) -> list[tuple[bytes, int]]:

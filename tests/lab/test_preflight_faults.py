@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import BIN, HEAD_ADDRESS, Lab, Node, run
+from tests.lab.lab import BIN, HEAD_ADDRESS, Lab, Node, run
 from tests.launch import free_port
 
 pytestmark = pytest.mark.timeout(600)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.loader import open_shards
-from tests.cluster.jobs import STEPS, arguments, last_step, same_curves, state_of
-from tests.cluster.lab import Lab, wait_for
+from tests.lab.jobs import STEPS, arguments, last_step, same_curves, state_of
+from tests.lab.lab import Lab, wait_for
 from tests.launch import curve
 
 pytestmark = pytest.mark.timeout(1200)

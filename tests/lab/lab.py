@@ -1,7 +1,7 @@
 """How do tests get a cluster of real machines' parts on one machine: namespaces, cables, sshd, slurmctld and slurmd?
 
 Each node has its own network, host name, processes and /dev/shm; all share the disk. A node is a process, so killing
-that process kills the node with everything on it. `tests/cluster/run` puts the whole lab into namespaces of its own:
+that process kills the node with everything on it. `tests/lab/run` puts the whole lab into namespaces of its own:
 when the tests end, in whatever way, the kernel removes all of it.
 """
 
