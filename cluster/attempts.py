@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-FINISHED, USAGE, UNAVAILABLE, BUG, STOPPED = 0, 2, 69, 70, 75
-HOPELESS = {2, 65, 76, 77}
-"""Exit codes of the trainer that end a run: config, data, divergence, and another attempt that has taken over."""
+FINISHED, USAGE, CORRUPT, UNAVAILABLE, BUG = 0, 2, 65, 69, 70
+STOPPED, DIVERGED, REFUSED, SUPERSEDED = 75, 76, 77, 80
+HOPELESS = {USAGE, CORRUPT, DIVERGED, REFUSED, SUPERSEDED}
+"""Exit codes of the trainer that end a run: starting it again would end in the same way."""
 TAIL_BYTES = 1 << 16
 
 State = dict[str, Any]

@@ -20,10 +20,11 @@ from data_pipeline.storage import Store
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.s3_server import S3Server
-from trainer import checkpoint
-from trainer.checkpoint import Checkpoint, CheckpointError, Checkpoints, intact, list_complete, read_weights, to_keep
-from trainer.config import CheckpointConfig, RunConfig, load_config
+from trainer import checkpoint, export
+from trainer.checkpoint import Checkpoint, Checkpoints, intact, list_complete, read_weights, to_keep
+from trainer.config import CheckpointConfig, RunConfig, as_yaml, load_config
 from trainer.engine import TorchEngine
+from trainer.errors import CheckpointError, UsageError
 from trainer.ranks import Ranks
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -182,7 +183,7 @@ def test_a_full_disk_costs_checkpoints_and_keeps_the_last_good_one(
         for step in (2, 3):
             assert save(checkpoints, engine, config, step) is None
         assert "step-000000002 was not written" in caplog.text and "disk is full" in caplog.text
-        with pytest.raises(CheckpointError, match="3th failure in a row"):
+        with pytest.raises(CheckpointError, match="3 checkpoints in a row have failed"):
             save(checkpoints, engine, config, 4)
         assert intact(url_in(small), 1)[1][0].step == 1
         (small / "filler").unlink()
@@ -281,7 +282,7 @@ def test_checkpoints_on_s3(
         assert save(checkpoints, engine, config, step) is not None
     store, (newest,) = intact(url, 2)
     assert newest.step == 2 and read_weights(store, [newest], "raw")
-    with pytest.raises(CheckpointError, match="s3://not-there/checkpoints: holds no complete checkpoint"):
+    with pytest.raises(UsageError, match="s3://not-there/checkpoints: holds no complete checkpoint"):
         intact("s3://not-there/checkpoints", 1)
 
 
@@ -291,7 +292,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, engine: TorchEng
     manifest = json.loads(path.read_text())
     manifest["files"][0]["name"] = "../../secret.safetensors"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         intact(url_in(tmp_path), 1)
 
 
@@ -328,8 +329,38 @@ class Payload:
 
 def test_a_run_without_checkpoints_is_told_so(tmp_path: Path) -> None:
     assert checkpoints_in(tmp_path).newest(silent) is None
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+    with pytest.raises(UsageError, match="holds no complete checkpoint"):
         intact(url_in(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        ("none", 0, ""),
+        ("flipped bit", 74, "every checkpoint is damaged"),
+        ("half a manifest", 74, "every checkpoint is damaged"),
+        ("no manifest", 2, "holds no complete checkpoint"),
+        ("no config", 2, "holds no run"),
+    ],
+)
+def test_a_tool_ends_with_74_for_damage_and_with_2_for_a_folder_without_a_checkpoint(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, capsys: Any, damage: str, code: int, words: str
+) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    manifest = tmp_path / "checkpoints/step-000000001/manifest.json"
+    match damage:
+        case "flipped bit":
+            data = manifest.with_name("rank-00000-of-00001.attempt-1.safetensors")
+            data.write_bytes(data.read_bytes()[:-1] + bytes([data.read_bytes()[-1] ^ 1]))
+        case "half a manifest":
+            manifest.write_text(manifest.read_text()[:100])
+        case "no manifest":
+            manifest.unlink()
+        case "no config":
+            (tmp_path / "config.yaml").unlink()
+    assert export.main(["--run", str(tmp_path), "--to", str(tmp_path / "exported")]) == code
+    assert words in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
@@ -356,7 +387,7 @@ def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
-    with pytest.raises(CheckpointError, match=r"optimizer.ema_decay was 0"):
+    with pytest.raises(UsageError, match=r"optimizer.ema_decay was 0"):
         read_weights(*intact(url_in(tmp_path), 1), "ema")
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.config import ConfigError, as_yaml, flat, load_config
+from trainer.config import as_yaml, flat, load_config
+from trainer.errors import ConfigError
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs/quickstart.yaml"
 

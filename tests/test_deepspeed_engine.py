@@ -16,9 +16,10 @@ from models.likelihood import nats
 from tests.launch import QUICKSTART, TINY_MODEL
 from tests.tiny_model import random_images
 from trainer import deepspeed_engine
-from trainer.config import ConfigError, RunConfig, load_config
+from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config
 from trainer.engine import Engine, TorchEngine
+from trainer.errors import ConfigError
 from trainer.optimizer import is_orthogonalised
 from trainer.ranks import Ranks
 

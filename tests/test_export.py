@@ -19,10 +19,9 @@ from models.likelihood import nats
 from tests.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.tiny_model import random_images
 from trainer import export as export_tool
-from trainer.checkpoint import CheckpointError
 from trainer.config import RunConfig, load_config
 from trainer.engine import TorchEngine
-from trainer.exit_codes import UsageError
+from trainer.errors import CheckpointError, UsageError
 from trainer.exported_model import (
     Origin,
     first_states,

@@ -149,7 +149,7 @@ def test_an_attempt_that_was_superseded_ends_without_writing(tmp_path: Path, spl
     (tmp_path / "run/new_state").write_text(json.dumps(state | {"attempt": 2, "state": "running"}))
     os.replace(tmp_path / "run/new_state", tmp_path / "run/run_state.json")
     code, text = finish(ranks)
-    assert code == 77, text
+    assert code == 80, text
     assert "a newer attempt at this run has taken over" in text
     assert state_of(tmp_path / "run")["state"] == "running"
 

@@ -6,7 +6,8 @@ import pytest
 
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, TINY_MODEL, curve, settings, train
-from trainer.config import ConfigError, RunConfig, load_config
+from trainer.config import RunConfig, load_config
+from trainer.errors import ConfigError
 from trainer.memory import num_orthogonalised, state_bytes
 from trainer.optimizer import is_orthogonalised
 

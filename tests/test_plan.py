@@ -10,7 +10,7 @@ import pytest
 from models.image_transformer import model_flops, num_parameters
 from tests.launch import QUICKSTART
 from trainer.config import RunConfig, as_yaml, load_config
-from trainer.exit_codes import UsageError
+from trainer.errors import UsageError
 from trainer.gpus import find_gpu
 from trainer.memory import activation_bytes, state_bytes
 from trainer.plan import (

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 
 from models.image_transformer import Flops
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 from trainer.profiler import StepProfiler, Window, communication_metrics, flops_table, parse_window
 
 CPU = torch.device("cpu")

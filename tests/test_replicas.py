@@ -45,7 +45,7 @@ def test_a_stuck_bit_is_found_although_every_update_writes_over_it(tmp_path: Pat
     ("sums", "words"),
     [
         ([[1, 2], [1, 2], [1, 3]], "rank 2 on c holds other values of second than the other ranks"),
-        ([[1, 2], [5, 2], [1, 3]], "rank 1 on b and rank 2 on c hold other values of first and 1 other tensors than"),
+        ([[1, 2], [5, 2], [1, 3]], "rank 1 on b and rank 2 on c hold other values of first and 1 other tensor than"),
         ([[1, 2], [0, 2]], "rank 0 on a and rank 1 on b hold different values of first, and no majority"),
         ([[1, 2], [1, 3], [1, 4]], "rank 0 on a and rank 1 on b and rank 2 on c hold different values of second"),
     ],

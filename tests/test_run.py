@@ -331,7 +331,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
     code = (
         "import os, sys\n"
         "from trainer.startup import prepare_run_folder\nfrom trainer.config import load_config\n"
-        "from trainer.ranks import Ranks\nfrom trainer.exit_codes import UsageError\n"
+        "from trainer.ranks import Ranks\nfrom trainer.errors import UsageError\n"
         "class Data: digest = 'x'\n"
         "os.setuid(65534)\n"
         f"config = load_config({str(QUICKSTART)!r}, ['run.dir={locked}/run'])\n"

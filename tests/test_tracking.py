@@ -14,11 +14,11 @@ import mlflow
 import pytest
 from PIL import Image
 
-from data_pipeline.storage import DataError
 from tests.launch import QUICKSTART, ROOT, free_port, mlflow_store
 from tests.mlflow_server import MlflowServer
 from trainer import tracking
 from trainer.config import RunConfig, load_config
+from trainer.errors import MlflowUnreachable
 from trainer.journal import RunFiles
 from trainer.tracking import Tracker, metric_name, record_results
 
@@ -277,7 +277,7 @@ def test_a_server_that_was_never_there_costs_a_warning_and_gets_everything_later
 
 def test_a_required_server_that_is_away_ends_the_start_with_69(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "REQUIRED_SECONDS", 2.0)
-    with pytest.raises(DataError, match="tracking.required: MLflow at http://127.*does not answer") as caught:
+    with pytest.raises(MlflowUnreachable, match="tracking.required: MLflow at http://127.*does not answer") as caught:
         tracker_in(tmp_path, "tracking.required=true", f"tracking.uri=http://127.0.0.1:{free_port()}")
     assert caught.value.exit_code == 69
 
@@ -400,4 +400,4 @@ def test_a_start_does_not_wait_for_a_frozen_server_and_the_end_only_so_long(
         assert time.monotonic() - before < 50
     finally:
         server.thaw()
-    assert "1 points and the end of the run not sent to MLflow (no answer in 0 seconds)" in caplog.text
+    assert "1 point and the end of the run not sent to MLflow (no answer in 0 seconds)" in caplog.text

@@ -26,6 +26,7 @@ from torch import Tensor
 from data_pipeline.storage import DataError, Store
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.engine import Engine, State
+from trainer.errors import CheckpointError, UsageError
 from trainer.ranks import Ranks, all_sum, from_all_ranks, from_rank_0
 from trainer.replicas import check_replicas
 
@@ -37,10 +38,6 @@ STORE_DEADLINE_SECONDS = 120.0
 FAILURES_IN_A_ROW = 3
 """So many checkpoints may fail one after the other before the run ends: longer, and its work is at risk."""
 Weights = Literal["raw", "ema", "avg"]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used or written; the text says which and why."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Checkpoints:
         self._failures += 1
         text = f"checkpoint {checkpoint.name} was not written: {problem}"
         if self._failures >= FAILURES_IN_A_ROW:
-            raise CheckpointError(f"{text}; that was the {self._failures}th failure in a row")
+            raise CheckpointError(f"{text}; {self._failures} checkpoints in a row have failed")
         if self._ranks.rank == 0:
             log.warning("%s; training goes on, and the checkpoints before it stay", text)
         return None
@@ -257,7 +254,7 @@ def list_complete(store: Store) -> list[Checkpoint]:
 def intact(url: str, count: int) -> tuple[Store, list[Checkpoint]]:
     """The newest `count` complete and undamaged checkpoints at a URL, newest first, for tools of one process.
 
-    Raises CheckpointError if there is none.
+    Raises UsageError if there is none, CheckpointError if all of them are damaged.
     """
     store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
     good = (
@@ -267,7 +264,9 @@ def intact(url: str, count: int) -> tuple[Store, list[Checkpoint]]:
     )
     if found := list(itertools.islice(good, count)):
         return store, found
-    raise CheckpointError(f"{url}: holds no complete checkpoint; is it of the right run (run.dir of its config)?")
+    if any(_STEP_FOLDER.fullmatch(folder) and store.exists(f"{folder}/{MANIFEST}") for folder in store.names()):
+        raise CheckpointError(f"{url}: every checkpoint is damaged; copy the folder again, or train on")
+    raise UsageError(f"{url}: holds no complete checkpoint; is it of the right run (run.dir of its config)?")
 
 
 def read_states(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, State]]:
@@ -293,7 +292,7 @@ def read_states(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, Sta
 def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) -> dict[str, Tensor]:
     """A model's `state_dict` from a run's checkpoints, newest first.
 
-    raw: the newest weights. ema: their moving average; raises CheckpointError if none was kept. avg: the mean of the
+    raw: the newest weights. ema: their moving average; raises UsageError if none was kept. avg: the mean of the
     weights of all checkpoints given (the paper's checkpoint averaging).
     """
     if weights == "avg":
@@ -305,7 +304,7 @@ def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) 
     kind = "ema" if weights == "ema" else "weight"
     states = dict(read_states(store, checkpoints[0]))
     if any(kind not in state for state in states.values()):
-        raise CheckpointError(
+        raise UsageError(
             f"{store.url_of(checkpoints[0].name)}: holds no average of the weights (optimizer.ema_decay was 0)"
         )
     return {name: state[kind] for name, state in states.items()}

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trainer.command_line import run_tool
 from trainer.comparison.charts import number
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, data_set_key
@@ -24,7 +25,7 @@ from trainer.comparison.run_history import (
     history_of_run,
     open_store,
 )
-from trainer.exit_codes import UsageError, run_tool
+from trainer.errors import UsageError
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")

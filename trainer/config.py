@@ -20,12 +20,9 @@ from yaml.constructor import ConstructorError
 
 from data_pipeline.loader import DataConfig
 from models.image_transformer import ImageTransformerConfig
+from trainer.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the text says what to change, one problem a line."""
 
 
 def require(section: object, *rules: tuple[bool, str]) -> None:

@@ -24,12 +24,14 @@ from torch import Tensor, nn
 
 from models.image_transformer import num_parameters
 from models.layer import Layer
-from trainer.config import ConfigError, OptimizerConfig, RunConfig
+from trainer.config import OptimizerConfig, RunConfig
 from trainer.engine import Outcome, State
+from trainer.errors import ConfigError
 from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import build_optimizer, is_orthogonalised, keep_ema, state_names
 from trainer.ranks import Ranks
+from trainer.wording import counted
 
 MUON_MOMENTUM = 0.95
 
@@ -81,7 +83,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
     below = train.global_batch_images // images * images
     choices = " or ".join(str(choice) for choice in (below, below + images) if choice)
     raise ConfigError(
-        f"train.global_batch_images: {train.global_batch_images} is not a multiple of {world_size} ranks x "
+        f"train.global_batch_images: {train.global_batch_images} is not a multiple of {counted(world_size, 'rank')} x "
         f"train.micro_batch_images {train.micro_batch_images} = {images}; {choices} would be"
     )
 

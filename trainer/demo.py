@@ -36,7 +36,8 @@ from data_pipeline.loader import evaluation_batches, open_shards
 from data_pipeline.storage import DataError
 from models.draw import Sampling
 from models.generate import Decoding
-from trainer.exit_codes import UsageError, run_tool
+from trainer.command_line import run_tool
+from trainer.errors import UsageError
 from trainer.model_inputs import area_downsample
 from trainer.pictures import enlarged, open_picture, to_picture, to_tensor
 from trainer.run_folder import TrainedModel, add_run_arguments, load_trained_model

@@ -26,7 +26,8 @@ from data_pipeline.batch import Batch
 from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from models.image_transformer import ImageTransformer, ImageTransformerConfig
 from models.likelihood import nats, nats_by_channel
-from trainer.exit_codes import code_of, run_tool
+from trainer.command_line import run_tool
+from trainer.errors import code_of
 from trainer.heat_map import heat_map
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.model_inputs import model_inputs

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from trainer.checkpoint import Weights, checkpoints_url, intact
-from trainer.exit_codes import UsageError, run_tool
+from trainer.command_line import run_tool
+from trainer.errors import UsageError
 from trainer.exported_model import Origin, is_exported, write_exported
 from trainer.journal import Journal, RunFiles
 from trainer.run_folder import add_run_arguments, load_trained_model

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from models.image_transformer import ImageTransformer
-from trainer.checkpoint import CheckpointError, Weights
-from trainer.config import ConfigError, RunConfig, config_from
+from trainer.checkpoint import Weights
+from trainer.config import RunConfig, config_from
 from trainer.engine import State
-from trainer.exit_codes import UsageError
+from trainer.errors import CheckpointError, ConfigError, UsageError
 from trainer.journal import write_json
 from trainer.optimizer import state_names
 

@@ -17,7 +17,7 @@ from trainer.checkpoint import Checkpoints, write_tensors
 from trainer.config import RunConfig
 from trainer.divergence import SkipCounter, SpikeAlarm
 from trainer.engine import Engine
-from trainer.exit_codes import Diverged, Superseded
+from trainer.errors import Diverged, Superseded
 from trainer.metrics import Meter, work_of
 from trainer.model_inputs import model_inputs
 from trainer.optimizer import learning_rate
@@ -28,6 +28,7 @@ from trainer.ranks import Ranks, from_all_ranks
 from trainer.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.tracking import RunFiles, Tracker
 from trainer.watchdog import Watchdog
+from trainer.wording import counted
 
 log = logging.getLogger(__name__)
 
@@ -171,8 +172,8 @@ def _after_update(
     match skips.skipped(can_roll_back=newest is not None):
         case "give up":
             raise Diverged(
-                f"{skips.limit} updates in a row, up to step {state.step}, had a loss or a gradient that is not "
-                "finite; the last checkpoint is untouched. Try a smaller optimizer.peak_lr or a longer "
+                f"{counted(skips.limit, 'update')} in a row, up to step {state.step}, had a loss or a gradient that is "
+                "not finite; the last checkpoint is untouched. Try a smaller optimizer.peak_lr or a longer "
                 "optimizer.warmup_steps"
             )
         case "roll back":
@@ -180,8 +181,9 @@ def _after_update(
             job.watchdog.phase("checkpoint")
             job.checkpoints.load(job.engine, newest)
             state.updates = newest.updates
+            skipped = counted(skips.limit, "skipped update")
             text = (
-                f"step {state.step}: back to the weights of {newest.name} after {skips.limit} skipped updates; "
+                f"step {state.step}: back to the weights of {newest.name} after {skipped}; "
                 f"training images {newest.samples}-{state.samples} are left out"
             )
             job.progress.note(text)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainer.exit_codes import UsageError
+from trainer.errors import UsageError
 
 UNKNOWN = 127
 """Grey: what a model that completes images is not given."""

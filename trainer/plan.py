@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.image_transformer import Flops, make_pattern, model_flops, num_parameters
+from trainer.command_line import run_tool
 from trainer.config import RunConfig, load_config
-from trainer.exit_codes import UsageError, run_tool
+from trainer.errors import UsageError
 from trainer.gpus import GPUS, Gpu, find_gpu
 from trainer.memory import States, Target, activation_bytes, num_orthogonalised, state_bytes
+from trainer.wording import counted
 
 ASSUMED_MFU = 0.4
 """Of the dense peak; published trainers of dense transformers in bf16 reach 0.35 to 0.5 on H100s."""
@@ -130,7 +132,7 @@ def make_plan(config: RunConfig, cluster: Cluster, rate: Rate | None = None, ima
     per_pass = train.micro_batch_images * ranks
     if train.global_batch_images % per_pass:
         raise UsageError(
-            f"train.global_batch_images: {train.global_batch_images} is not a multiple of {ranks} ranks x "
+            f"train.global_batch_images: {train.global_batch_images} is not a multiple of {counted(ranks, 'rank')} x "
             f"train.micro_batch_images {train.micro_batch_images} = {per_pass}; change one of these (--nodes, --gpus)"
         )
     parameters = num_parameters(config.model)
@@ -212,7 +214,7 @@ def warnings(plan: Plan) -> list[str]:
     limit = config.limits.run_minutes
     if limit is not None and first_checkpoint_minutes > limit:
         found.append(
-            f"the first checkpoint comes after {first_checkpoint_minutes:.0f} minutes, later than limits.run_minutes "
+            f"the first checkpoint comes after {first_checkpoint_minutes:.0f} min, later than limits.run_minutes "
             f"{limit:g}: only the one written on stopping is left; lower checkpoint.every_steps"
         )
     if update_s > config.limits.step_seconds:
@@ -242,9 +244,9 @@ def as_text(plan: Plan) -> str:
         f"  model   {_count(plan.parameters)} parameters, {plan.tokens_per_image:,} tokens an image",
         f"  FLOP    an image: {_count(flops.forward)} forward, {_count(flops.training)} with backward "
         f"({attention:.0%} attention), {_count(flops.recomputed)} recomputed",
-        f"  batch   {train.global_batch_images:,} images = {cluster.ranks} ranks x {train.micro_batch_images} "
-        f"x {accumulation} accumulated",
-        f"  length  {plan.updates:,} updates = {_count(plan.updates * train.global_batch_images)} images",
+        f"  batch   {train.global_batch_images:,} images = {counted(cluster.ranks, 'rank')} "
+        f"x {train.micro_batch_images} x {accumulation} accumulated",
+        f"  length  {counted(plan.updates, 'update')} = {_count(plan.updates * train.global_batch_images)} images",
         "",
         f"Memory of one {device} in GiB"
         + (f" ({cluster.gpu.memory_gib:g}, of which {HEADROOM_GIB:g} are left free)" if cluster.gpu else ""),

@@ -19,7 +19,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
 from models.image_transformer import Flops
-from trainer.config import ConfigError
+from trainer.errors import ConfigError
 
 ROWS_OF_THE_TABLE = 30
 Interval = tuple[float, float]

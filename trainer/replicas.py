@@ -13,13 +13,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from trainer.errors import DifferentWeights
 from trainer.ranks import from_all_ranks
+from trainer.wording import counted
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class DifferentWeights(RuntimeError):
-    """The copies of the weights on different ranks differ; the text names ranks, hosts and tensors."""
 
 
 def check_replicas(replicas: Iterable[tuple[str, Tensor]]) -> None:
@@ -62,7 +60,7 @@ def _describe(names: list[str], found: list[tuple[str, list[int]]]) -> str:
                 wrong_of_rank.setdefault(rank, []).append(name)
     places = [f"rank {rank} on {found[rank][0]}" for rank in sorted(wrong_of_rank)]
     tensors = [name for name in names if any(name in wrong for wrong in wrong_of_rank.values())]
-    what = tensors[0] + (f" and {len(tensors) - 1} other tensors" if len(tensors) > 1 else "")
+    what = tensors[0] + (f" and {counted(len(tensors) - 1, 'other tensor')}" if len(tensors) > 1 else "")
     whose = " and ".join(places) + (" holds" if len(places) == 1 else " hold")
     verdict = (
         f"{whose} other values of {what} than the other ranks"

@@ -35,10 +35,10 @@ from data_pipeline.damaged_blocks import DamagedBlocks  # noqa: E402
 from data_pipeline.loader import evaluation_batches, train_batches  # noqa: E402
 from models.image_transformer import ImageTransformer, flops_by_part  # noqa: E402
 from trainer.checkpoint import Checkpoints, checkpoints_url  # noqa: E402
+from trainer.command_line import report  # noqa: E402
 from trainer.config import RunConfig, load_config  # noqa: E402
 from trainer.deepspeed_engine import DeepSpeedEngine, check_offloading, deepspeed_config, init_distributed  # noqa: E402
-from trainer.evaluate import evaluate  # noqa: E402
-from trainer.exit_codes import (  # noqa: E402
+from trainer.errors import (  # noqa: E402
     BUG,
     FINISHED,
     HANG,
@@ -49,8 +49,9 @@ from trainer.exit_codes import (  # noqa: E402
     Superseded,
     UsageError,
     code_of,
-    report,
+    is_foreseen,
 )
+from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exported_model import first_states, load_first_weights, origin_tags  # noqa: E402
 from trainer.gpus import missing_precision  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
@@ -80,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: trainer/exit_codes.py",
+        epilog="exit codes: trainer/errors.py",
     )
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument(
@@ -138,7 +139,7 @@ def main() -> int:
         code = code_of(error)
         # One sentence a machine, not one a rank; the first one may be the one that is lost.
         if ranks.local_rank == 0 or code == BUG or (isinstance(error, LostRank) and ranks.local_rank == 1):
-            report(error, code)
+            report(error)
         return code
 
 
@@ -345,7 +346,7 @@ def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
     """The error, or the failure of another rank that caused it; tells the other ranks of an error of this one."""
     code = code_of(error)
     # A runtime error of nobody's is most likely a collective that another rank has left.
-    collective = code == BUG and isinstance(error, RuntimeError) and not isinstance(error, NoProgress)
+    collective = isinstance(error, RuntimeError) and not is_foreseen(error)
     if collective and ranks.world_size > 1 and (verdict := watchdog.verdict_of_the_others()):
         return LostRank(verdict.reason, verdict.code)
     watchdog.failed(str(error).splitlines()[0] if str(error) else type(error).__name__, code)

@@ -11,7 +11,7 @@ from torch import Tensor
 from models.image_transformer import ImageTransformer
 from trainer.checkpoint import Weights, checkpoints_url, intact, read_weights
 from trainer.config import RunConfig, load_config
-from trainer.exit_codes import UsageError
+from trainer.errors import UsageError
 from trainer.exported_model import is_exported, load_exported
 from trainer.tracking import RunFiles
 
@@ -45,7 +45,7 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
     """Load a run's newest checkpoint, or with weights `avg` the mean of its `last` ones; or an exported model, which
     has the weights that it was exported with.
 
-    Raises UsageError for a folder without a run, CheckpointError for a run without a checkpoint or a damaged export.
+    Raises UsageError for a folder without a run or a run without a checkpoint, CheckpointError for damaged ones.
     """
     if last < 1:
         raise UsageError(f"--last: must be at least 1, not {last}")

@@ -13,7 +13,7 @@ import socket
 import time
 from pathlib import Path
 
-from trainer.exit_codes import RunInUse
+from trainer.errors import RunInUse
 from trainer.tracking import RunFiles
 
 log = logging.getLogger(__name__)

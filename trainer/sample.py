@@ -25,11 +25,13 @@ from torch import Tensor
 from data_pipeline.loader import evaluation_batches, open_shards
 from models.draw import Sampling
 from models.generate import consistency, generate
-from trainer.exit_codes import UsageError, run_tool
+from trainer.command_line import run_tool
+from trainer.errors import UsageError
 from trainer.model_inputs import Inputs, area_downsample, model_inputs
 from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
 from trainer.run_folder import TrainedModel, add_run_arguments, load_trained_model
 from trainer.tracking import record_results
+from trainer.wording import counted
 
 DEFAULT_NUM_IMAGES = 16
 
@@ -129,7 +131,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.log_to_mlflow or not arguments.out:
         record_results(trained.files, trained.step, {}, [path])
     source = f"{trained.weights} weights of step {trained.step}"
-    print(f"{len(drawn.images)} images from {source} in {seconds:.1f} s: {path}")
+    print(f"{counted(len(drawn.images), 'image')} from {source} in {seconds:.1f} s: {path}")
 
 
 def _checked(arguments: argparse.Namespace) -> Sampling:

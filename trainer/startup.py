@@ -14,15 +14,16 @@ from data_pipeline.block_cache import BlockCache
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.storage import Store
 from models.image_transformer import model_flops, num_parameters
-from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, CheckpointError, checkpoints_url, list_complete
+from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
 from trainer.config import RunConfig, as_yaml
 from trainer.deepspeed_engine import accumulation_steps, deepspeed_config
-from trainer.exit_codes import RunFolderFull, UsageError
+from trainer.errors import CheckpointError, RunFolderFull, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
 from trainer.run_lock import RunLock
 from trainer.tracking import RunFiles
+from trainer.wording import counted
 
 OPENING_DEADLINE_SECONDS = 60.0
 
@@ -52,7 +53,8 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
     """
     if config.run.world_size not in (None, ranks.world_size):
         raise UsageError(
-            f"this run wants {config.run.world_size} ranks (run.world_size) and was launched with {ranks.world_size}; "
+            f"this run wants {counted(config.run.world_size, 'rank')} (run.world_size) and was launched with "
+            f"{ranks.world_size}; "
             f"check the hostfile's path and slots, or add --set run.world_size={ranks.world_size}"
         )
     accumulation_steps(config, ranks.world_size)
@@ -74,14 +76,13 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
             )
         if config.model.num_classes and len(shards.classes) != config.model.num_classes:
             raise UsageError(
-                f"{option}: {shards.url} has {len(shards.classes)} classes, "
+                f"{option}: {shards.url} has {counted(len(shards.classes), 'class', 'classes')}, "
                 f"and model.num_classes is {config.model.num_classes}"
             )
     if opened[0].count < config.train.global_batch_images:
         raise UsageError(
-            f"data.train_url: {opened[0].url} holds {opened[0].count} images, too few for "
-            f"{ranks.world_size} ranks that take {config.train.global_batch_images} images a step "
-            "(train.global_batch_images)"
+            f"data.train_url: {opened[0].url} holds {counted(opened[0].count, 'image')}, too few for a batch of "
+            f"{config.train.global_batch_images} (train.global_batch_images)"
         )
     return opened
 
@@ -182,8 +183,9 @@ def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:
     if count < config.limits.starts_without_progress:
         return None
     return (
-        f"{count} starts in a row got no further than step {step} (limits.starts_without_progress); the last one ended "
-        f"with: {before.get('reason', 'no reason recorded')}. Any change of the config allows another start"
+        f"{counted(count, 'start')} in a row got no further than step {step} (limits.starts_without_progress); "
+        f"the last one ended with: {before.get('reason', 'no reason recorded')}. "
+        "Any change of the config allows another start"
     )
 
 

@@ -24,8 +24,9 @@ from typing import Any, Literal
 from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_USER
 from PIL import Image
 
-from data_pipeline.storage import EXIT_UNREACHABLE, DataError
+from trainer.command_line import run_tool
 from trainer.config import RunConfig, as_yaml, flat
+from trainer.errors import MlflowUnreachable, UsageError
 from trainer.journal import Journal, RunFiles, read_json, working_seconds, write_json
 from trainer.mlflow_mirror import Mirror, MirrorInUse
 from trainer.provenance import (
@@ -38,8 +39,9 @@ from trainer.provenance import (
     packages,
 )
 from trainer.ranks import from_rank_0
-from trainer.redaction import guard_output, redact, redacted
+from trainer.redaction import redact, redacted
 from trainer.system_metrics import SystemMetrics
+from trainer.wording import counted
 
 __all__ = ["RunFiles", "State", "Tracker", "record_results"]
 
@@ -76,7 +78,7 @@ class Tracker:
         `datasets` maps training and validation to opened shards; `artifacts` are texts to keep with the run, by file
         name (DeepSpeed's configuration); `tags` are added to those that every run has.
         With `tracking.required` this waits until MLflow answers, is collective, and
-        raises DataError with exit code 69 on all ranks if it does not.
+        raises MlflowUnreachable on all ranks if it does not.
         """
         self._files = RunFiles(Path(config.run.dir)) if rank == 0 else None
         if self._files is not None:
@@ -84,10 +86,9 @@ class Tracker:
         if config.tracking.required:
             problem = from_rank_0(self._uploader.wait_until_open(REQUIRED_SECONDS) if self._files else None)
             if problem is not None:
-                raise DataError(
+                raise MlflowUnreachable(
                     f"tracking.required: MLflow at {redact(config.tracking.uri)} does not answer ({problem}); "
-                    "start it, correct tracking.uri, or set tracking.required=false",
-                    EXIT_UNREACHABLE,
+                    "start it, correct tracking.uri, or set tracking.required=false"
                 )
 
     def _start(
@@ -111,7 +112,7 @@ class Tracker:
         _describe_run(files, config, world_size, datasets, artifacts, tags, now)
         files.write_state(state="running", started=now)
         last_step = max(self._last_steps.values(), default=0)
-        self.event(last_step, "start", f"on {world_size} ranks", world_size=world_size)
+        self.event(last_step, "start", f"on {counted(world_size, 'rank')}", world_size=world_size)
         self._uploader = Uploader(files)
         self._uploader.start()
         self._system: SystemMetrics | None = None
@@ -182,8 +183,8 @@ class Tracker:
         unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
         if problem is not None:
             log.warning(
-                "%d points and the end of the run not sent to MLflow (%s); run: python -m trainer.tracking sync %s",
-                unsent, problem, self._files.folder,
+                "%s and the end of the run not sent to MLflow (%s); run: python -m trainer.tracking sync %s",
+                counted(unsent, "point"), problem, self._files.folder,
             )  # fmt: skip
 
     def _log_system(self, values: dict[str, float]) -> None:
@@ -372,27 +373,25 @@ def main() -> int:
     sync = commands.add_parser("sync", help="send to MLflow what it does not have of a run; repeatable")
     sync.add_argument("dir", help="folder of a run (run.dir of its config)")
     arguments = parser.parse_args()
-    guard_output()
+    return run_tool(lambda: _sync(RunFiles(Path(arguments.dir))))
+
+
+def _sync(files: RunFiles) -> None:
+    """Send what is left and say how much it was. Raises UsageError for a folder without a run, MlflowUnreachable."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    return _sync(RunFiles(Path(arguments.dir)))
-
-
-def _sync(files: RunFiles) -> int:
     if not files.description.exists():
-        print(f"error: {files.folder}: holds no run (no {files.description.name})", file=sys.stderr)
-        return 2
+        raise UsageError(f"{files.folder}: holds no run (no {files.description.name})")
     uri = read_json(files.description)["uri"]
     unsent = Mirror(files).unsent_points()
     try:
         mirror = catch_up(files, end=True)
     except MirrorInUse as error:
         print(f"{error}; nothing to do here")
-        return 0
-    except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
-        print(f"error: MLflow at {uri} does not answer ({one_line(error)}); {unsent} points wait", file=sys.stderr)
-        return EXIT_UNREACHABLE
-    print(f"sent {unsent} points of {files.folder} to run {mirror.run_id} of {uri}")
-    return 0
+        return
+    except Exception as error:
+        waiting = f"{counted(unsent, 'point')} {'waits' if unsent == 1 else 'wait'}"
+        raise MlflowUnreachable(f"MLflow at {uri} does not answer ({one_line(error)}); {waiting}") from error
+    print(f"sent {counted(unsent, 'point')} of {files.folder} to run {mirror.run_id} of {uri}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Literal
 import torch.distributed
 
 from trainer.config import LimitsConfig
-from trainer.exit_codes import HANG
+from trainer.errors import HANG
 from trainer.ranks import Ranks, from_rank_0
 
 Phase = Literal["startup", "step", "checkpoint"]

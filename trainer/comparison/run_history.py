@@ -11,9 +11,8 @@ import numpy as np
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from data_pipeline.storage import EXIT_UNREACHABLE, DataError
-from trainer.config import ConfigError, flat, load_config
-from trainer.exit_codes import UsageError
+from trainer.config import flat, load_config
+from trainer.errors import ConfigError, MlflowUnreachable, UsageError
 from trainer.journal import Journal, RunFiles, read_json, working_seconds
 from trainer.mlflow_mirror import open_client
 from trainer.tracking import one_line
@@ -183,13 +182,13 @@ def histories_of_experiment(client: mlflow.MlflowClient, name: str, filter_strin
 
 
 def open_store(uri: str) -> mlflow.MlflowClient:
-    """A client of a store that exists. Raises UsageError, or DataError with exit code 69 if it does not answer."""
+    """A client of a store that exists. Raises UsageError, or MlflowUnreachable if it does not answer."""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UsageError(f"--uri {uri}: there is no such file")
     try:
         return open_client(uri)
     except (MlflowException, OSError) as error:
-        raise DataError(f"--uri: MLflow at {uri} does not answer ({one_line(error)})", EXIT_UNREACHABLE) from error
+        raise MlflowUnreachable(f"--uri: MLflow at {uri} does not answer ({one_line(error)})") from error
 
 
 def _curve(by_step: dict[int, tuple[float, float]]) -> Curve:

@@ -1,0 +1,49 @@
+"""Does a command end with the right exit code, and with a sentence or a traceback as it deserves?"""
+
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from data_pipeline.storage import DataError
+from trainer.command_line import run_tool
+from trainer.errors import CheckpointError, ConfigError, UsageError
+
+
+@pytest.fixture(autouse=True)
+def no_guard() -> Iterator[None]:
+    """Undoes what run_tool puts around the streams."""
+    streams, factory = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
+    yield
+    sys.stdout, sys.stderr = streams
+    logging.setLogRecordFactory(factory)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UsageError("--n: 0 is too few"), 2, "error: --n: 0 is too few\n"),
+        (ConfigError("one\ntwo"), 2, "error: one\nerror: two\n"),
+        (DataError("away", 69), 69, "error: away\n"),
+        (CheckpointError("damaged"), 74, "error: damaged\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_error_that_was_foreseen_is_its_sentence(
+    error: BaseException, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tool() -> None:
+        raise error
+
+    assert run_tool(tool) == code
+    assert capsys.readouterr().err == words
+
+
+def test_a_bug_is_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_tool(lambda: print({}["missing"])) == 70
+    assert "Traceback" in (text := capsys.readouterr().err) and "KeyError: 'missing'" in text
+
+
+def test_a_tool_that_did_its_work_ends_with_0() -> None:
+    assert run_tool(lambda: None) == 0

@@ -1,0 +1,118 @@
+"""Which errors end a command, and with which exit code?
+
+Every error class of trainer/ that ends a command is here, and carries its exit code. This file imports nothing of ours.
+
+All exit codes of the project (trainer, data_pipeline, cluster):
+
+  0  finished
+  2  wrong option or config, or the wrong folder
+ 65  damaged data
+ 69  a service or a machine does not answer: storage, MLflow, Slurm, a node
+ 70  a bug of ours; or the run was started again and again and got no further
+ 73  cannot write there: no space, no permission, or another job holds the run's folder
+ 74  a checkpoint or an exported model cannot be read or written
+ 75  not done yet, run the same command again: stopped on request, or other tasks have not finished their share
+ 76  training diverged
+ 77  refused for safety
+ 78  a rank hangs or is lost
+ 79  the ranks' weights differ
+ 80  superseded: a newer attempt at the run has taken over
+130  Ctrl-C outside of training
+
+Launchers lose exit codes and signals, so `run_state.json` in the run's folder says the same. `data_pipeline` and
+`cluster` cannot import this file and hold copies; tests/test_errors.py keeps them equal.
+"""
+
+FINISHED = 0
+USAGE = 2
+CORRUPT = 65
+UNAVAILABLE = 69
+BUG = 70
+CANNOT_WRITE = 73
+CHECKPOINT = 74
+STOPPED = 75
+DIVERGED = 76
+REFUSED = 77
+HANG = 78
+DIFFERENT_WEIGHTS = 79
+SUPERSEDED = 80
+INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """The user asked for something that cannot be done here; the text is one sentence."""
+
+    exit_code = USAGE
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the text says what to change, one problem a line."""
+
+    exit_code = USAGE
+
+
+class MlflowUnreachable(RuntimeError):
+    """MLflow does not answer, and the command cannot do without it."""
+
+    exit_code = UNAVAILABLE
+
+
+class NoProgress(RuntimeError):
+    """The run was started again and again and got no further."""
+
+    exit_code = BUG
+
+
+class RunInUse(RuntimeError):
+    """Another job writes to the run's folder."""
+
+    exit_code = CANNOT_WRITE
+
+
+class RunFolderFull(RuntimeError):
+    """There is no space left for the run's folder."""
+
+    exit_code = CANNOT_WRITE
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or an exported model cannot be read or written; the text says which and why."""
+
+    exit_code = CHECKPOINT
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number."""
+
+    exit_code = DIVERGED
+
+
+class LostRank(RuntimeError):
+    """Another rank of the job is gone or failed; the job ends with that one's exit code."""
+
+    def __init__(self, reason: str, exit_code: int) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
+class DifferentWeights(RuntimeError):
+    """The copies of the weights on different ranks differ; the text names ranks, hosts and tensors."""
+
+    exit_code = DIFFERENT_WEIGHTS
+
+
+class Superseded(RuntimeError):
+    """A newer attempt at the run has taken over."""
+
+    exit_code = SUPERSEDED
+
+
+def is_foreseen(error: BaseException) -> bool:
+    """Whether an error carries an exit code, so that its text is meant for the user; all others are bugs."""
+    return hasattr(error, "exit_code")
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of an error; BUG for one that nobody foresaw."""
+    code: int = getattr(error, "exit_code", BUG)
+    return code
