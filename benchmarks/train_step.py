@@ -35,6 +35,7 @@ from models.local_attention import local_attention
 from models.pixel_order import grid_shape
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, init_distributed
+from trainer.engine import Update
 from trainer.model_inputs import model_inputs
 from trainer.ranks import Ranks, ranks_from_environment
 
@@ -114,14 +115,13 @@ class Step:
         labels = torch.zeros(count, dtype=torch.int64, device=device)
         self.batch = Batch(images, labels, None, 0)
 
-    def update(self) -> Tensor:
-        """One update, as trainer/loop.py does it; its loss."""
+    def update(self) -> tuple[Tensor, Update]:
+        """One update, as trainer/loop.py does it: its loss and what the engine says of it."""
         parameters = self.engine.forward(*model_inputs(self.batch, self.config.model))
         images = self.batch.images
         loss = nats(self.config.model.output, parameters, images).sum() / images.numel()
         self.engine.backward(loss)
-        self.engine.step(config_rate(self.config))
-        return loss.detach()
+        return loss.detach(), self.engine.update(config_rate(self.config))
 
     def seconds(self) -> float:
         synchronize(self.engine.device)
@@ -151,7 +151,8 @@ def build(
     for name in names:
         try:
             step = Step(config, ranks, device, VARIANTS[name])
-            loss, norm = float(step.update()), step.engine.gradient_norm() or math.nan
+            first_loss, update = step.update()
+            loss, norm = float(first_loss), update.gradient_norm or math.nan
         except Exception as problem:  # noqa: BLE001  a rival fails in any way; the table says how
             if name == OURS:
                 raise

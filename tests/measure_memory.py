@@ -81,12 +81,13 @@ def measure(case: tuple[int, str, int]) -> None:
 
 def train(engine: DeepSpeedEngine, config: RunConfig) -> None:
     engine.train(True)
-    for _ in range(UPDATES * engine.accumulation_steps):
-        gc.collect()  # DeepSpeed leaves buffers in cycles, which are freed at a time that nobody can predict
-        images = torch.zeros(1, config.model.image_size, config.model.image_size, 3, dtype=torch.uint8)
-        loss = nats(config.model.output, engine.forward(images, None, None), images).sum() / images.numel()
-        engine.backward(loss)
-        engine.step(1e-3)
+    for _ in range(UPDATES):
+        for _ in range(engine.accumulation_steps):
+            gc.collect()  # DeepSpeed leaves buffers in cycles, which are freed at a time that nobody can predict
+            images = torch.zeros(1, config.model.image_size, config.model.image_size, 3, dtype=torch.uint8)
+            loss = nats(config.model.output, engine.forward(images, None, None), images).sum() / images.numel()
+            engine.backward(loss)
+        engine.update(1e-3)
 
 
 class _PeakOfMapped(TorchDispatchMode):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trainer.deepspeed_engine import DeepSpeedEngine
+from trainer.engine import Update
 
 TENSOR = "layers.1.feed_forward.out.weight"
 """The tensor that is damaged where its name is of no importance."""
@@ -72,15 +73,16 @@ def _stick(weight: Tensor) -> None:
 
 
 def _after_updates(damage: Callable[[Tensor], object], when: Callable[[int], bool], name: str = TENSOR) -> None:
-    step = DeepSpeedEngine.step
+    update = DeepSpeedEngine.update
     count = 0
 
-    def step_and_damage(self: DeepSpeedEngine, learning_rate: float) -> None:
+    def update_and_damage(self: DeepSpeedEngine, learning_rate: float) -> Update:
         nonlocal count
-        step(self, learning_rate)
+        done = update(self, learning_rate)
         count += 1
-        if count % self.accumulation_steps == 0 and when(count // self.accumulation_steps):
+        if when(count):
             with torch.no_grad():
                 damage(dict(self._engine.module.named_parameters())[name])
+        return done
 
-    DeepSpeedEngine.step = step_and_damage  # type: ignore[method-assign]
+    DeepSpeedEngine.update = update_and_damage  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ from tests.tiny_model import random_images
 from trainer import deepspeed_engine
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config
-from trainer.engine import Engine, TorchEngine
+from trainer.engine import Engine, TorchEngine, Update
 from trainer.errors import ConfigError
 from trainer.optimizer import is_orthogonalised
 from trainer.ranks import Ranks
@@ -56,7 +56,12 @@ def new_model(config: RunConfig) -> ImageTransformer:
 
 
 def losses(engine: Engine, steps: range) -> list[float]:
-    """The loss of each step on batches that are a function of the step."""
+    """The loss of each step on batches that are a function of the step; every update must be made."""
+    return [loss for loss, _ in updates(engine, steps)]
+
+
+def updates(engine: Engine, steps: range) -> list[tuple[float, Update]]:
+    """As `losses`, with what each update said."""
     engine.train(True)
     result = []
     for step in steps:
@@ -66,9 +71,10 @@ def losses(engine: Engine, steps: range) -> list[float]:
         for images in batch.chunk(2):
             loss = nats("mixture", engine.forward(images, None, None), images).sum() / images.numel()
             engine.backward(loss)
-            engine.step(0.003)
             total += loss.item() / 2
-        result.append(total)
+        update = engine.update(0.003)
+        assert update.outcome == "applied"
+        result.append((total, update))
     return result
 
 
@@ -138,17 +144,14 @@ def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_state_as_it_was
     config = tiny(stage, precision)
     engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
     losses(engine, range(2))
-    assert engine.outcome() == "applied"
     before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
     images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
     for factor in (float("nan"), 1.0):
         engine.backward(engine.forward(images, None, None).mean() * factor)
-        engine.step(0.003)
-    assert engine.outcome() == "skipped"
+    assert engine.update(0.003).outcome == "skipped"
     for name, state in engine.state():
         assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
     losses(engine, range(2, 3))
-    assert engine.outcome() == "applied"
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -349,21 +352,36 @@ def test_muon_skips_an_update_with_a_gradient_that_is_not_finite(
     before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
     for factor in (float("nan"), 1.0):
         engine.backward(engine.forward(random_images(4, 8), None, None).mean() * factor)
-        engine.step(0.003)
-    assert engine.outcome() == "skipped"
+    assert engine.update(0.003).outcome == "skipped"
     for name, state in engine.state():
         assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
     losses(engine, range(2, 3))
-    assert engine.outcome() == "applied"
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_the_gradient_norm_is_that_of_plain_torch(device: torch.device, stage: int) -> None:
     config = tiny(stage, "fp32")
     oracle, engine = TorchEngine(new_model(config), config), DeepSpeedEngine(new_model(config), config, ALONE, device)
-    losses(oracle, range(2))
-    losses(engine, range(2))
-    assert engine.gradient_norm() == pytest.approx(oracle.gradient_norm(), rel=1e-4)
+    norms, expected = ([update.gradient_norm for _, update in updates(e, range(2))] for e in (engine, oracle))
+    assert norms == pytest.approx(expected, rel=1e-4)
+
+
+def test_muons_gradient_norm_is_not_told_at_stage_3(device: torch.device) -> None:
+    config = tiny(3, "fp32", **MUON)  # DeepSpeed's is that of the orthogonalised update there
+    [(_, update)] = updates(DeepSpeedEngine(new_model(config), config, ALONE, device), range(1))
+    assert update.gradient_norm is None
+
+
+def test_an_update_before_all_micro_batches_are_there_is_refused(device: torch.device) -> None:
+    config = tiny(2, "fp32")
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    engine.train(True)
+    for _ in range(engine.accumulation_steps - 1):
+        with pytest.raises(AssertionError, match="after accumulation_steps backward passes"):
+            engine.update(0.003)
+        engine.backward(engine.forward(random_images(4, 8), None, None).mean())
+    engine.backward(engine.forward(random_images(4, 8), None, None).mean())
+    assert engine.update(0.003).outcome == "applied"
 
 
 def test_one_function_writes_deepspeeds_configuration() -> None:

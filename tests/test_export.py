@@ -197,7 +197,7 @@ def losses(engine: TorchEngine, steps: range) -> Iterator[float]:
         for part in random_images(8, 8, seed=step).chunk(engine.accumulation_steps):
             loss = nats("mixture", engine.forward(part, None, None), part).sum() / part.numel()
             engine.backward(loss)
-            engine.step(0.003)
+        engine.update(0.003)
         yield loss.item()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from models.image_transformer import num_parameters
 from models.layer import Layer
 from trainer.config import OptimizerConfig, RunConfig
-from trainer.engine import Outcome, State
+from trainer.engine import State, Update
 from trainer.errors import ConfigError
 from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
@@ -178,8 +178,6 @@ class DeepSpeedEngine:
             raise ConfigError("train.precision: fp16 is not computed by this machine; take bf16 or fp32")
         self.device = device
         self.accumulation_steps = accumulation_steps(config, ranks.world_size)
-        self._outcome: Outcome = "applied"
-        self._gradient_norm: float | None = None
         if config.train.compile:
             for module in model.modules():
                 if isinstance(module, Layer):
@@ -203,40 +201,32 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # DeepSpeed wants it after every micro-batch; here it only counts
 
-    def step(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float) -> Update:
+        assert self._engine.is_gradient_accumulation_boundary(), "update comes after accumulation_steps backward passes"
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * (self._muon_lr_ratio if group.get("use_muon") else 1.0)
-        if not self._engine.is_gradient_accumulation_boundary():
-            self._engine.step()
-            return
         if not self._sharded:
-            self._step_unsharded()
-            return
+            return self._update_unsharded()
         self._engine.step()
-        self._gradient_norm = None if self._norm_is_of_updates else float(self._engine.get_global_grad_norm())
+        norm = None if self._norm_is_of_updates else float(self._engine.get_global_grad_norm())
         if self._engine.was_step_applied():
-            self._outcome = "applied"
-        else:
-            searching = self._fp16 and float(self._engine.optimizer.loss_scale) > 1
-            self._outcome = "rescaled" if searching else "skipped"
+            return Update("applied", norm)
+        searching = self._fp16 and float(self._engine.optimizer.loss_scale) > 1
+        return Update("rescaled" if searching else "skipped", norm)
 
-    def _step_unsharded(self) -> None:
+    def _update_unsharded(self) -> Update:
         """Stage 0, where DeepSpeed neither tells the norm nor leaves out an update that would destroy the weights."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        self._gradient_norm = float(nn.utils.get_total_norm(gradients))
-        self._outcome = "applied" if math.isfinite(self._gradient_norm) else "skipped"
-        if self._outcome == "applied":
+        norm = float(nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
             self._engine.step()
-        else:
-            self._engine.zero_grad()
-            self._engine.micro_steps += 1  # what else `step` counts, its schedules and monitors use, and we do not
-
-    def outcome(self) -> Outcome:
-        return self._outcome
-
-    def gradient_norm(self) -> float | None:
-        return self._gradient_norm
+            return Update("applied", norm)
+        self._engine.zero_grad()
+        self._engine.micro_steps += 1  # all else that `step` counts is for DeepSpeed's schedules and monitors: unused
+        return Update("skipped", norm)
 
     def train(self, mode: bool) -> None:
         self._engine.train(mode)
@@ -285,7 +275,7 @@ class DeepSpeedEngine:
         """One update on a blank image at learning rate 0: DeepSpeed makes optimizer state in its first update only."""
         for _ in range(self.accumulation_steps):
             self.backward(self.forward(*self._blank).sum() * 0.0)
-            self.step(0.0)
+        self.update(0.0)
         self._link_optimizer_state()
 
     def _link_optimizer_state(self) -> None:

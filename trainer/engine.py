@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -16,14 +17,28 @@ Muon's `momentum_buffer`, and `ema` where an average of the weights is kept."""
 
 
 Outcome = Literal["applied", "rescaled", "skipped"]
-"""Of an update: made; left out by fp16 to find a loss scale; left out because a gradient was not finite."""
+"""What became of an update: made; left out while fp16 looks for its loss scale; left out because a gradient was not
+finite."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did, the same on all ranks."""
+
+    outcome: Outcome
+    gradient_norm: float | None
+    """Global gradient norm before clipping; None where the engine cannot know it."""
 
 
 class Engine(Protocol):
-    """A model with its optimizer. Calls marked collective must be made by all ranks in the same order."""
+    """A model with its optimizer. Calls marked collective must be made by all ranks in the same order.
+
+    One update: `accumulation_steps` times `forward` and `backward`, then `update`.
+    """
 
     device: torch.device
     accumulation_steps: int
+    """Micro-batches per rank and update."""
 
     def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
         """Parameters of the output distribution (collective under ZeRO-3)."""
@@ -33,16 +48,11 @@ class Engine(Protocol):
         """Add the gradients of one micro-batch's mean loss; collective."""
         ...
 
-    def step(self, learning_rate: float) -> None:
-        """Call after each backward; updates the weights after every `accumulation_steps` of them; collective."""
-        ...
+    def update(self, learning_rate: float) -> Update:
+        """Change the weights by the mean of the gradients added since the last update, then forget these; collective.
 
-    def outcome(self) -> Outcome:
-        """What became of the last update, the same on all ranks: one with a gradient that is not finite is left out."""
-        ...
-
-    def gradient_norm(self) -> float | None:
-        """Global gradient norm before clipping of the last update; None before the first, and where nobody knows it."""
+        Where a gradient is not finite, the weights and the optimizer's state stay as they are.
+        """
         ...
 
     def train(self, mode: bool) -> None:
@@ -71,9 +81,6 @@ class TorchEngine:
         self._model = model.to(self.device)
         self._optimizer = build_optimizer(model, config.optimizer)
         self._clip = config.optimizer.clip_grad_norm
-        self._micro_steps = 0
-        self._gradient_norm: float | None = None
-        self._outcome: Outcome = "applied"
 
     def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
         parameters: Tensor = self._model(images, labels, condition)
@@ -82,24 +89,14 @@ class TorchEngine:
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation_steps).backward()
 
-    def step(self, learning_rate: float) -> None:
-        self._micro_steps += 1
-        if self._micro_steps % self.accumulation_steps:
-            return
-        norm = nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf"))
-        self._gradient_norm = float(norm)
-        self._outcome = "applied" if math.isfinite(self._gradient_norm) else "skipped"
+    def update(self, learning_rate: float) -> Update:
+        norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._outcome == "applied":
+        if math.isfinite(norm):
             self._optimizer.step()
         self._optimizer.zero_grad()
-
-    def outcome(self) -> Outcome:
-        return self._outcome
-
-    def gradient_norm(self) -> float | None:
-        return self._gradient_norm
+        return Update("applied" if math.isfinite(norm) else "skipped", norm)
 
     def train(self, mode: bool) -> None:
         self._model.train(mode)

@@ -16,7 +16,7 @@ from models.likelihood import nats
 from trainer.checkpoint import Checkpoints, write_tensors
 from trainer.config import RunConfig
 from trainer.divergence import SkipCounter, SpikeAlarm
-from trainer.engine import Engine
+from trainer.engine import Engine, Update
 from trainer.errors import Diverged, Superseded
 from trainer.metrics import Meter, work_of
 from trainer.model_inputs import model_inputs
@@ -105,15 +105,18 @@ def train(job: Job, state: TrainingState) -> bool:
             for _ in range(job.engine.accumulation_steps):
                 with meter.section("data"):
                     batch = next(job.batches)
-                micro_batches.append((batch, micro_step(job.engine, job.config, batch, rate, meter)))
+                micro_batches.append((batch, micro_step(job.engine, job.config, batch, meter)))
                 job.watchdog.alive()
+            with meter.section("optimizer"):
+                update = job.engine.update(rate)
+            job.watchdog.alive()
             state.step += 1
             state.samples += settings.global_batch_images
             meter.step_done(settings.global_batch_images)
-            _after_update(job, state, skips, micro_batches)
+            _count_update(job, state, skips, update, micro_batches)
 
             if state.step == settings.steps or state.step % settings.log_every_steps == 0:
-                _log(job, state, meter, alarm, skips, rate, profiled)
+                _log(job, state, meter, alarm, skips, rate, update, profiled)
                 _name_stragglers(job, state, stragglers.newly_slow(meter.own_seconds_of_rank), hosts)
             if state.step < settings.steps:
                 if state.step % job.config.evaluate.every_steps == 0:
@@ -133,8 +136,8 @@ def train(job: Job, state: TrainingState) -> bool:
     return True
 
 
-def micro_step(engine: Engine, config: RunConfig, batch: Batch, rate: float, meter: Meter) -> Tensor:
-    """One micro-batch forward and backward, and the update after the last one; its mean loss in nats per sub-pixel."""
+def micro_step(engine: Engine, config: RunConfig, batch: Batch, meter: Meter) -> Tensor:
+    """One micro-batch forward and backward; its mean loss in nats per sub-pixel."""
     with meter.section("data"):
         batch = batch.to(engine.device)  # uint8 until here: a quarter of the copy
     with meter.section("forward"):
@@ -142,22 +145,22 @@ def micro_step(engine: Engine, config: RunConfig, batch: Batch, rate: float, met
         loss = nats(config.model.output, parameters, batch.images).sum() / batch.images.numel()
     with meter.section("backward"):
         engine.backward(loss)
-    with meter.section("optimizer"):
-        engine.step(rate)
     loss = loss.detach()  # stays on the device: no synchronisation
     meter.add(loss)
     return loss
 
 
-def _after_update(
-    job: Job, state: TrainingState, skips: SkipCounter, micro_batches: list[tuple[Batch, Tensor]]
+def _count_update(
+    job: Job, state: TrainingState, skips: SkipCounter, update: Update, micro_batches: list[tuple[Batch, Tensor]]
 ) -> None:
-    """Count the update, or say why it was skipped and go back to a checkpoint where that is due."""
-    outcome = job.engine.outcome()
-    if outcome == "applied":
+    """Count the update, or say why it was skipped and go back to a checkpoint where that is due.
+
+    `micro_batches` are this rank's, with their losses. Raises Diverged.
+    """
+    if update.outcome == "applied":
         state.updates += 1
         skips.applied()
-    if outcome != "skipped":
+    if update.outcome != "skipped":
         return
     bad = [index for index, (_, loss) in enumerate(micro_batches) if not math.isfinite(float(loss))]
     blamed = [rank for rank, found in enumerate(from_all_ranks(bool(bad))) if found]
@@ -210,6 +213,7 @@ def _log(
     alarm: SpikeAlarm,
     skips: SkipCounter,
     rate: float,
+    update: Update,
     profiled: dict[str, float],
 ) -> None:
     metrics = meter.reduce()
@@ -219,8 +223,8 @@ def _log(
         "progress/images_seen": state.samples,
         "progress/epoch": state.samples / job.images_per_epoch,
     }
-    if (norm := job.engine.gradient_norm()) is not None:
-        metrics["optim/grad_norm"] = norm
+    if update.gradient_norm is not None:
+        metrics["optim/grad_norm"] = update.gradient_norm
     if job.damaged_blocks is not None:
         metrics["data/damaged_blocks"] = _count_damaged_blocks(job, state, job.damaged_blocks)
     loss = metrics["train/bits_per_dim"]
