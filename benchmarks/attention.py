@@ -525,7 +525,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def report(device: str, rows: list[list[str]], metrics: dict[str, float], memory: dict[int, float]) -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    header = ["case", "", "forward ms", "backward ms", "forward, share of matmul", "both", "ours is so many times it"]
+    header = ["case", "", "forward ms", "backward ms", "forward, share of matmul", "both", "speed-up of ours"]
     text = (
         f"{date.today()}, {where}, {', '.join(versions())}; matrix products run at "
         f"{metrics[f'{device}_matmul_tflops']:.3g} TFLOP/s. Medians of turns; the share counts visible pairs only. "

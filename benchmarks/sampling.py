@@ -416,7 +416,7 @@ def report(
         f"positions, {task.values_dtype}. A copy runs at {rate / 1e9:.3g} GB/s. The cache holds {plan.num_keys} of "
         f"{length} positions.\n\n"
     )
-    header = ["", "images/s", "ms a step", *(f"ms at {start}" for start in starts), "ours is so many times it"]
+    header = ["", "images/s", "ms a step", *(f"ms at {start}" for start in starts), "speed-up of ours"]
     rows = [
         [
             sampler,

@@ -202,7 +202,7 @@ def report(runs: dict[str, list[dict[str, float]]], failures: dict[str, str], op
         ]
         for name in sorted(best, key=lambda name: -best[name])
     ]
-    header = ["", "images per CPU-second (best)", "worst", "images/s", "ours is so many times it", "peak MB"]
+    header = ["", "images per CPU-second (best)", "worst", "images/s", "speed-up of ours", "peak MB"]
     text = f"{options.images:,} images of {options.size} x {options.size}, best of {options.repeats} runs in turns.\n\n"
     text += table(header, rows) + "".join(f"\n\n{peer} could not be measured: {why}" for peer, why in failures.items())
     print(text)

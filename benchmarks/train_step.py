@@ -242,7 +242,7 @@ def report(
         f"{config.train.activation_checkpoint_every_layers}, compiled layers: {config.train.compile}{peak}. "
         f"Matrix products run at {1e-12 / statistics.median(matmuls):.3g} TFLOP/s.\n\n"
     )
-    header = ["", "update ms (least to most)", "images/s", "model FLOPs, share of matmul", "ours is so many times it"]
+    header = ["", "update ms (least to most)", "images/s", "model FLOPs, share of matmul", "speed-up of ours"]
     text += table(header, rows)
     print(text)
     place = "a GPU" if device == "cuda" else "a CPU"
