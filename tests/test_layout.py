@@ -84,7 +84,27 @@ def makes_shards(module: str) -> bool:
     return ".".join(module.split(".")[:2]) in PACKING_SIDE
 
 
-def test_there_are_no_import_cycles() -> None:
+def imports_of_ours() -> dict[str, set[str]]:
+    """Each of our modules with those of ours that it imports."""
     modules = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in SOURCES}
-    graph = {name: imported(ast.parse(path.read_text())) & modules.keys() for name, path in modules.items()}
-    TopologicalSorter(graph).prepare()
+    return {name: imported(ast.parse(path.read_text())) & modules.keys() for name, path in modules.items()}
+
+
+def test_there_are_no_import_cycles() -> None:
+    TopologicalSorter(imports_of_ours()).prepare()
+
+
+def test_the_job_imports_no_command_line_tool() -> None:
+    graph = imports_of_ours()
+    reached, ahead = set(), {"trainer.run"}
+    while ahead:
+        reached |= ahead
+        ahead = set().union(*(graph[module] for module in ahead)) - reached
+    assert {"trainer.loop", "data_pipeline.order", "models.pattern"} <= reached  # the walk gets everywhere
+    assert {module for module in reached if is_tool(module)} == {"trainer.run", "trainer.tracking"}
+
+
+def is_tool(module: str) -> bool:
+    """Whether users call the module: it has a `main`."""
+    tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
+    return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)

@@ -14,65 +14,26 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed
-from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Shards, evaluation_batches, open_shards
-from models.image_transformer import ImageTransformer, ImageTransformerConfig
-from models.likelihood import nats, nats_by_channel
+from models.image_transformer import ImageTransformer
 from trainer.command_line import run_tool
 from trainer.errors import code_of
 from trainer.heat_map import heat_map
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
-from trainer.model_inputs import model_inputs
 from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
 from trainer.run_folder import TrainedModel, add_run_arguments, load_trained_model
+from trainer.scoring import score
 from trainer.tracking import record_results
 
-Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-
 CHANNELS = ("red", "green", "blue")
-
-
-def evaluate(
-    forward: Forward,
-    model: ImageTransformerConfig,
-    batches: Iterator[Batch],
-    device: torch.device,
-    expected_images: int,
-    nats_by_position: Tensor | None = None,
-) -> dict[str, float]:
-    """Mean bits/dim over the valid images of all ranks' batches, and its standard error over images; collective.
-
-    To `nats_by_position`, fp64 [H, W, 3] on the device, this rank's nats of each sub-pixel are added.
-    Raises RuntimeError if the ranks together did not see `expected_images` images.
-    """
-    totals = torch.zeros(3, dtype=torch.float64, device=device)  # bits/dim of an image: sum, sum of squares, count
-    with torch.no_grad():
-        for batch in batches:
-            batch = batch.to(device)
-            parameters = forward(*model_inputs(batch, model))
-            image_nats = nats(model.output, parameters, batch.images).double().flatten(1).sum(1)
-            bits = image_nats[batch.valid] / (batch.images[0].numel() * math.log(2))
-            totals += torch.stack([bits.sum(), bits.square().sum(), bits.new_tensor(len(bits))])
-            if nats_by_position is not None:
-                by_channel = nats_by_channel(model.output, parameters, batch.images)
-                nats_by_position += by_channel[batch.valid].double().sum(0)
-    total, squares, count = all_sum(totals).tolist()
-    if count != expected_images:
-        raise RuntimeError(f"scored {count:.0f} validation images instead of {expected_images}")
-    mean = total / count
-    return {
-        "val/bits_per_dim": mean,
-        "val/bits_per_dim_stderr": math.sqrt(max(0.0, squares / count - mean**2) / count),
-        "val/images": count,
-    }
 
 
 def main() -> int:
@@ -99,7 +60,7 @@ def _evaluate_run(arguments: argparse.Namespace, ranks: Ranks) -> None:
         )
         total = -(-shards.count // (ranks.world_size * config.evaluate.batch_images))
         watched = _with_progress(batches, total) if ranks.rank == 0 else batches
-        scores = evaluate(trained.model, config.model, watched, trained.device, shards.count, by_position)
+        scores = score(trained.model, config.model, watched, trained.device, shards.count, by_position)
         all_sum(by_position)
         if ranks.rank == 0:
             bits = (by_position / (shards.count * math.log(2))).cpu().numpy()

@@ -51,7 +51,6 @@ from trainer.errors import (  # noqa: E402
     code_of,
     is_foreseen,
 )
-from trainer.evaluate import evaluate  # noqa: E402
 from trainer.exported_model import first_states, load_first_weights, origin_tags  # noqa: E402
 from trainer.gpus import missing_precision  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
@@ -60,6 +59,7 @@ from trainer.profiler import StepProfiler, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 from trainer.ranks import Ranks, from_rank_0, meeting, ranks_from_environment  # noqa: E402
 from trainer.redaction import guard_output  # noqa: E402
+from trainer.scoring import score  # noqa: E402
 from trainer.startup import (  # noqa: E402
     Start,
     check_fits,
@@ -201,7 +201,7 @@ def run(start: Start) -> int:
                 limit=images,
             )
             expected = min(images or start.validation_shards.count, start.validation_shards.count)
-            scores = evaluate(engine.forward, config.model, interruptible(batches, stop, watchdog), device, expected)
+            scores = score(engine.forward, config.model, interruptible(batches, stop, watchdog), device, expected)
             engine.train(True)
             return scores
 

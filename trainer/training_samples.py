@@ -12,8 +12,8 @@ from models.image_transformer import ImageTransformer
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.model_inputs import model_inputs
+from trainer.pictures import grid
 from trainer.ranks import Ranks, from_all_ranks
-from trainer.sample import grid
 
 
 def draw_grid(
