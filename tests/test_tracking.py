@@ -1,5 +1,6 @@
 """Does a run keep its record, with one point a step, over restarts and without MLflow, and does no step wait for it?"""
 
+import inspect
 import json
 import logging
 import signal
@@ -20,7 +21,8 @@ from trainer import tracking
 from trainer.config import RunConfig, load_config
 from trainer.errors import MlflowUnreachable
 from trainer.journal import RunFiles
-from trainer.tracking import Tracker, metric_name, record_results
+from trainer.ranks import Ranks
+from trainer.tracking import NoTracker, Tracker, metric_name, open_tracker, record_results
 
 SHARDS = SimpleNamespace(
     url="/data/train",
@@ -43,7 +45,9 @@ def config_in(folder: Path, *overrides: str) -> RunConfig:
 
 
 def tracker_in(folder: Path, *overrides: str, world_size: int = 1) -> Tracker:
-    return Tracker(config_in(folder, *overrides), rank=0, world_size=world_size, datasets=DATASETS)
+    tracker = open_tracker(config_in(folder, *overrides), Ranks(0, world_size, 0, world_size), datasets=DATASETS)
+    assert isinstance(tracker, Tracker)
+    return tracker
 
 
 def killed_attempt(folder: Path, statements: str, *overrides: str) -> None:
@@ -129,7 +133,7 @@ def test_a_killed_run_that_nobody_continues_is_failed_once_it_is_synchronised(tm
 
 def test_code_packages_data_and_texts_are_recorded(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    tracker = Tracker(config, rank=0, world_size=1, datasets=DATASETS, artifacts={"deepspeed.json": '{"zero": 2}'})
+    tracker = Tracker(config, world_size=1, datasets=DATASETS, artifacts={"deepspeed.json": '{"zero": 2}'})
     tracker.close("finished", code=0, reason="", step=1)
     (run,) = runs_in(tmp_path)
     (dataset,) = run.inputs.dataset_inputs
@@ -149,13 +153,22 @@ def test_code_packages_data_and_texts_are_recorded(tmp_path: Path) -> None:
 
 
 def test_other_ranks_record_nothing(tmp_path: Path) -> None:
-    tracker = Tracker(config_in(tmp_path), rank=1, world_size=2, datasets=DATASETS)
+    tracker = open_tracker(config_in(tmp_path), Ranks(1, 2, 1, 2), datasets=DATASETS)
+    assert isinstance(tracker, NoTracker)
     tracker.log(1, {BITS: 8.0})
     tracker.event(1, "loss_spike", "x")
     tracker.log_image(1, "samples", Image.new("RGB", (4, 4)))
     tracker.log_file(tmp_path / "nothing", "profile")
     tracker.close("finished", code=0, reason="", step=1)
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_what_other_ranks_have_takes_the_same_calls() -> None:
+    names = [name for name in vars(NoTracker) if not name.startswith("_")]
+    recording = {name for name in vars(Tracker) if not name.startswith("_")} - {"wait_until_open"}
+    assert set(names) == recording
+    for name in names:
+        assert inspect.signature(getattr(NoTracker, name)) == inspect.signature(getattr(Tracker, name))
 
 
 def test_events_pictures_and_files_reach_mlflow_once(tmp_path: Path) -> None:
@@ -249,7 +262,7 @@ def test_a_server_that_was_never_there_costs_a_warning_and_gets_everything_later
     monkeypatch.setattr(tracking, "SEND_EVERY_SECONDS", 0.01)
     config = config_in(tmp_path, f"tracking.uri=http://127.0.0.1:{free_port()}")
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(config, rank=0, world_size=1, datasets=DATASETS)
+        tracker = Tracker(config, world_size=1, datasets=DATASETS)
         for step in (1, 2, 3):
             tracker.log(step, {BITS: 8.0 - step})
         deadline = time.monotonic() + 60

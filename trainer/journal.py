@@ -105,12 +105,6 @@ class Journal:
                 return
             position = following
 
-    def to_disk(self) -> None:
-        """Return when everything written so far would survive a loss of power."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
-
 
 class RunFiles:
     """The run folder's own record."""

@@ -18,6 +18,7 @@ from trainer.config import RunConfig
 from trainer.divergence import SkipCounter, SpikeAlarm
 from trainer.engine import Engine, Update
 from trainer.errors import Diverged, Superseded
+from trainer.journal import RunFiles
 from trainer.metrics import Meter, work_of
 from trainer.model_inputs import model_inputs
 from trainer.optimizer import learning_rate
@@ -26,7 +27,7 @@ from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
 from trainer.stragglers import SLOW_POINTS, StragglerWatch
-from trainer.tracking import RunFiles, Tracker
+from trainer.tracking import NoTracker, Tracker
 from trainer.watchdog import Watchdog
 from trainer.wording import counted
 
@@ -70,7 +71,7 @@ class Job:
     """Draws a grid of images after so many steps and records it. Collective."""
     checkpoints: Checkpoints
     files: RunFiles
-    tracker: Tracker
+    tracker: Tracker | NoTracker
     progress: Progress
     stop: StopRequest
     superseded: Callable[[], bool]

@@ -53,6 +53,7 @@ from trainer.errors import (  # noqa: E402
 )
 from trainer.exported_model import first_states, load_first_weights, origin_tags  # noqa: E402
 from trainer.gpus import missing_precision  # noqa: E402
+from trainer.journal import RunFiles  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, parse_window  # noqa: E402
@@ -69,7 +70,7 @@ from trainer.startup import (  # noqa: E402
     prepare_run_folder,
     print_check,
 )
-from trainer.tracking import RunFiles, Tracker  # noqa: E402
+from trainer.tracking import open_tracker  # noqa: E402
 from trainer.training_samples import draw_grid  # noqa: E402
 from trainer.watchdog import Verdict, Watchdog  # noqa: E402
 
@@ -165,10 +166,9 @@ def run(start: Start) -> int:
         origin = start.origin
         if newest is None and start.source:
             origin = begin_from(start.source, engine, config)
-        tracker = Tracker(
+        tracker = open_tracker(
             config,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
+            ranks,
             datasets={"training": start.train_shards, "validation": start.validation_shards},
             artifacts={"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)},
             tags={f"origin.{key}": value for key, value in origin.items()},

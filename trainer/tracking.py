@@ -2,9 +2,9 @@
 
 python -m trainer.tracking sync runs/quickstart      # send what MLflow could not take while it was away
 
-Only rank 0 records; on the other ranks every call does nothing. A call writes a line into a file of the run's folder
-and returns; one thread sends new lines to MLflow (trainer/mlflow_mirror.py). MLflow being away never stops training: a
-warning says so, another one when it is back, and nothing is lost.
+Only rank 0 records; the other ranks have a `NoTracker`. A call writes a line into a file of the run's folder and
+returns. One thread sends new lines to MLflow (trainer/mlflow_mirror.py). MLflow being away never stops training: a
+warning says so, another one says when it is back, and nothing is lost.
 """
 
 import argparse
@@ -38,12 +38,10 @@ from trainer.provenance import (
     machine_tags,
     packages,
 )
-from trainer.ranks import from_rank_0
+from trainer.ranks import Ranks, from_rank_0
 from trainer.redaction import redact, redacted
 from trainer.system_metrics import SystemMetrics
 from trainer.wording import counted
-
-__all__ = ["RunFiles", "State", "Tracker", "record_results"]
 
 log = logging.getLogger(__name__)
 
@@ -61,45 +59,23 @@ MAX_KEY_CHARACTERS = 250
 
 
 class Tracker:
-    """One training run = one MLflow run, continued over any number of restarts, with one point a step."""
+    """One training run = one MLflow run, continued over any number of restarts, with one point a step. On rank 0."""
 
     def __init__(
         self,
         config: RunConfig,
         *,
-        rank: int,
         world_size: int,
         datasets: Mapping[str, Any],
         artifacts: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Open or go on with the run of `config.run.dir`.
+        """Begin to record in the folder `config.run.dir`, or go on there.
 
-        `datasets` maps training and validation to opened shards; `artifacts` are texts to keep with the run, by file
-        name (DeepSpeed's configuration); `tags` are added to those that every run has.
-        With `tracking.required` this waits until MLflow answers, is collective, and
-        raises MlflowUnreachable on all ranks if it does not.
+        `datasets` maps training and validation to opened shards. `artifacts` are texts to keep with the run, by file
+        name (DeepSpeed's configuration). `tags` are added to those that every run has.
         """
-        self._files = RunFiles(Path(config.run.dir)) if rank == 0 else None
-        if self._files is not None:
-            self._start(self._files, config, world_size, datasets, artifacts or {}, tags or {})
-        if config.tracking.required:
-            problem = from_rank_0(self._uploader.wait_until_open(REQUIRED_SECONDS) if self._files else None)
-            if problem is not None:
-                raise MlflowUnreachable(
-                    f"tracking.required: MLflow at {redact(config.tracking.uri)} does not answer ({problem}); "
-                    "start it, correct tracking.uri, or set tracking.required=false"
-                )
-
-    def _start(
-        self,
-        files: RunFiles,
-        config: RunConfig,
-        world_size: int,
-        datasets: Mapping[str, Any],
-        artifacts: Mapping[str, str],
-        tags: Mapping[str, str],
-    ) -> None:
+        self._files = files = RunFiles(Path(config.run.dir))
         self._metrics, self._events = Journal(files.metrics), Journal(files.events)
         for journal in (self._metrics, self._events):
             journal.repair()
@@ -109,7 +85,7 @@ class Tracker:
             if record["event"] == "image":
                 self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
         now = time.time()
-        _describe_run(files, config, world_size, datasets, artifacts, tags, now)
+        _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
         files.write_state(state="running", started=now)
         last_step = max(self._last_steps.values(), default=0)
         self.event(last_step, "start", f"on {counted(world_size, 'rank')}", world_size=world_size)
@@ -120,10 +96,12 @@ class Tracker:
             self._system = SystemMetrics(self._log_system)
             self._system.start()
 
+    def wait_until_open(self, seconds: float) -> str | None:
+        """None once MLflow has the run. After so many seconds without an answer, the reason."""
+        return self._uploader.wait_until_open(seconds)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics after `step` updates; a step that an earlier attempt recorded is not recorded twice."""
-        if self._files is None:
-            return
         named = {metric_name(name): float(value) for name, value in metrics.items()}
         fresh = {name: value for name, value in named.items() if step > self._last_steps.get(name, -1)}
         if fresh:
@@ -132,13 +110,11 @@ class Tracker:
 
     def event(self, step: int, name: str, text: str, **fields: Any) -> None:
         """Record that something happened: a line of `events.jsonl`, and a tag `event.NAME` that holds the last one."""
-        if self._files is not None:
-            record = {"step": step, "time": time.time(), "event": name, "text": text, **fields}
-            self._events.append(redacted(record))
+        self._events.append(redacted({"step": step, "time": time.time(), "event": name, "text": text, **fields}))
 
     def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
         """Keep a picture under `samples/` and show it in MLflow, where pictures of one key form a series over steps."""
-        if self._files is None or step <= self._last_images.get(key, -1):
+        if step <= self._last_images.get(key, -1):
             return
         key = re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII)
         self._last_images[key] = step
@@ -157,19 +133,11 @@ class Tracker:
 
     def log_file(self, path: Path | str, folder: str) -> None:
         """Send a file to MLflow, into a folder of the run's artifacts; it must stay where it is."""
-        if self._files is not None:
-            self.event(
-                max(self._last_steps.values(), default=0),
-                "file",
-                "",
-                file=_place(self._files, Path(path)),
-                folder=folder,
-            )  # noqa: E501
+        last_step = max(self._last_steps.values(), default=0)
+        self.event(last_step, "file", "", file=_place(self._files, Path(path)), folder=folder)
 
     def close(self, state: State, *, code: int, reason: str, step: int) -> None:
         """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow."""
-        if self._files is None:
-            return
         if self._system is not None:
             self._system.stop()
         if state == "finished":
@@ -191,6 +159,50 @@ class Tracker:
         # As in MLflow these points have steps of their own: a training that stands still is to be seen as well.
         step = 1 + max((self._last_steps.get(name, -1) for name in values), default=-1)
         self.log(step, values)
+
+
+class NoTracker:
+    """What the other ranks have in place of a `Tracker`: rank 0 records for all of them."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def event(self, step: int, name: str, text: str, **fields: Any) -> None:
+        pass
+
+    def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
+        pass
+
+    def log_file(self, path: Path | str, folder: str) -> None:
+        pass
+
+    def close(self, state: State, *, code: int, reason: str, step: int) -> None:
+        pass
+
+
+def open_tracker(
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    datasets: Mapping[str, Any],
+    artifacts: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Tracker | NoTracker:
+    """What records the run on this rank. Collective; the arguments are those of `Tracker`.
+
+    With `tracking.required` this waits until MLflow answers. Raises MlflowUnreachable on all ranks if it does not.
+    """
+    tracker: Tracker | NoTracker = NoTracker()
+    problem = None
+    if ranks.rank == 0:
+        tracker = Tracker(config, world_size=ranks.world_size, datasets=datasets, artifacts=artifacts, tags=tags)
+        problem = tracker.wait_until_open(REQUIRED_SECONDS) if config.tracking.required else None
+    if config.tracking.required and (problem := from_rank_0(problem)) is not None:
+        raise MlflowUnreachable(
+            f"tracking.required: MLflow at {redact(config.tracking.uri)} does not answer ({problem}); "
+            "start it, correct tracking.uri, or set tracking.required=false"
+        )
+    return tracker
 
 
 class Uploader(threading.Thread):

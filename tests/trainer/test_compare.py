@@ -41,7 +41,6 @@ def make_run(folder: Path, name: str, best: float, *overrides: str, data: Simple
     data = data or shards("A")
     tracker = Tracker(
         load_config(QUICKSTART, settings),
-        rank=0,
         world_size=4,
         datasets={"training": shards("A", digest="cd"), "validation": data},
     )
