@@ -5,7 +5,8 @@
     python -m cluster.submit --job pack --tasks 32 --time 4:00:00 -- --source imagenet-train --input ... --scratch ...
 
 fills in cluster/train.sbatch, evaluate.sbatch or pack.sbatch and submits it; `--dry-run` prints the script instead,
-which `sbatch --test-only` takes. A training is checked first, by `trainer/run.py --check` for its number of ranks.
+which `sbatch --test-only` takes. A training is checked first, by `trainer/run.py --check` for its number of ranks. What
+the config says, its defaults included, comes from `python -m trainer.resolve`.
 
 exit codes: 0 submitted · 2 options or config · 69 Slurm does not answer or refuses · others: the trainer's check
 """
@@ -24,8 +25,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parents[1]
 USAGE, UNAVAILABLE = 2, 69
 SERVER_SECONDS = 3.0
@@ -35,6 +34,14 @@ _NODES = re.compile(r"([1-9]\d*)(?:-([1-9]\d*))?")
 
 class SubmitError(ValueError):
     """What cannot be submitted, in one sentence."""
+
+
+class Refused(Exception):
+    """The trainer refused the config and has said why."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tasks", type=int, help="pack: parts that the work is cut into, one array task each")
     result.add_argument("--time", required=True, help="limit in Slurm's forms: minutes, 24:00:00 or 2-12")
     result.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
-    result.add_argument("--no-check", action="store_true", help="train: do not check the config on this machine")
+    result.add_argument("--no-check", action="store_true", help="train: leave out the check, which opens the data")
     result.add_argument("--after", metavar="JOB", help="begin when this job has ended well; several with commas")
     result.add_argument("--warn-seconds", type=int, default=300, help="train: warning before the limit (300)")
     site = result.add_argument_group("the site's, from the environment if not given")
@@ -83,6 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SubmitError as error:
         print(f"submit: {error}", file=sys.stderr)
         return USAGE
+    except Refused as refusal:
+        return refusal.code
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -112,24 +121,17 @@ def submit_training(options: argparse.Namespace) -> int:
         raise SubmitError(f"--nodes {options.nodes}: must be a number, or MIN-MAX")
     least, most = int(match[1]), int(match[2] or match[1])
     per_node = options.gpus_per_node or options.tasks_per_node or 1
-    settings = read_settings(Path(options.config), options.overrides)
+    settings = resolved_settings(options)
     program = ["--config", options.config, *(a for override in options.overrides for a in ("--set", override))]
     program += ["--from", options.source] if options.source else []
     if not options.no_check:
         for nodes in {least, most}:
-            environment = os.environ | {"WORLD_SIZE": str(nodes * per_node)}
-            command = [python_of(options), "trainer/run.py", "--check", *program]
-            result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-            if result.returncode:
-                sys.stderr.write(result.stderr)
-                return result.returncode
+            check_training(options, program, nodes * per_node)
     run_dir = settings["run"]["dir"]
     logs = make_logs(options, f"{run_dir}/logs")
     urls = [settings["data"][key] for key in ("train_url", "validation_url")]
-    preflight = [f"--data-url {url}" for url in urls]
-    if uri := settings["tracking"]["uri"]:
-        preflight.append(f"--mlflow-uri {uri}")
-    if url := settings.get("checkpoint", {}).get("url"):
+    preflight = [*(f"--data-url {url}" for url in urls), f"--mlflow-uri {settings['tracking']['uri']}"]
+    if url := settings["checkpoint"]["url"]:
         preflight.append(f"--checkpoint-url {url}")
     variables = {
         "RUN_DIR": run_dir,
@@ -231,25 +233,39 @@ def fill(template: str, header: Mapping[str, object], variables: Mapping[str, st
     return "".join([*lines[:end], *flags, "\n", *exports, f"set -- {shlex.join(arguments)}\n", *lines[end:]])
 
 
-def read_settings(path: Path, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """The sections of a config with `--set` applied; the trainer checks it, here only a few values are needed."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise SubmitError(f"--config {path}: cannot be read ({str(error).splitlines()[0]})") from error
-    for override in overrides:
-        place, equals, value = override.partition("=")
-        section, dot, key = place.partition(".")
-        if not (equals and dot) or not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
-            raise SubmitError(f"--set {override}: write it as section.key=value, for example --set run.dir=runs/one")
-        settings[section][key] = yaml.safe_load(value)
-    needed = {"run": ("name", "dir"), "data": ("train_url", "validation_url"), "tracking": ("uri", "experiment")}
-    for section, keys in needed.items():
-        for key in keys:
-            found = settings.get(section) if isinstance(settings, dict) else None
-            if not isinstance(found, dict) or not isinstance(found.get(key), str):
-                raise SubmitError(f"--config {path}: {section}.{key} is missing or no text")
+def resolved_settings(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The sections of the config, complete; raises Refused when the trainer does not understand it."""
+    command = ["-m", "trainer.resolve", "--config", options.config]
+    command += [argument for override in options.overrides for argument in ("--set", override)]
+    result = run_python(options, command)
+    sys.stderr.write(result.stderr)
+    if result.returncode:
+        raise Refused(result.returncode)
+    settings: dict[str, dict[str, Any]] = json.loads(result.stdout)
     return settings
+
+
+def check_training(options: argparse.Namespace, program: list[str], ranks: int) -> None:
+    """Let the trainer check its config and data for a number of ranks; raises Refused when it finds something."""
+    result = run_python(options, ["trainer/run.py", "--check", *program], WORLD_SIZE=str(ranks))
+    if result.returncode:
+        sys.stderr.write(result.stderr)
+        raise Refused(result.returncode)
+
+
+def run_python(options: argparse.Namespace, arguments: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    python = python_of(options)
+    try:
+        return subprocess.run(
+            [python, *arguments],
+            cwd=ROOT,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise SubmitError(f"--venv {options.venv}: cannot run {python} ({error.strerror})") from error
 
 
 def mlflow_link(settings: Mapping[str, Mapping[str, Any]], run_dir: str) -> str:

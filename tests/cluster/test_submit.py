@@ -39,9 +39,13 @@ def flags(script: str) -> dict[str, str]:
 
 
 def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    python = tmp_path / "venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
     options = [*CONFIG, "--nodes", "6-8", "--time", "1-12", "--after", "12,13", "--interface", "ib0"]
     options += ["--set", f"run.dir={tmp_path}/my run", "--set", "tracking.uri=http://mlflow:5000"]
-    options += ["--from", "the export", "--venv", "/opt/venv", "--cpus-per-task", "12"]
+    options += ["--from", "the export", "--venv", str(tmp_path / "venv"), "--cpus-per-task", "12"]
     script = dry_run(capsys, *options, "--warn-seconds", "600")
     assert flags(script) == {
         "requeue": "",
@@ -58,7 +62,7 @@ def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureF
     }
     for line in (
         f"export RUN_DIR='{tmp_path}/my run'",
-        "export PYTHON=/opt/venv/bin/python",
+        f"export PYTHON={python}",
         "export NCCL_SOCKET_IFNAME=ib0",
         "export MIN_NODES=6",
         "export TASKS_PER_NODE=8",
@@ -70,6 +74,7 @@ def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureF
         assert line in script.splitlines()
     assert "--data-url data/quickstart/train" in script
     assert "--mlflow-uri http://mlflow:5000" in script
+    assert "--checkpoint-url" not in script
     assert not (tmp_path / "my run").exists()
 
 
@@ -100,7 +105,8 @@ def test_the_site_comes_from_the_environment_and_options_win(
         ([*CONFIG, "--nodes", "2", "--time", "5", "--set", "steps=3"], "--set steps=3: write it as section.key=value"),
         ([*CONFIG, "--nodes", "2", "--time", "5", "--partition", 'a"b'], "must not hold quotes"),
         ([*CONFIG, "--nodes", "2", "--time", "5", "--", "more"], "is for evaluate and pack"),
-        (["--config", "none.yaml", "--nodes", "2", "--time", "5"], "--config none.yaml: cannot be read"),
+        (["--config", "none.yaml", "--nodes", "2", "--time", "5"], "none.yaml: no such config file"),
+        ([*CONFIG, "--nodes", "2", "--time", "5", "--venv", "/none"], "--venv /none: cannot run /none/bin/python"),
         (["--job", "pack", "--time", "5", "--", "x"], "--job pack needs --tasks"),
         (["--job", "pack", "--tasks", "0", "--time", "5", "--", "x"], "--tasks 0: must be at least 1"),
         (["--job", "evaluate", "--time", "5"], "--job evaluate needs the program's arguments"),
@@ -113,10 +119,30 @@ def test_mistakes_end_in_one_sentence(options: list[str], words: str, capsys: py
     assert len(text.splitlines()) == 1
 
 
-def test_a_config_without_what_is_needed_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_the_trainer_refuses_ends_with_its_words_and_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "c.yaml").write_text("run: {name: x}\n")
     assert submit.main(["--config", str(tmp_path / "c.yaml"), "--nodes", "1", "--time", "5", "--dry-run"]) == 2
-    assert "run.dir is missing" in capsys.readouterr().err
+    assert "run.dir" in capsys.readouterr().err
+    # Without --no-check the data has to be there, too.
+    options = [*CONFIG[:2], "--set", f"data.train_url={tmp_path}/nowhere", "--set", "train.global_batch_images=32"]
+    assert submit.main([*options, "--nodes", "1", "--time", "5", "--dry-run"]) == 2
+    captured = capsys.readouterr()
+    assert f"no shards at {tmp_path}/nowhere" in captured.err and captured.out == ""
+
+
+def test_values_are_those_the_trainer_uses_not_those_that_stand_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plain YAML would take the second of two sections `run`; the trainer refuses them."""
+    text = (ROOT / "configs/quickstart.yaml").read_text()
+    (tmp_path / "c.yaml").write_text(text)
+    options = ["--config", str(tmp_path / "c.yaml"), "--no-check", "--nodes", "1", "--time", "5"]
+    script = dry_run(capsys, *options, "--set", "checkpoint.url=s3://bucket/run", "--set", "run.name=a b")
+    assert "--checkpoint-url s3://bucket/run" in script and flags(script)["job-name"] == "a_b"
+    (tmp_path / "c.yaml").write_text(text + "run: {name: x, dir: y}\n")
+    assert submit.main([*options, "--dry-run"]) == 2
 
 
 def test_what_sbatch_says_is_passed_on(
