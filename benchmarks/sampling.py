@@ -56,7 +56,7 @@ from models.pattern import Pattern, QueryBlock
 from models.pixel_order import to_positions
 from trainer.config import load_config
 from trainer.model_inputs import area_downsample
-from trainer.run_folder import load_trained_model
+from trainer.trained_model import load_trained_model
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_CONFIG, GPU_CONFIG = ROOT / "configs/cifar10_cat.yaml", ROOT / "configs/imagenet64_big.yaml"

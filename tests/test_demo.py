@@ -30,7 +30,7 @@ from trainer import demo
 from trainer.demo import HOST, Demo, make_app, prepare
 from trainer.model_inputs import area_downsample
 from trainer.pictures import to_picture
-from trainer.run_folder import TrainedModel
+from trainer.trained_model import TrainedModel
 
 SECONDS = 60.0
 FOUR_VALUES = {"model__input": "categorical", "model__output": "categorical", "model__mixtures": 0}

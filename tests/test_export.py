@@ -31,7 +31,7 @@ from trainer.exported_model import (
     write_exported,
 )
 from trainer.journal import Journal, RunFiles
-from trainer.run_folder import TrainedModel, load_trained_model
+from trainer.trained_model import TrainedModel, load_trained_model
 
 ORIGIN = Origin(
     run="tiny",

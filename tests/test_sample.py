@@ -15,8 +15,8 @@ from tests.tiny_model import random_images
 from tests.tiny_run import CLASSES, SUPER_RESOLUTION, tiny_run
 from trainer import sample
 from trainer.pictures import GAP, UNKNOWN, enlarged, to_picture
-from trainer.run_folder import TrainedModel
 from trainer.sample import ProgressBar
+from trainer.trained_model import TrainedModel
 
 
 @pytest.fixture(scope="module")

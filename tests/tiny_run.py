@@ -8,7 +8,7 @@ from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, settings
 from trainer.config import load_config
 from trainer.journal import RunFiles
-from trainer.run_folder import TrainedModel
+from trainer.trained_model import TrainedModel
 
 CLASSES = {"model__num_classes": 5, "model__label_dropout": 0.1}
 SUPER_RESOLUTION = {"model__condition_size": 4, "model__encoder_layers": 1}

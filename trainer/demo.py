@@ -40,7 +40,7 @@ from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import area_downsample
 from trainer.pictures import enlarged, open_picture, to_picture, to_tensor
-from trainer.run_folder import TrainedModel, add_run_arguments, load_trained_model
+from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("demo_page.html")

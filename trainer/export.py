@@ -14,7 +14,7 @@ from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.exported_model import Origin, is_exported, write_exported
 from trainer.journal import Journal, RunFiles
-from trainer.run_folder import add_run_arguments, load_trained_model
+from trainer.trained_model import add_run_arguments, load_trained_model
 
 
 def main(arguments: list[str] | None = None) -> int:
