@@ -2,7 +2,7 @@
 
 import random
 
-from trainer.divergence import SkipCounter, SpikeAlarm
+from trainer.faults.divergence import SkipCounter, SpikeAlarm
 
 
 def test_a_single_skip_changes_nothing() -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests import sabotage
 from tests.launch import curve, finish, settings, start, train
 from trainer.checkpoint import intact
-from trainer.replicas import _describe
+from trainer.faults.replicas import _describe
 
 HOST = os.uname().nodename
 

@@ -10,7 +10,7 @@ import pytest
 from tests.launch import finish, settings, start, train, wait_for_step
 from tests.s3_server import S3Server
 from trainer.checkpoint import intact
-from trainer.preemption import SAME_REQUEST_SECONDS
+from trainer.faults.preemption import SAME_REQUEST_SECONDS
 
 LONG = 100_000
 BUSY_WITH = {

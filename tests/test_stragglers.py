@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests import sabotage
 from tests.launch import finish, settings, start
-from trainer.stragglers import SLOW_POINTS, StragglerWatch
+from trainer.faults.stragglers import SLOW_POINTS, StragglerWatch
 
 
 def stragglers(run_dir: Path) -> list[dict[str, object]]:

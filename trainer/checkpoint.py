@@ -27,8 +27,8 @@ from data_pipeline.storage import DataError, Store
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.engine import Engine, State
 from trainer.errors import CheckpointError, UsageError
+from trainer.faults.replicas import check_replicas
 from trainer.ranks import Ranks, all_sum, from_all_ranks, from_rank_0
-from trainer.replicas import check_replicas
 
 log = logging.getLogger(__name__)
 

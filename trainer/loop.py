@@ -15,20 +15,20 @@ from data_pipeline.damaged_blocks import DamagedBlocks
 from models.likelihood import nats
 from trainer.checkpoint import Checkpoints, write_tensors
 from trainer.config import RunConfig
-from trainer.divergence import SkipCounter, SpikeAlarm
 from trainer.engine import Engine, Update
 from trainer.errors import Diverged, Superseded
+from trainer.faults.divergence import SkipCounter, SpikeAlarm
+from trainer.faults.preemption import StopRequest
+from trainer.faults.stragglers import SLOW_POINTS, StragglerWatch
+from trainer.faults.watchdog import Watchdog
 from trainer.journal import RunFiles
 from trainer.metrics import Meter, work_of
 from trainer.model_inputs import model_inputs
 from trainer.optimizer import learning_rate
-from trainer.preemption import StopRequest
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
-from trainer.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.tracking import NoTracker, Tracker
-from trainer.watchdog import Watchdog
 from trainer.wording import counted
 
 log = logging.getLogger(__name__)

@@ -52,10 +52,11 @@ from trainer.errors import (  # noqa: E402
     is_foreseen,
 )
 from trainer.exported_model import first_states, load_first_weights, origin_tags  # noqa: E402
+from trainer.faults.preemption import StopRequest  # noqa: E402
+from trainer.faults.watchdog import Verdict, Watchdog  # noqa: E402
 from trainer.gpus import missing_precision  # noqa: E402
 from trainer.journal import RunFiles  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
-from trainer.preemption import StopRequest  # noqa: E402
 from trainer.profiler import StepProfiler, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 from trainer.ranks import Ranks, from_rank_0, meeting, ranks_from_environment  # noqa: E402
@@ -72,7 +73,6 @@ from trainer.startup import (  # noqa: E402
 )
 from trainer.tracking import open_tracker  # noqa: E402
 from trainer.training_samples import draw_grid  # noqa: E402
-from trainer.watchdog import Verdict, Watchdog  # noqa: E402
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0
 """The last resort, behind the watchdog's shorter limits: a rank that does not join a collective for so long is lost."""

@@ -19,10 +19,10 @@ from trainer.config import RunConfig, as_yaml
 from trainer.deepspeed_engine import accumulation_steps, deepspeed_config
 from trainer.errors import CheckpointError, RunFolderFull, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
+from trainer.faults.run_lock import RunLock
 from trainer.journal import RunFiles
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
-from trainer.run_lock import RunLock
 from trainer.wording import counted
 
 OPENING_DEADLINE_SECONDS = 60.0
