@@ -16,7 +16,7 @@ from pathlib import Path
 import mlflow
 
 from tests.preloaded import Rank, start_rank
-from trainer.mlflow_mirror import quiet_mlflow
+from trainer.record.mlflow_mirror import quiet_mlflow
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = ROOT / "configs/quickstart.yaml"

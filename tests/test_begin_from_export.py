@@ -12,7 +12,7 @@ import pytest
 from tests.launch import QUICKSTART, curve, free_port, settings, train
 from trainer import evaluate, export, run, sample
 from trainer.exported_model import load_exported
-from trainer.journal import Journal
+from trainer.record.run_folder import Journal
 
 EVERY_IMAGE = {"train__steps": 4, "evaluate__images": None, "evaluate__every_steps": 100}
 

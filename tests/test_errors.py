@@ -28,7 +28,7 @@ OTHER_NAMES = {
 }
 COPYING = sorted([*(ROOT / "data_pipeline").rglob("*.py"), *(ROOT / "cluster").rglob("*.py")])
 # Caught where they are raised for: they end no command.
-CAUGHT = {"trainer.loop.Interrupted", "trainer.demo.BadRequest", "trainer.mlflow_mirror.MirrorInUse"}
+CAUGHT = {"trainer.loop.Interrupted", "trainer.demo.BadRequest", "trainer.record.mlflow_mirror.MirrorInUse"}
 
 
 def constants(path: Path) -> dict[str, int]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import pack_photographs
 from tests.launch import ROOT, curve, free_port, settings, train
-from trainer.journal import RunFiles
+from trainer.record.run_folder import RunFiles
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from trainer.exported_model import (
     load_first_weights,
     write_exported,
 )
-from trainer.journal import Journal, RunFiles
+from trainer.record.run_folder import Journal, RunFiles
 from trainer.trained_model import TrainedModel, load_trained_model
 
 ORIGIN = Origin(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
-from trainer.journal import Journal, RunFiles, working_seconds
+from trainer.record.run_folder import Journal, RunFiles, working_seconds
 
 
 def numbers(path: Path) -> list[int]:
@@ -51,7 +51,7 @@ def test_a_file_that_somebody_replaced_is_read_from_its_beginning(tmp_path: Path
 
 def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from trainer.journal import Journal\n"
+        "import sys; from pathlib import Path; from trainer.record.run_folder import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "for n in range(500): journal.append({'n': n, 'who': sys.argv[2], 'text': 'x' * 3000})\n"
     )
@@ -68,7 +68,7 @@ def test_a_disk_that_is_full_for_a_while_loses_no_line(
 ) -> None:
     """RLIMIT_FSIZE makes the kernel write a part of a line and then refuse, as a full disk does."""
     program = (
-        "import json, resource, signal, sys; from pathlib import Path; from trainer.journal import Journal\n"
+        "import json, resource, signal, sys; from pathlib import Path; from trainer.record.run_folder import Journal\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
@@ -101,7 +101,7 @@ def test_appending_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 def test_a_kill_in_the_middle_leaves_whole_lines(tmp_path: Path) -> None:
     program = (
-        "import itertools, sys; from pathlib import Path; from trainer.journal import Journal\n"
+        "import itertools, sys; from pathlib import Path; from trainer.record.run_folder import Journal\n"
         "journal = Journal(Path(sys.argv[1]))\n"
         "for n in itertools.count():\n"
         "    journal.append({'n': n, 'text': 'x' * 2000})\n"

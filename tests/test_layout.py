@@ -23,7 +23,8 @@ ALLOWED = {
 HOME = {
     "deepspeed": {"trainer/deepspeed_engine.py"},
     "mlflow": {
-        f"trainer/{name}.py" for name in ("mlflow_mirror", "comparison/run_history", "system_metrics", "tracking")
+        f"trainer/{name}.py"
+        for name in ("record/mlflow_mirror", "record/system_metrics", "record/tracker", "comparison/run_history")
     },
     "yaml": {"trainer/config.py"},
     "pydantic": {"trainer/config.py"},
@@ -101,7 +102,7 @@ def test_the_job_imports_no_command_line_tool() -> None:
         reached |= ahead
         ahead = set().union(*(graph[module] for module in ahead)) - reached
     assert {"trainer.loop", "data_pipeline.order", "models.pattern"} <= reached  # the walk gets everywhere
-    assert {module for module in reached if is_tool(module)} == {"trainer.run", "trainer.tracking"}
+    assert {module for module in reached if is_tool(module)} == {"trainer.run", "trainer.record.tracker"}
 
 
 def is_tool(module: str) -> bool:

@@ -11,9 +11,9 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from tests.test_tracking import BITS, history, runs_in, tracker_in
-from trainer import mlflow_mirror
-from trainer.journal import RunFiles
-from trainer.mlflow_mirror import Mirror, on_network_disk, open_client
+from trainer.record import mlflow_mirror
+from trainer.record.mlflow_mirror import Mirror, on_network_disk, open_client
+from trainer.record.run_folder import RunFiles
 
 MOUNTS = """\
 /dev/root / ext4 rw 0 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.redaction import redact, redacted
+from trainer.record.redaction import redact, redacted
 
 SECRET = "wJalrXUt/nFEMI+K7"
 
@@ -76,7 +76,7 @@ def test_prints_logs_and_tracebacks_of_a_program_are_guarded() -> None:
     program = (
         "import logging, sys\n"
         "early = logging.StreamHandler(sys.stdout)\n"  # as DeepSpeed makes one when it is imported
-        "from trainer.redaction import guard_output\n"
+        "from trainer.record.redaction import guard_output\n"
         "guard_output(); guard_output()\n"
         "import os; secret = os.environ['AWS_SECRET_ACCESS_KEY']\n"
         "logger = logging.getLogger('library'); logger.addHandler(early)\n"

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import pack_photographs
 from tests.launch import ROOT, finish, settings, start
 from tests.test_tracking import DATASETS, config_in
-from trainer.tracking import Tracker
+from trainer.record.tracker import Tracker
 
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIDSECRETSECRET0001",

@@ -20,9 +20,9 @@ from tests.mlflow_server import MlflowServer
 from trainer import tracking
 from trainer.config import RunConfig, load_config
 from trainer.errors import MlflowUnreachable
-from trainer.journal import RunFiles
 from trainer.ranks import Ranks
-from trainer.tracking import NoTracker, Tracker, metric_name, open_tracker, record_results
+from trainer.record.run_folder import RunFiles
+from trainer.record.tracker import CLOSE_SECONDS, NoTracker, Tracker, metric_name, open_tracker, record_results
 
 SHARDS = SimpleNamespace(
     url="/data/train",
@@ -259,7 +259,7 @@ def test_a_folder_that_lost_its_run_id_finds_its_run_again(tmp_path: Path) -> No
 def test_a_server_that_was_never_there_costs_a_warning_and_gets_everything_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr("trainer.record.tracker.SEND_EVERY_SECONDS", 0.01)
     config = config_in(tmp_path, f"tracking.uri=http://127.0.0.1:{free_port()}")
     with caplog.at_level(logging.WARNING):
         tracker = Tracker(config, world_size=1, datasets=DATASETS)
@@ -289,7 +289,7 @@ def test_a_server_that_was_never_there_costs_a_warning_and_gets_everything_later
 
 
 def test_a_required_server_that_is_away_ends_the_start_with_69(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "REQUIRED_SECONDS", 2.0)
+    monkeypatch.setattr("trainer.record.tracker.REQUIRED_SECONDS", 2.0)
     with pytest.raises(MlflowUnreachable, match="tracking.required: MLflow at http://127.*does not answer") as caught:
         tracker_in(tmp_path, "tracking.required=true", f"tracking.uri=http://127.0.0.1:{free_port()}")
     assert caught.value.exit_code == 69
@@ -303,7 +303,7 @@ def test_a_required_store_that_answers_is_open_when_training_begins(tmp_path: Pa
 
 
 def test_new_sqlite_stores_survive_being_opened_by_several_processes_at_once(tmp_path: Path) -> None:
-    program = "import sys; from trainer.mlflow_mirror import open_client; open_client(sys.argv[1])"
+    program = "import sys; from trainer.record.mlflow_mirror import open_client; open_client(sys.argv[1])"
     command = [sys.executable, "-c", program, f"sqlite:///{tmp_path}/new/mlflow.db"]
     processes = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in processes:
@@ -356,8 +356,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 def test_no_step_waits_for_a_frozen_or_killed_server_and_nothing_is_lost(
     tmp_path: Path, server: MlflowServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracking, "SEND_EVERY_SECONDS", 0.05)
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr("trainer.record.tracker.SEND_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr("trainer.record.tracker.LONGEST_PAUSE_SECONDS", 0.5)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     seconds = []
 
@@ -403,7 +403,7 @@ def test_a_start_does_not_wait_for_a_frozen_server_and_the_end_only_so_long(
     tmp_path: Path, server: MlflowServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
-    monkeypatch.setitem(tracking.CLOSE_SECONDS, "stopped", 0.5)
+    monkeypatch.setitem(CLOSE_SECONDS, "stopped", 0.5)
     server.freeze()
     try:
         before = time.monotonic()

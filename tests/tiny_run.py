@@ -7,7 +7,7 @@ import torch
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, settings
 from trainer.config import load_config
-from trainer.journal import RunFiles
+from trainer.record.run_folder import RunFiles
 from trainer.trained_model import TrainedModel
 
 CLASSES = {"model__num_classes": 5, "model__label_dropout": 0.1}

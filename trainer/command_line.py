@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable
 
 from trainer.errors import FINISHED, INTERRUPTED, code_of, is_foreseen
-from trainer.redaction import guard_output
+from trainer.record.redaction import guard_output
 
 
 def report(error: BaseException) -> None:

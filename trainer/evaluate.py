@@ -29,8 +29,8 @@ from trainer.errors import code_of
 from trainer.heat_map import heat_map
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
+from trainer.record.tracker import record_results
 from trainer.scoring import score
-from trainer.tracking import record_results
 from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
 
 CHANNELS = ("red", "green", "blue")

@@ -13,7 +13,7 @@ from trainer.checkpoint import Weights, checkpoints_url, intact
 from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.exported_model import Origin, is_exported, write_exported
-from trainer.journal import Journal, RunFiles
+from trainer.record.run_folder import Journal, RunFiles
 from trainer.trained_model import add_run_arguments, load_trained_model
 
 

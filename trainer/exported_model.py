@@ -23,8 +23,8 @@ from trainer.checkpoint import Weights
 from trainer.config import RunConfig, config_from
 from trainer.engine import State
 from trainer.errors import CheckpointError, ConfigError, UsageError
-from trainer.journal import write_json
 from trainer.optimizer import state_names
+from trainer.record.run_folder import write_json
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"

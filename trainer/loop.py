@@ -21,14 +21,14 @@ from trainer.faults.divergence import SkipCounter, SpikeAlarm
 from trainer.faults.preemption import StopRequest
 from trainer.faults.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.faults.watchdog import Watchdog
-from trainer.journal import RunFiles
 from trainer.metrics import Meter, work_of
 from trainer.model_inputs import model_inputs
 from trainer.optimizer import learning_rate
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
-from trainer.tracking import NoTracker, Tracker
+from trainer.record.run_folder import RunFiles
+from trainer.record.tracker import NoTracker, Tracker
 from trainer.wording import counted
 
 log = logging.getLogger(__name__)

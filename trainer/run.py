@@ -55,12 +55,13 @@ from trainer.exported_model import first_states, load_first_weights, origin_tags
 from trainer.faults.preemption import StopRequest  # noqa: E402
 from trainer.faults.watchdog import Verdict, Watchdog  # noqa: E402
 from trainer.gpus import missing_precision  # noqa: E402
-from trainer.journal import RunFiles  # noqa: E402
 from trainer.loop import Interrupted, Job, TrainingState, train  # noqa: E402
 from trainer.profiler import StepProfiler, parse_window  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 from trainer.ranks import Ranks, from_rank_0, meeting, ranks_from_environment  # noqa: E402
-from trainer.redaction import guard_output  # noqa: E402
+from trainer.record.redaction import guard_output  # noqa: E402
+from trainer.record.run_folder import RunFiles  # noqa: E402
+from trainer.record.tracker import open_tracker  # noqa: E402
 from trainer.scoring import score  # noqa: E402
 from trainer.startup import (  # noqa: E402
     Start,
@@ -71,7 +72,6 @@ from trainer.startup import (  # noqa: E402
     prepare_run_folder,
     print_check,
 )
-from trainer.tracking import open_tracker  # noqa: E402
 from trainer.training_samples import draw_grid  # noqa: E402
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0

@@ -29,7 +29,7 @@ from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import Inputs, area_downsample, model_inputs
 from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
-from trainer.tracking import record_results
+from trainer.record.tracker import record_results
 from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
 from trainer.wording import counted
 

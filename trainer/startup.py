@@ -20,9 +20,9 @@ from trainer.deepspeed_engine import accumulation_steps, deepspeed_config
 from trainer.errors import CheckpointError, RunFolderFull, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
 from trainer.faults.run_lock import RunLock
-from trainer.journal import RunFiles
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
+from trainer.record.run_folder import RunFiles
 from trainer.wording import counted
 
 OPENING_DEADLINE_SECONDS = 60.0

@@ -13,7 +13,7 @@ from trainer.checkpoint import Weights, checkpoints_url, intact, read_weights
 from trainer.config import RunConfig, load_config
 from trainer.errors import UsageError
 from trainer.exported_model import is_exported, load_exported
-from trainer.journal import RunFiles
+from trainer.record.run_folder import RunFiles
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from trainer.comparison.charts import Line, line_chart, number, running_mean, ti
 from trainer.comparison.published import PUBLISHED, data_set_key
 from trainer.comparison.run_history import RunHistory, history_of_folder, history_of_run
 from trainer.config import load_config
-from trainer.journal import RunFiles
-from trainer.tracking import Tracker, record_results
+from trainer.record.run_folder import RunFiles
+from trainer.record.tracker import Tracker, record_results
 
 
 def shards(version: str, size: int = 32, digest: str = "ab") -> SimpleNamespace:

@@ -13,9 +13,9 @@ from mlflow.exceptions import MlflowException
 
 from trainer.config import flat, load_config
 from trainer.errors import ConfigError, MlflowUnreachable, UsageError
-from trainer.journal import Journal, RunFiles, read_json, working_seconds
-from trainer.mlflow_mirror import open_client
-from trainer.tracking import one_line
+from trainer.record.mlflow_mirror import open_client
+from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds
+from trainer.record.tracker import one_line
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 MOST_RUNS = 50

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from trainer.errors import RunInUse
-from trainer.journal import RunFiles
+from trainer.record.run_folder import RunFiles
 
 log = logging.getLogger(__name__)
 

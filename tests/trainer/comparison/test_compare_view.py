@@ -8,7 +8,7 @@ import pytest
 from tests.browser import CHROMIUM, Browser
 from tests.mlflow_server import MlflowServer
 from tests.trainer.test_compare import make_run
-from trainer.journal import RunFiles
+from trainer.record.run_folder import RunFiles
 
 VIEW_SECONDS = 120.0
 # Charts that draw two different lines of three points at least.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20.0
 LARGEST_DIFF_CHARACTERS = 4 << 20
 _ENVIRONMENT = ("CUDA_", "DS_", "LD_PRELOAD", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB", "SLURM_N", "TORCH_", "TRITON_")

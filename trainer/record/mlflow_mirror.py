@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from PIL import Image
 
-from trainer.journal import Journal, RunFiles, read_json, write_json
+from trainer.record.run_folder import Journal, RunFiles, read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.storage import atomic_file
-from trainer.redaction import redacted
+from trainer.record.redaction import redacted
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,374 @@
+"""What is recorded of a run, and where? In the run's folder first, then in MLflow, without a step waiting for it.
+
+Only rank 0 records; the other ranks have a `NoTracker`. A call writes a line into a file of the run's folder and
+returns. One thread sends new lines to MLflow (trainer/record/mlflow_mirror.py). MLflow being away never stops
+training: a warning says so, another one says when it is back, and nothing is lost.
+"""
+
+import getpass
+import logging
+import re
+import shutil
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_USER
+from PIL import Image
+
+from trainer.config import RunConfig, as_yaml, flat
+from trainer.errors import MlflowUnreachable
+from trainer.ranks import Ranks, from_rank_0
+from trainer.record.mlflow_mirror import Mirror, MirrorInUse
+from trainer.record.provenance import (
+    code_changes,
+    code_tags,
+    data_description,
+    digest_of_text,
+    environment,
+    machine_tags,
+    packages,
+)
+from trainer.record.redaction import redact, redacted
+from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds, write_json
+from trainer.record.system_metrics import SystemMetrics
+from trainer.wording import counted
+
+log = logging.getLogger(__name__)
+
+State = Literal["running", "finished", "stopped", "failed"]
+
+SEND_EVERY_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 60.0
+"""Between two tries while MLflow is away."""
+REQUIRED_SECONDS = 30.0
+"""How long MLflow may take to answer at the start, where tracking.required asks for it."""
+CLOSE_SECONDS: dict[State, float] = {"finished": 30.0, "stopped": 10.0, "failed": 30.0}
+"""For sending the rest at the end; a job that was told to stop has little time."""
+MAX_PARAM_CHARACTERS = 6000
+MAX_KEY_CHARACTERS = 250
+
+
+class Tracker:
+    """One training run = one MLflow run, continued over any number of restarts, with one point a step. On rank 0."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        world_size: int,
+        datasets: Mapping[str, Any],
+        artifacts: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Begin to record in the folder `config.run.dir`, or go on there.
+
+        `datasets` maps training and validation to opened shards. `artifacts` are texts to keep with the run, by file
+        name (DeepSpeed's configuration). `tags` are added to those that every run has.
+        """
+        self._files = files = RunFiles(Path(config.run.dir))
+        self._metrics, self._events = Journal(files.metrics), Journal(files.events)
+        for journal in (self._metrics, self._events):
+            journal.repair()
+        self._last_steps = files.last_steps()
+        self._last_images: dict[str, int] = {}
+        for record in self._events.records():
+            if record["event"] == "image":
+                self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
+        now = time.time()
+        _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
+        files.write_state(state="running", started=now)
+        last_step = max(self._last_steps.values(), default=0)
+        self.event(last_step, "start", f"on {counted(world_size, 'rank')}", world_size=world_size)
+        self._uploader = Uploader(files)
+        self._uploader.start()
+        self._system: SystemMetrics | None = None
+        if config.tracking.system_metrics:
+            self._system = SystemMetrics(self._log_system)
+            self._system.start()
+
+    def wait_until_open(self, seconds: float) -> str | None:
+        """None once MLflow has the run. After so many seconds without an answer, the reason."""
+        return self._uploader.wait_until_open(seconds)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics after `step` updates; a step that an earlier attempt recorded is not recorded twice."""
+        named = {metric_name(name): float(value) for name, value in metrics.items()}
+        fresh = {name: value for name, value in named.items() if step > self._last_steps.get(name, -1)}
+        if fresh:
+            self._last_steps |= dict.fromkeys(fresh, step)
+            self._metrics.append({"step": step, "time": time.time(), "metrics": fresh})
+
+    def event(self, step: int, name: str, text: str, **fields: Any) -> None:
+        """Record that something happened: a line of `events.jsonl`, and a tag `event.NAME` that holds the last one."""
+        self._events.append(redacted({"step": step, "time": time.time(), "event": name, "text": text, **fields}))
+
+    def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
+        """Keep a picture under `samples/` and show it in MLflow, where pictures of one key form a series over steps."""
+        if step <= self._last_images.get(key, -1):
+            return
+        key = re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII)
+        self._last_images[key] = step
+        path = self._files.samples / f"{key.replace('/', '_')}-step-{step:09d}.png"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(image, Image.Image):
+                image.save(path)
+            elif Path(image).resolve() != path.resolve():
+                shutil.copyfile(image, path)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); training goes on without this picture", path, error)
+            return
+        file = path.relative_to(self._files.folder).as_posix()
+        self.event(step, "image", "", key=key, file=file)
+
+    def log_file(self, path: Path | str, folder: str) -> None:
+        """Send a file to MLflow, into a folder of the run's artifacts; it must stay where it is."""
+        last_step = max(self._last_steps.values(), default=0)
+        self.event(last_step, "file", "", file=_place(self._files, Path(path)), folder=folder)
+
+    def close(self, state: State, *, code: int, reason: str, step: int) -> None:
+        """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow."""
+        if self._system is not None:
+            self._system.stop()
+        if state == "finished":
+            self.log(step, _summary(self._files))
+        try:
+            self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", self._files.state, error)
+        self._metrics.close()
+        self._events.close()
+        unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
+        if problem is not None:
+            log.warning(
+                "%s and the end of the run not sent to MLflow (%s); run: python -m trainer.tracking sync %s",
+                counted(unsent, "point"), problem, self._files.folder,
+            )  # fmt: skip
+
+    def _log_system(self, values: dict[str, float]) -> None:
+        # As in MLflow these points have steps of their own: a training that stands still is to be seen as well.
+        step = 1 + max((self._last_steps.get(name, -1) for name in values), default=-1)
+        self.log(step, values)
+
+
+class NoTracker:
+    """What the other ranks have in place of a `Tracker`: rank 0 records for all of them."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def event(self, step: int, name: str, text: str, **fields: Any) -> None:
+        pass
+
+    def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
+        pass
+
+    def log_file(self, path: Path | str, folder: str) -> None:
+        pass
+
+    def close(self, state: State, *, code: int, reason: str, step: int) -> None:
+        pass
+
+
+def open_tracker(
+    config: RunConfig,
+    ranks: Ranks,
+    *,
+    datasets: Mapping[str, Any],
+    artifacts: Mapping[str, str] | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Tracker | NoTracker:
+    """What records the run on this rank. Collective; the arguments are those of `Tracker`.
+
+    With `tracking.required` this waits until MLflow answers. Raises MlflowUnreachable on all ranks if it does not.
+    """
+    tracker: Tracker | NoTracker = NoTracker()
+    problem = None
+    if ranks.rank == 0:
+        tracker = Tracker(config, world_size=ranks.world_size, datasets=datasets, artifacts=artifacts, tags=tags)
+        problem = tracker.wait_until_open(REQUIRED_SECONDS) if config.tracking.required else None
+    if config.tracking.required and (problem := from_rank_0(problem)) is not None:
+        raise MlflowUnreachable(
+            f"tracking.required: MLflow at {redact(config.tracking.uri)} does not answer ({problem}); "
+            "start it, correct tracking.uri, or set tracking.required=false"
+        )
+    return tracker
+
+
+class Uploader(threading.Thread):
+    """Sends what the run's files hold, every few seconds; while MLflow is away it tries again less and less often."""
+
+    def __init__(self, files: RunFiles) -> None:
+        super().__init__(name="mlflow", daemon=True)
+        self._files = files
+        self._mirror = Mirror(files)
+        self._closing = threading.Event()
+        self._opened = threading.Event()
+        self._problem: str | None = "no answer yet"
+        self._failures = 0
+
+    def wait_until_open(self, seconds: float) -> str | None:
+        """None once MLflow has the run, else after so many seconds the reason why not."""
+        return None if self._opened.wait(seconds) else self._problem
+
+    def close(self, seconds: float) -> tuple[int, str | None]:
+        """Send the rest and how the run ended, for so many seconds at most; what is left: points, and the reason."""
+        self._closing.set()
+        self.join(timeout=seconds)
+        problem = f"no answer in {seconds:.0f} seconds" if self.is_alive() else self._problem
+        return (self._mirror.unsent_points() if problem else 0), problem
+
+    def run(self) -> None:
+        pause = 0.0
+        while not self._closing.wait(pause):
+            self._send(end=False)
+            pause = min(SEND_EVERY_SECONDS * 2 ** min(self._failures, 10), LONGEST_PAUSE_SECONDS)
+        self._send(end=True)
+        if self._failures and self._opened.is_set():
+            time.sleep(1)  # a store that was busy for a moment
+            self._send(end=True)
+        self._mirror.close()
+
+    def _send(self, *, end: bool) -> None:
+        try:
+            self._mirror.catch_up(end=end)
+        except MirrorInUse as error:
+            self._failures, self._problem = 1, str(error)
+        # Whatever MLflow, its store or its network come up with: training must not stop for it.
+        except Exception as error:  # noqa: BLE001
+            self._failures += 1
+            self._problem = one_line(error)
+            if self._failures == 1:
+                log.warning(
+                    "MLflow does not answer (%s); the run goes on and keeps %s", self._problem, self._files.metrics
+                )  # noqa: E501
+        else:
+            if self._failures and self._opened.is_set():
+                log.warning("MLflow answers again and has everything that was recorded meanwhile")
+            self._failures, self._problem = 0, None
+            self._opened.set()
+
+
+def record_results(
+    files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path], folder: str = "samples"
+) -> None:
+    """Add what a tool found out about a run to its files and its MLflow run; artifacts go to a folder there."""
+    journal, events, now = Journal(files.metrics), Journal(files.events), time.time()
+    last_steps = files.last_steps()
+    named = {metric_name(name): float(value) for name, value in metrics.items()}
+    if fresh := {name: value for name, value in named.items() if step > last_steps.get(name, -1)}:
+        journal.append({"step": step, "time": now, "metrics": fresh})
+    for path in artifacts:
+        place = _place(files, path)
+        events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": folder})
+    journal.close()
+    events.close()
+    try:
+        catch_up(files, end=False)
+    except MirrorInUse:
+        pass  # the training job sends it
+    except Exception as error:  # noqa: BLE001 (the results are in the files, whatever MLflow says)
+        log.warning(
+            "MLflow does not answer (%s); the results are in %s, and python -m trainer.tracking sync %s sends them",
+            one_line(error), files.folder, files.folder,
+        )  # fmt: skip
+
+
+def catch_up(files: RunFiles, *, end: bool) -> Mirror:
+    """Send everything that MLflow does not have, now, from this process. Raises what Mirror.catch_up raises."""
+    mirror = Mirror(files)
+    try:
+        mirror.catch_up(end=end)
+    finally:
+        mirror.close()
+    return mirror
+
+
+def metric_name(name: str) -> str:
+    """The name as MLflow takes it: letters, digits, `_ - . space : /`, without empty parts, `.` and `..`."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
+    return "/".join(part for part in parts if part.strip(".") != "")[:MAX_KEY_CHARACTERS] or "unnamed"
+
+
+def one_line(error: BaseException) -> str:
+    """An error as part of a sentence: its first line, without secrets, of bearable length."""
+    text = redact(str(error)).strip() or type(error).__name__
+    line = text.splitlines()[0]
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
+def _describe_run(
+    files: RunFiles,
+    config: RunConfig,
+    world_size: int,
+    datasets: Mapping[str, Any],
+    artifacts: Mapping[str, str],
+    more_tags: Mapping[str, str],
+    now: float,
+) -> None:
+    """Write down all that MLflow is told when the run is opened, so that it can be opened at any time later."""
+    text = redact(as_yaml(config))
+    files.config.write_text(text)
+    files.repro.mkdir(exist_ok=True)
+    repro = {"packages.txt": packages(), "git.diff": code_changes(), "environment.txt": environment(), **artifacts}
+    for name, content in repro.items():
+        (files.repro / name).write_text(redact(content))
+    before = read_json(files.description)
+    # The lock of the run's folder counts attempts; a folder without it is counted here.
+    attempt = files.read_state().get("attempt", before.get("attempt", 0) + 1)
+    machine = machine_tags(world_size)
+    attempts = [*before.get("attempts", []), {"started": now, "world_size": world_size, "host": machine["host"]}]
+    data = [data_description(context, shards) for context, shards in datasets.items()]
+    tags = {MLFLOW_SOURCE_NAME: "trainer/run.py", MLFLOW_USER: _user(), "config.sha": digest_of_text(text)}
+    tags |= machine | code_tags() | {"attempts": str(len(attempts))}
+    tags |= {f"data.{key}": str(data[0][key]) for key in ("name", "version", "digest")} if data else {}
+    tags |= more_tags
+    for number, entry in enumerate(attempts, start=1):
+        tags |= {f"attempt.{number}.{key}": str(value) for key, value in entry.items()}
+    params = {key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in flat(config).items()}
+    description = {
+        "uri": config.tracking.uri,
+        "experiment": config.tracking.experiment,
+        "name": config.run.name,
+        "key": before.get("key") or uuid.uuid4().hex,
+        "attempt": attempt,
+        "attempts": attempts,
+        "params": params,
+        "tags": tags,
+        "data": data,
+    }
+    write_json(files.description, redacted(description))
+
+
+def _summary(files: RunFiles) -> dict[str, float]:
+    """The few figures by which MLflow's table and parallel coordinates compare runs."""
+    points = list(Journal(files.metrics).records())
+    times = [point["time"] for point in points] + [time.time()]
+    values = {name: [point["metrics"][name] for point in points if name in point["metrics"]]
+              for name in ("val/bits_per_dim", "perf/images_per_s")}  # fmt: skip
+    attempts = read_json(files.description).get("attempts", [])
+    seconds = sum(entry["world_size"] * duration for entry, duration in working_seconds(attempts, times))
+    summary = {"final/gpu_hours": seconds / 3600}
+    if values["val/bits_per_dim"]:
+        summary["final/val_bits_per_dim"] = values["val/bits_per_dim"][-1]
+    if values["perf/images_per_s"]:
+        summary["final/images_per_s"] = statistics.median(values["perf/images_per_s"])
+    return summary
+
+
+def _place(files: RunFiles, path: Path) -> str:
+    """A path as it is found from the run's folder, also after the folder was moved."""
+    path, folder = path.resolve(), files.folder.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "unknown"
