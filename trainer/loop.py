@@ -55,7 +55,7 @@ class TrainingState:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """The parts of one training job, built by `trainer/run.py`."""
+    """The parts of one training job, built by `trainer/job.py`."""
 
     config: RunConfig
     ranks: Ranks
@@ -135,6 +135,16 @@ def train(job: Job, state: TrainingState) -> bool:
         return _stop(job, state)
     job.checkpoints.complete()
     return True
+
+
+def interruptible(batches: Iterator[Batch], stop: StopRequest, watchdog: Watchdog) -> Iterator[Batch]:
+    """The batches of an evaluation, of which every rank has the same number; raises Interrupted when all shall stop."""
+    watchdog.phase("step")
+    for batch in batches:
+        if stop.agreed().stop:
+            raise Interrupted
+        watchdog.alive()
+        yield batch
 
 
 def micro_step(engine: Engine, config: RunConfig, batch: Batch, meter: Meter) -> Tensor:

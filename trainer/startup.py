@@ -16,10 +16,11 @@ from data_pipeline.storage import Store
 from models.image_transformer import model_flops, num_parameters
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
 from trainer.config import RunConfig, as_yaml
-from trainer.deepspeed_engine import accumulation_steps, deepspeed_config
+from trainer.deepspeed_engine import accumulation_steps, check_offloading, deepspeed_config
 from trainer.errors import CheckpointError, RunFolderFull, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
 from trainer.faults.run_lock import RunLock
+from trainer.gpus import missing_precision
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
 from trainer.record.run_folder import RunFiles
@@ -106,6 +107,13 @@ def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:
             "choose another run.dir, or delete that folder"
         )
     return origin
+
+
+def check_machine(config: RunConfig, ranks: Ranks) -> None:
+    """Refuse a config that this machine cannot compute; raises ConfigError or UsageError."""
+    check_offloading(config)
+    if problem := missing_precision(config.train.precision, ranks.local_rank):
+        raise UsageError(problem)
 
 
 def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) -> RunLock | None:

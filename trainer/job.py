@@ -1,0 +1,286 @@
+"""How is a training job built, how does it go on from a checkpoint, and how does it end?"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+from data_pipeline.batch import Batch
+from data_pipeline.damaged_blocks import DamagedBlocks
+from data_pipeline.loader import evaluation_batches, train_batches
+from models.image_transformer import ImageTransformer, flops_by_part
+from trainer.checkpoint import Checkpoint, Checkpoints, checkpoints_url
+from trainer.config import RunConfig
+from trainer.deepspeed_engine import DeepSpeedEngine, deepspeed_config, init_distributed
+from trainer.errors import FINISHED, HANG, STOPPED, LostRank, NoProgress, Superseded, code_of, is_foreseen
+from trainer.exported_model import first_states, load_first_weights, origin_tags
+from trainer.faults.preemption import StopRequest
+from trainer.faults.watchdog import Verdict, Watchdog
+from trainer.loop import Job, TrainingState, interruptible
+from trainer.profiler import StepProfiler
+from trainer.progress import Progress
+from trainer.ranks import Ranks, from_rank_0, meeting
+from trainer.record.run_folder import RunFiles
+from trainer.record.tracker import NoTracker, Tracker, open_tracker
+from trainer.scoring import score
+from trainer.startup import Start, check_fits, count_start
+from trainer.training_samples import draw_grid
+
+COLLECTIVE_TIMEOUT_SECONDS = 600.0
+"""The last resort, behind the watchdog's shorter limits: a rank that does not join a collective for so long is lost."""
+
+
+def share_cores(ranks: Ranks) -> None:
+    """Without a GPU, give each rank of this machine its share of the cores."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
+
+
+def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
+    """Meet the other ranks; returns what watches over all of them from now on, and this rank's device.
+
+    Raises LostRank, naming those that did not come.
+    """
+
+    def record_hang(verdict: Verdict) -> None:
+        files.write_state(state="failed", code=verdict.code, reason=verdict.reason, ended=time.time())
+
+    ranks, limits = start.ranks, start.config.limits
+    stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
+    watchdog = Watchdog(limits, ranks, stacks, record_hang)
+    # Half of the limit: the rest of the start needs time, too.
+    with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, limits.startup_seconds / 2)) as absent:
+        if absent:
+            watchdog.close()
+            if start.lock:
+                record_hang(Verdict(absent, HANG))
+            raise LostRank(absent, HANG)
+        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
+    watchdog.connect()
+    return watchdog, device
+
+
+def build_engine(config: RunConfig, ranks: Ranks, device: torch.device) -> DeepSpeedEngine:
+    """The model with its first weights, the same on every rank, and its optimizer."""
+    torch.manual_seed(config.run.seed)
+    model = ImageTransformer(
+        config.model,
+        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+    )
+    return DeepSpeedEngine(model, config, ranks, device)
+
+
+def open_checkpoints(start: Start, device: torch.device) -> Checkpoints:
+    """The run's checkpoints, with this attempt's number in the names of new files; collective."""
+    attempt = from_rank_0(start.lock.attempt if start.lock else 0)
+    url = checkpoints_url(start.config.run.dir, start.config)
+    return Checkpoints(url, start.ranks, device, start.config.checkpoint, attempt)
+
+
+def newest_checkpoint(start: Start, files: RunFiles, checkpoints: Checkpoints, progress: Progress) -> Checkpoint | None:
+    """The checkpoint to go on from; None for a new run. Collective.
+
+    Raises NoProgress if several starts in a row got no further than that.
+    """
+    newest = checkpoints.newest(progress.note)
+    step = newest.step if newest else 0
+    if problem := from_rank_0(count_start(files, start.config, step) if start.ranks.rank == 0 else None):
+        raise NoProgress(problem)
+    return newest
+
+
+def begin_from(source: Path, engine: DeepSpeedEngine, config: RunConfig) -> dict[str, str]:
+    """Give the engine exported weights in place of its first ones; returns what is recorded of them."""
+    exported = load_first_weights(source, config)
+    engine.load_state(first_states(exported, config), updates=0)
+    return origin_tags(source, exported)
+
+
+def start_tracker(start: Start, origin: dict[str, str]) -> Tracker | NoTracker:
+    """What records the run, in its folder and in MLflow; `origin` is what is recorded of its first weights."""
+    config, ranks = start.config, start.ranks
+    return open_tracker(
+        config,
+        ranks,
+        datasets={"training": start.train_shards, "validation": start.validation_shards},
+        artifacts={"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)},
+        tags={f"origin.{key}": value for key, value in origin.items()},
+    )
+
+
+def announce_new_run(
+    start: Start, files: RunFiles, tracker: Tracker | NoTracker, progress: Progress, origin: dict[str, str]
+) -> None:
+    """Say and record that the run begins, and from which weights."""
+    progress.note(f"a new run: {checkpoints_url(start.config.run.dir, start.config)} holds no checkpoint")
+    if start.lock:
+        files.write_state(origin=origin)
+    if origin:
+        weights = f"{origin['weights']} weights of step {origin['step']} of {origin['run']}"
+        text = f"begins from {start.source}: {weights}"
+        progress.note(text)
+        tracker.event(0, "origin", text, origin=origin)
+
+
+def resume(
+    start: Start, newest: Checkpoint, checkpoints: Checkpoints, engine: DeepSpeedEngine, progress: Progress
+) -> TrainingState:
+    """Load a checkpoint into the engine; returns how far the training was. Collective.
+
+    Raises CheckpointError if it is of another run.
+    """
+    check_fits(newest, start.config, start.train_shards, checkpoints_url(start.config.run.dir, start.config))
+    checkpoints.load(engine, newest)
+    instead = f", not from {start.source}, as it began" if start.source else ""
+    progress.note(f"going on from {newest.name}{instead}")
+    return TrainingState(newest.step, newest.updates, newest.samples)
+
+
+def is_finished(newest: Checkpoint | None, config: RunConfig) -> bool:
+    """Whether an earlier attempt has made all steps and scored the result, so that there is nothing left to do."""
+    return newest is not None and newest.step >= config.train.steps and newest.bits_per_dim is not None
+
+
+def build_job(
+    start: Start,
+    state: TrainingState,
+    engine: DeepSpeedEngine,
+    checkpoints: Checkpoints,
+    files: RunFiles,
+    tracker: Tracker | NoTracker,
+    progress: Progress,
+    watchdog: Watchdog,
+) -> Job:
+    """All that the training loop needs; from here on a signal stops the training and not the process. Collective."""
+    config = start.config
+    minutes = config.limits.run_minutes
+    stop = StopRequest(config.run.dir, None if minutes is None else 60 * minutes)
+    damaged_blocks = DamagedBlocks(config.data.max_damaged_blocks) if config.data.max_damaged_blocks else None
+    return Job(
+        config=config,
+        ranks=start.ranks,
+        engine=engine,
+        batches=training_batches(start, state.samples, damaged_blocks),
+        damaged_blocks=damaged_blocks,
+        images_per_epoch=start.train_shards.count,
+        data_digest=start.train_shards.digest,
+        evaluate=lambda images: validate(start, engine, stop, watchdog, images),
+        draw_samples=lambda step: draw_samples(start, engine, tracker, watchdog, step),
+        checkpoints=checkpoints,
+        files=files,
+        tracker=tracker,
+        progress=progress,
+        stop=stop,
+        superseded=start.lock.superseded if start.lock else lambda: False,
+        watchdog=watchdog,
+        profiler=step_profiler(start, files, engine.device),
+    )
+
+
+def training_batches(start: Start, consumed_samples: int, damaged: DamagedBlocks | None) -> Iterator[Batch]:
+    """This rank's micro-batches, from the first image that the run has not consumed."""
+    config = start.config
+    return train_batches(
+        start.train_shards,
+        seed=config.run.seed,
+        lanes=config.data.lanes,
+        consumed_samples=consumed_samples,
+        rank=start.ranks.rank,
+        world_size=start.ranks.world_size,
+        global_batch_images=config.train.global_batch_images,
+        micro_batch_images=config.train.micro_batch_images,
+        fetch_threads=config.data.fetch_threads,
+        prefetch_batches=config.data.prefetch_batches,
+        damaged=damaged,
+    )
+
+
+def step_profiler(start: Start, files: RunFiles, device: torch.device) -> StepProfiler:
+    """What writes the trace that was asked for, and counts operations in it."""
+    config = start.config
+    flops = flops_by_part(
+        config.model,
+        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
+        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
+    )
+    return StepProfiler(
+        start.profile,
+        files.folder / "profile",
+        rank=start.ranks.rank,
+        device=device,
+        flops=flops,
+        images_per_update=config.train.global_batch_images / start.ranks.world_size,
+    )
+
+
+def validate(
+    start: Start, engine: DeepSpeedEngine, stop: StopRequest, watchdog: Watchdog, images: int | None
+) -> dict[str, float]:
+    """Score so many validation images (None: all) with the engine's weights; raises Interrupted. Collective."""
+    config, ranks, count = start.config, start.ranks, start.validation_shards.count
+    engine.train(False)
+    batches = evaluation_batches(
+        start.validation_shards,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        batch_images=config.evaluate.batch_images,
+        limit=images,
+    )
+    watched = interruptible(batches, stop, watchdog)
+    scores = score(engine.forward, config.model, watched, engine.device, min(images or count, count))
+    engine.train(True)
+    return scores
+
+
+def draw_samples(
+    start: Start, engine: DeepSpeedEngine, tracker: Tracker | NoTracker, watchdog: Watchdog, step: int
+) -> None:
+    """Draw a grid of images after so many steps and record it; collective."""
+    grid = draw_grid(engine, start.config, start.ranks, engine.device, start.validation_shards, watchdog.alive)
+    if grid is not None:
+        tracker.log_image(step, "samples", grid)
+
+
+def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
+    """The error, or the failure of another rank that caused it; tells the other ranks of an error of this one."""
+    code = code_of(error)
+    # An unclassified RuntimeError usually means that a peer left a collective.
+    collective = isinstance(error, RuntimeError) and not is_foreseen(error)
+    if collective and ranks.world_size > 1 and (verdict := watchdog.verdict_of_the_others()):
+        return LostRank(verdict.reason, verdict.code)
+    watchdog.failed(str(error).splitlines()[0] if str(error) else type(error).__name__, code)
+    watchdog.close()
+    return error
+
+
+def record_failure(
+    error: Exception, start: Start, files: RunFiles, tracker: Tracker | NoTracker | None, state: TrainingState
+) -> None:
+    """Record why the attempt failed. One that was superseded writes nothing: the folder is another's now."""
+    if isinstance(error, Superseded):
+        return
+    if tracker is not None:
+        tracker.close("failed", code=code_of(error), reason=str(error), step=state.step)
+    elif start.lock is not None:
+        files.write_state(state="failed", code=code_of(error), reason=str(error), ended=time.time())
+
+
+def close_job(job: Job, state: TrainingState, *, finished: bool) -> int:
+    """Record that the attempt finished or stopped on request, and leave the other ranks; returns the exit code."""
+    job.watchdog.close()
+    for path in job.profiler.files:
+        job.tracker.log_file(path, "profile")
+    if finished:
+        job.tracker.close("finished", code=FINISHED, reason="all steps done", step=state.step)
+        job.progress.note(f"finished: {job.config.run.dir}")
+    else:
+        job.stop.forget_stop_file()
+        job.tracker.close("stopped", code=STOPPED, reason=job.stop.reason, step=state.step)
+        job.progress.note(f"stopped at step {state.step} on request; the same command goes on from there")
+    torch.distributed.destroy_process_group()
+    return FINISHED if finished else STOPPED
