@@ -36,7 +36,7 @@ def test_a_new_run_begins_with_the_score_of_the_exported_weights_and_tells_their
     (score,) = curve(copy, "final/ema_bits_per_dim")
     monkeypatch.setattr(sys, "argv", ["sample", "--run", str(copy), "--n", "1"])
     assert sample.main() == 0
-    assert "1 images from ema weights of step 8" in capsys.readouterr().out
+    assert "1 image from ema weights of step 8" in capsys.readouterr().out
 
     arguments = ["--from", str(copy), *settings(tmp_path / "run", splits, **EVERY_IMAGE, run__seed=7)]
     text = train(arguments, ranks=2)

@@ -271,7 +271,7 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "did you mean train.steps?" in fail(train__step=3)
     assert f"no shards at {tmp_path}/nothing" in fail(data__train_url=tmp_path / "nothing")
     assert "8x8, and model.image_size is 16" in fail(model__image_size=16)
-    assert "holds 3000 images, too few" in fail(train__global_batch_images=4096)
+    assert "holds 3,000 images, too few" in fail(train__global_batch_images=4096)
     assert "16 or 24 would be" in fail(train__global_batch_images=20, ranks=2)
     assert "wants 4 ranks (run.world_size) and was launched with 1" in fail(run__world_size=4)
     assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
