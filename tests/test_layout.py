@@ -102,7 +102,7 @@ def test_the_job_imports_no_command_line_tool() -> None:
         reached |= ahead
         ahead = set().union(*(graph[module] for module in ahead)) - reached
     assert {"trainer.loop", "data_pipeline.order", "models.pattern"} <= reached  # the walk gets everywhere
-    assert {module for module in reached if is_tool(module)} == {"trainer.run", "trainer.record.tracker"}
+    assert {module for module in reached if is_tool(module)} == {"trainer.run"}
 
 
 def is_tool(module: str) -> bool:
