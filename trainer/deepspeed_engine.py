@@ -22,6 +22,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
+from data_pipeline.wording import counted
 from models.image_transformer import num_parameters
 from models.layer import Layer
 from trainer.config import OptimizerConfig, RunConfig
@@ -31,7 +32,6 @@ from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import build_optimizer, is_orthogonalised, keep_ema, state_names
 from trainer.ranks import Ranks
-from trainer.wording import counted
 
 MUON_MOMENTUM = 0.95
 

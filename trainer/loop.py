@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from data_pipeline.damaged_blocks import DamagedBlocks
+from data_pipeline.wording import counted
 from models.likelihood import nats
 from trainer.checkpoint import Checkpoints, write_tensors
 from trainer.config import RunConfig
@@ -29,7 +30,6 @@ from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker
-from trainer.wording import counted
 
 log = logging.getLogger(__name__)
 

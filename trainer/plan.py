@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.wording import counted
 from models.image_transformer import Flops, make_pattern, model_flops, num_parameters
 from trainer.command_line import run_tool
 from trainer.config import RunConfig, load_config
 from trainer.errors import UsageError
 from trainer.gpus import GPUS, Gpu, find_gpu
 from trainer.memory import States, Target, activation_bytes, num_orthogonalised, state_bytes
-from trainer.wording import counted
 
 ASSUMED_MFU = 0.4
 """Of the dense peak; published trainers of dense transformers in bf16 reach 0.35 to 0.5 on H100s."""

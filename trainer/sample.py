@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import evaluation_batches, open_shards
+from data_pipeline.wording import counted
 from models.draw import Sampling
 from models.generate import consistency, generate
 from trainer.command_line import run_tool
@@ -31,7 +32,6 @@ from trainer.model_inputs import Inputs, area_downsample, model_inputs
 from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
 from trainer.record.tracker import record_results
 from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
-from trainer.wording import counted
 
 DEFAULT_NUM_IMAGES = 16
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.storage import Store
+from data_pipeline.wording import counted
 from models.image_transformer import model_flops, num_parameters
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
 from trainer.config import RunConfig, as_yaml
@@ -24,7 +25,6 @@ from trainer.gpus import missing_precision
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
 from trainer.record.run_folder import RunFiles
-from trainer.wording import counted
 
 OPENING_DEADLINE_SECONDS = 60.0
 

@@ -8,12 +8,12 @@ import logging
 import sys
 from pathlib import Path
 
+from data_pipeline.wording import counted
 from trainer.command_line import run_tool
 from trainer.errors import MlflowUnreachable, UsageError
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse
 from trainer.record.run_folder import RunFiles, read_json
 from trainer.record.tracker import catch_up, one_line
-from trainer.wording import counted
 
 
 def main() -> int:

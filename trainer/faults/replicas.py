@@ -13,9 +13,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from data_pipeline.wording import counted
 from trainer.errors import DifferentWeights
 from trainer.ranks import from_all_ranks
-from trainer.wording import counted
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

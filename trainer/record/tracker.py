@@ -20,6 +20,7 @@ from typing import Any, Literal
 from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_USER
 from PIL import Image
 
+from data_pipeline.wording import counted
 from trainer.config import RunConfig, as_yaml, flat
 from trainer.errors import MlflowUnreachable
 from trainer.ranks import Ranks, from_rank_0
@@ -36,7 +37,6 @@ from trainer.record.provenance import (
 from trainer.record.redaction import redact, redacted
 from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds, write_json
 from trainer.record.system_metrics import SystemMetrics
-from trainer.wording import counted
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.wording import counted
+from data_pipeline.wording import counted
 
 
 @pytest.mark.parametrize(
