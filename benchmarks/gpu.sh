@@ -39,7 +39,7 @@ part train_step_no_recomputation 300 "$PYTHON" benchmarks/train_step.py \
 part train_step_compiled 300 "$PYTHON" benchmarks/train_step.py --name imagenet64_big_compiled \
     --set train.compile=true --set train.activation_checkpoint_every_layers=0 --json "$OUT/train_step_compiled.json"
 part train_step_2d 300 "$PYTHON" benchmarks/train_step.py --name imagenet64_big_2d \
-    --set model.attention=local_2d --set "model.query_block=[8, 32]" --set "model.memory=[8, 16]" \
+    --set model.attention=local_2d --set "model.attention.query_block=[8, 32]" --set "model.attention.memory=[8, 16]" \
     --json "$OUT/train_step_2d.json"
 if [ -f benchmarks/sampling.py ]; then
     part sampling 300 "$PYTHON" benchmarks/sampling.py --json "$OUT/sampling.json"
@@ -54,7 +54,7 @@ part train 400 deepspeed --quiet --num_gpus 1 trainer/run.py --config configs/im
     --set "run.dir=$OUT/train" --set "tracking.uri=sqlite:///$OUT/mlflow.db" \
     --set "data.train_url=$OUT/photographs/train" --set "data.validation_url=$OUT/photographs/validation" \
     --set train.steps=60 --set train.global_batch_images=16 --set train.log_every_steps=10 \
-    --set optimizer.warmup_steps=10 --set optimizer.decay_steps=10 \
+    --set optimizer.schedule.warmup_steps=10 --set optimizer.schedule.decay_steps=10 \
     --set evaluate.images=64 --set evaluate.every_steps=60 --set checkpoint.every_steps=60
 
 echo "== results: $OUT; tables: benchmarks/RESULTS.md"

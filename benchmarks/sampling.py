@@ -21,8 +21,9 @@ only on that of a run; the rest is then left out. A categorical one, trained in 
         --images 256
     python trainer/run.py --config configs/quickstart.yaml --set run.dir=runs/small --set run.name=small \
         --set data.train_url=data/small/train --set data.validation_url=data/small/validation \
-        --set model.image_size=16 --set model.input=categorical --set model.output=categorical --set model.mixtures=0 \
-        --set model.query_block=96 --set model.memory=96 --set train.steps=700 --set train.precision=fp32
+        --set model.image_size=16 --set model.input=categorical --set model.output=categorical \
+        --set model.attention.query_block=96 --set model.attention.memory=96 \
+        --set train.steps=700 --set train.precision=fp32
 
 The limit: the bytes of the weights and of the keys and values that the pattern lets a query see, read once a step, at
 the rate of a copy measured in between.
@@ -50,7 +51,9 @@ from benchmarks.attention import versions
 from benchmarks.report import table, write_json, write_section
 from models.decode_plan import decode_plan
 from models.generate import Decoding, Step
-from models.image_transformer import ImageTransformer, ImageTransformerConfig
+from models.image_transformer import ImageTransformer
+from models.image_transformer_config import ImageTransformerConfig, Local2D
+from models.likelihood import CategoricalOutput
 from models.local_attention import local_attention
 from models.pattern import Pattern, QueryBlock
 from models.pixel_order import to_positions
@@ -70,7 +73,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 KEY_HEADS_TURNS = 30
 KEY_HEADS_LAYERS, KEY_HEADS_BATCH = 2, 16
 LOOK_AHEAD_IMAGES = 4
-WAVES = {"attention": "local_2d", "query_block": (8, 32), "memory": (8, 16), "shift": "block"}
 
 
 class WrongLogits(RuntimeError):
@@ -88,7 +90,7 @@ class Task:
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
         classes = config.num_classes
         self.labels = torch.arange(batch_images, device=device) % classes if classes else None
-        self.condition = area_downsample(self.images, config.condition_size) if config.condition_size else None
+        self.condition = area_downsample(self.images, config.small_size) if config.small_size else None
         self.values = to_positions(self.images, config.input)
         self.keys_values: list[Tensor] = []
         """Of each layer, [2, B, N, L, K] in generation order."""
@@ -209,7 +211,7 @@ def bytes_a_step(model: ImageTransformer, batch_images: int) -> float:
         for name, parameter in model.named_parameters()
         if not name.startswith(("embed_", "encoder.")) and ".encoder_attention.kv." not in name
     )
-    keys = model.pattern.num_pairs / model.pattern.length + 3 * config.condition_size**2
+    keys = model.pattern.num_pairs / model.pattern.length + 3 * config.small_size**2
     width = config.attention_width // config.heads * config.num_key_heads
     return weights + batch_images * config.layers * keys * 2 * width * model.head.weight.element_size()
 
@@ -229,9 +231,14 @@ def copy_rate(device: torch.device) -> float:
 def wave_steps(image_size: int, device: torch.device) -> dict[str, float]:
     """One image of a small 2D model with the shift inside each block, block after block and in waves."""
     config = load_config(ROOT / "configs/quickstart.yaml", []).model
-    blocks = {"query_block": (image_size // 8, image_size // 2), "memory": (image_size // 8, image_size // 4)}
     config = dataclasses.replace(
-        config, image_size=image_size, input="categorical", output="categorical", mixtures=0, **{**WAVES, **blocks}
+        config,
+        image_size=image_size,
+        input="categorical",
+        output=CategoricalOutput(),
+        attention=Local2D(
+            query_block=(image_size // 8, image_size // 2), memory=(image_size // 8, image_size // 4), shift="block"
+        ),
     )
     torch.manual_seed(0)
     model = ImageTransformer(config).to(device).eval()

@@ -33,25 +33,25 @@ class DataConfig:
     """Folder of packed shards to train on, or a URL like s3://bucket/prefix."""
     validation_url: str
     """The same for the images that are evaluated."""
-    lanes: int
+    lanes: int = 8
     """How many places of the data set a global batch draws from; part of the order of samples. A multiple of the
     number of ranks keeps ranks from reading the same bytes. Small data sets use fewer (a divisor of it). A rank
     holds about lanes / ranks + 2 * fetch_threads blocks of 512 images in memory."""
-    fetch_threads: int
+    fetch_threads: int = 4
     """How many blocks a rank reads at the same time."""
-    prefetch_batches: int
+    prefetch_batches: int = 4
     """How many finished micro-batches wait for the training loop."""
-    read_deadline_seconds: float
+    read_deadline_seconds: float = 600.0
     """How long a failing read is tried again before the run stops with exit code 69; less than
     ``limits.step_seconds``, or the run is taken for hung meanwhile."""
-    max_damaged_blocks: int
+    max_damaged_blocks: int = 0
     """How many blocks of training images may be damaged in the store without ending the run with exit code 65. Images
     of the next good block take the place of each, all others keep theirs; a warning, an event and the metric
     ``data/damaged_blocks`` say so. 0 allows none. An evaluation never allows any."""
-    cache_dir: str | None
+    cache_dir: str | None = None
     """Folder on this machine's disk that keeps blocks of a remote data set for the next epoch and the next job; null
     keeps none. The processes of a machine share it."""
-    cache_gib: float
+    cache_gib: float = 32.0
     """How large that folder may grow, in GiB."""
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.likelihood import Mixture, Output, log_bin_probability, split_mixture
+from models.likelihood import CategoricalOutput, Mixture, Output, log_bin_probability, split_mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def draw(
 
     Top-k, top-p and guidance of a mixture act on the 256 probabilities of each channel given those before it.
     """
-    if output == "categorical":
+    if isinstance(output, CategoricalOutput):
         logits = _guided(parameters.double(), without_class, sampling) / sampling.temperature
         # Gumbel-max: logits that differ little draw mostly the same, which looking ahead lives on (models/generate.py).
         return (_filtered(logits, sampling) - (-uniforms.log()).log()).argmax(-1).to(torch.uint8)

@@ -25,6 +25,7 @@ from models.draw import Sampling, draw
 from models.image_transformer import ImageTransformer
 from models.keyed_noise import keyed_uniforms
 from models.layer import Attend
+from models.likelihood import CategoricalOutput
 from models.linear import product_dtype
 from models.pixel_order import to_images, to_positions
 
@@ -151,7 +152,7 @@ class Decoding:
         # The wave that is being decoded, at fixed addresses as a captured graph needs them.
         windows, most_steps = plan.num_windows, max(wave.num_steps for wave in plan.waves)
         channels = self._values.shape[2]
-        noises = (256 * channels,) if config.output == "categorical" else (4,)
+        noises = (256 * channels,) if isinstance(config.output, CategoricalOutput) else (4,)
         # All images have to wait for the one with the first wrong guess: already for two it hardly pays.
         self._look_ahead = look_ahead and device.type == "cpu" and num_images == 1
         self._slots = torch.zeros(windows, most_steps, dtype=torch.int64, device=device)
@@ -264,7 +265,7 @@ class Decoding:
         parameters, without_class = parameters.chunk(2) if self._copies == 2 else (parameters, None)
         self._parameters[rows] = parameters
         noise = self._noise[:, :rows].index_select(2, numbers).flatten(1, 2)
-        if model.config.output == "categorical":
+        if isinstance(model.config.output, CategoricalOutput):
             noise = noise.unflatten(2, (-1, 256))
         drawn = draw(model.config.output, parameters, noise, self._sampling, without_class).unflatten(1, (rows, steps))
 

@@ -10,7 +10,7 @@ heads, K head width, C values per position.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,86 +22,14 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from models.embedding import Embedding, InputEmbedding, Position
-from models.layer import Attend, Block, Layer, NormPlace, norm, rotary
-from models.likelihood import Output, initial_mixture
+from models.embedding import Embedding, InputEmbedding
+from models.image_transformer_config import ImageTransformerConfig, make_pattern
+from models.layer import Attend, Layer, norm, rotary
+from models.likelihood import MixtureOutput, initial_mixture
 from models.local_attention import attend_to_all, local_attention
-from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
-from models.pixel_order import Input, Shift, grid_shape, source_positions, to_positions
+from models.pixel_order import grid_shape, source_positions, to_positions
 
-Attention = Literal["local_1d", "local_2d", "full", "dilated_1d"]
 KeysValues = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageTransformerConfig:
-    """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
-
-    image_size: int
-    """Rows and columns of the square images."""
-    input: Input
-    """"categorical": a position is a sub-pixel, embedded by channel and intensity. "ordinal": a position is a
-    pixel, its three intensities combined linearly."""
-    output: Output
-    """"categorical": 256 probabilities per sub-pixel. "mixture": a discretised mixture of logistics per
-    pixel."""
-    mixtures: int
-    """Components of the mixture (the paper: 10); 0 for the categorical output."""
-    attention: Attention
-    """Which positions see each other in the decoder: see models/pattern.py."""
-    query_block: int | tuple[int, int]
-    """Positions per query block: a number, or rows and columns for local_2d; 0 for full attention."""
-    memory: int | tuple[int, int]
-    """Earlier positions a block sees besides itself: a number; rows above and columns to each side for
-    local_2d; positions per chunk for dilated_1d; 0 for full attention."""
-    dilation_gap: int
-    """dilated_1d: positions skipped before each chunk of memory; else 0."""
-    dilation_blocks: int
-    """dilated_1d: number of chunks of memory; else 0."""
-    shift: Shift
-    """How inputs move on by one: "generation", along the generation order, or (local_2d only) "block", inside
-    each block as in the original code, which hides each block's last value from other blocks but lets blocks
-    be decoded in waves."""
-    layers: int
-    """Layers of the decoder."""
-    width: int
-    """Width of the tokens between the layers (d in the paper)."""
-    heads: int
-    """Attention heads."""
-    key_heads: int
-    """Heads of keys and values, each of which serves heads / key_heads neighbouring heads of queries (grouped-query
-    attention, Ainslie et al. 2023), so that decoding keeps and reads so many times fewer of them; 0 for one each."""
-    attention_width: int
-    """Width of all heads' queries together; also of keys and values where key_heads is 0."""
-    ff_width: int
-    """Width inside the feed-forward network."""
-    block: Block
-    """"paper": LayerNorm, ReLU, biases in the feed-forward network. "modern": RMSNorm, SwiGLU, normalised
-    queries and keys, no biases."""
-    norm: NormPlace
-    """Normalise after each sum ("post", the paper) or before each sub-layer ("pre")."""
-    position: Position
-    """Codes of row and column added to the input, half the width each: "sine" or "learned". "rotary":
-    learned, and in every layer queries and keys are turned by row and column."""
-    dropout: float
-    """Rate of dropout on the embedded input and on what each sub-layer adds."""
-    num_classes: int
-    """Classes the model can be asked for; 0 for none."""
-    label_dropout: float
-    """Rate at which training hides the class of an image, so that the model also learns images of no class, which
-    classifier-free guidance needs (Ho and Salimans 2022: 0.1); 0 for never."""
-    condition_size: int
-    """Rows and columns of the small image that is super-resolved; 0 for none."""
-    encoder_layers: int
-    """Layers of the encoder that reads it; 0 for none."""
-
-    def __post_init__(self) -> None:
-        if problems := _range_problems(self) or [*_attention_problems(self), *_combination_problems(self)]:
-            raise ValueError("\n".join(problems))
-
-    @property
-    def num_key_heads(self) -> int:
-        return self.key_heads or self.heads
 
 
 class ImageTransformer(nn.Module):
@@ -127,7 +55,9 @@ class ImageTransformer(nn.Module):
         self.checkpoint_every_layers = checkpoint_every_layers
         self.checkpoint_context = _keep_attention if checkpoint_keeps_attention else noop_context_fn
         with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
-            self.pattern = make_pattern(config)
+            distinct = {attention: make_pattern(config, attention) for attention in config.attentions}
+            self.patterns = [distinct[attention] for attention in config.attentions]
+            self.pattern = self.patterns[0]
             self.register_buffer("positions", self.pattern.storage_order, persistent=False)
             self.register_buffer("sources", source_positions(self.pattern, config.shift), persistent=False)
             self.register_buffer("slot_of_position", self.pattern.slot_of_position, persistent=False)
@@ -137,7 +67,7 @@ class ImageTransformer(nn.Module):
         if config.num_classes:
             # The last entry is no class.
             self.embed_class = Embedding(config.num_classes + (config.label_dropout > 0), config.width)
-        if config.condition_size:
+        if config.small_size:
             self.encoder = Encoder(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
@@ -162,8 +92,8 @@ class ImageTransformer(nn.Module):
         if not self.pattern.stored_in_raster_order:
             x = x[:, self.slot_of_position]
         size = self.config.image_size
-        if self.config.output == "mixture":
-            return self.head(x).view(-1, size, size, 10 * self.config.mixtures)
+        if isinstance(self.config.output, MixtureOutput):
+            return self.head(x).view(-1, size, size, 10 * self.config.output.components)
         return self.head(x).view(-1, size, size, 3, 256)
 
     def hidden(
@@ -219,7 +149,7 @@ class ImageTransformer(nn.Module):
         config = self.config
         for name, given, size in (
             ("images", images, config.image_size),
-            ("condition", condition, config.condition_size),
+            ("condition", condition, config.small_size),
         ):
             if (given is None) != (size == 0):
                 raise ValueError(
@@ -239,7 +169,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ImageTransformerConfig) -> None:
         super().__init__()
         self.config = config
-        grid = grid_shape(config.condition_size, "categorical")
+        grid = grid_shape(config.small_size, "categorical")
         self.embed_input = InputEmbedding("categorical", grid, config.width, config.position)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_layer(config, is_decoder=False) for _ in range(config.encoder_layers))
@@ -261,33 +191,24 @@ class Head(nn.Linear):
     mixtures]."""
 
     def __init__(self, config: ImageTransformerConfig) -> None:
-        is_mixture = config.output == "mixture"
         values_per_position = 1 if config.input == "categorical" else 3
-        super().__init__(config.width, 10 * config.mixtures if is_mixture else 256 * values_per_position)
-        self.is_mixture = is_mixture
+        components = config.output.components if isinstance(config.output, MixtureOutput) else 0
+        super().__init__(config.width, 10 * components if components else 256 * values_per_position)
+        self.is_mixture = components > 0
         # Almost no opinion at first: uniform intensities, or a spread of mixtures.
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(config.width))
         with torch.no_grad():
-            self.bias.copy_(initial_mixture(config.mixtures) if is_mixture else torch.zeros_like(self.bias))
+            self.bias.copy_(initial_mixture(components) if components else torch.zeros_like(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = F.linear(x.float(), self.weight.float(), self.bias.float())
         return parameters if self.is_mixture else parameters.unflatten(-1, (-1, 256))
 
 
-def make_pattern(config: ImageTransformerConfig) -> Pattern:
-    """The decoder's attention pattern over the positions of an image."""
+def num_positions(config: ImageTransformerConfig) -> int:
+    """Positions of the sequence that an image is."""
     height, width = grid_shape(config.image_size, config.input)
-    length = height * width
-    query, memory = config.query_block, config.memory
-    if config.attention == "full":
-        return full(length)
-    if isinstance(query, int) and isinstance(memory, int):
-        if config.attention == "dilated_1d":
-            return dilated_1d(length, query, memory, config.dilation_gap, config.dilation_blocks)
-        return local_1d(length, query, memory)
-    assert not isinstance(query, int) and not isinstance(memory, int), "checked by the config"
-    return local_2d(height, width, query, memory)
+    return height * width
 
 
 def num_parameters(config: ImageTransformerConfig) -> int:
@@ -343,7 +264,7 @@ def flops_by_part(
     """
     with torch.device("meta"):
         model = ImageTransformer(config)
-    length, encoder_length = model.pattern.length, 3 * config.condition_size**2
+    length, encoder_length = model.pattern.length, 3 * config.small_size**2
     products = {  # forward, by the module's name
         name: 2 * module.in_features * module.out_features * (encoder_length if _reads_encoder(name) else length)
         for name, module in model.named_modules()
@@ -414,7 +335,7 @@ def _reads_encoder(name: str) -> bool:
 
 
 def _layer(config: ImageTransformerConfig, is_decoder: bool) -> Layer:
-    attends_to_encoder = is_decoder and config.condition_size > 0
+    attends_to_encoder = is_decoder and config.small_size > 0
     num_layers = config.layers if is_decoder else config.encoder_layers
     return Layer(
         block=config.block,
@@ -434,122 +355,3 @@ def _rotation(config: ImageTransformerConfig, embed_input: InputEmbedding, posit
     if config.position != "rotary":
         return None
     return rotary(*embed_input.rows_and_columns(positions), config.attention_width // config.heads)
-
-
-def _range_problems(config: ImageTransformerConfig) -> list[str]:
-    problems = []
-    for name in ("image_size", "layers", "width", "heads", "attention_width", "ff_width"):
-        if getattr(config, name) < 1:
-            problems.append(f"{name}: {getattr(config, name)} is not positive")
-    for name in (
-        *("key_heads", "mixtures", "dilation_gap", "dilation_blocks"),
-        *("num_classes", "condition_size", "encoder_layers"),
-    ):
-        if getattr(config, name) < 0:
-            problems.append(f"{name}: {getattr(config, name)} is negative")
-    for name in ("dropout", "label_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            problems.append(f"{name}: {getattr(config, name)} is not in [0, 1)")
-    return problems
-
-
-def _attention_problems(config: ImageTransformerConfig) -> list[str]:
-    """What is wrong with the fields that describe the attention pattern."""
-    height, width = grid_shape(config.image_size, config.input)
-    length, query, memory = height * width, config.query_block, config.memory
-    problems = []
-    if config.attention != "dilated_1d" and (config.dilation_gap or config.dilation_blocks):
-        problems.append("dilation_gap, dilation_blocks: only dilated_1d attention has them; set both to 0")
-    if config.attention != "local_2d" and config.shift == "block":
-        problems.append("shift: 'block' is for local_2d attention only; choose 'generation'")
-
-    if config.attention == "full":
-        if query != 0 or memory != 0:
-            problems.append("query_block, memory: full attention has neither; set both to 0")
-    elif config.attention == "local_2d":
-        for axis, name, size in ((0, "rows", height), (1, "columns", width)):
-            if isinstance(query, int) or isinstance(memory, int):
-                problems.append(f"query_block, memory: local_2d attention takes [rows, columns], not {query}, {memory}")
-                break
-            problems += _extent_problems(name, size, query[axis], memory[axis])
-    elif not isinstance(query, int) or not isinstance(memory, int):
-        problems.append(f"query_block, memory: {config.attention} attention takes numbers, not {query}, {memory}")
-    elif config.attention == "local_1d":
-        problems += _extent_problems("positions", length, query, memory)
-    else:
-        reach = (config.dilation_gap + memory) * config.dilation_blocks
-        if memory < 1 or config.dilation_blocks < 1:
-            problems.append("memory, dilation_blocks: dilated_1d attention needs at least 1 of each")
-        problems += _extent_problems("positions", length, query, reach)
-    return problems
-
-
-def _extent_problems(name: str, size: int, query: int, memory: int) -> list[str]:
-    """Along one axis: does the block tile it, and is there anything to see where the memory reaches?"""
-    if query < 1 or size % query:
-        divisors = [divisor for divisor in range(1, size + 1) if size % divisor == 0]
-        near = sorted(sorted(divisors, key=lambda divisor: abs(divisor - query))[:4])
-        return [f"query_block: {query} does not divide the image's {size} {name}; choose e.g. one of {near}"]
-    if not 0 <= memory <= size - query:
-        return [
-            f"memory: reaches {memory} {name} beyond a block of {query}, but the image has {size} in all; choose 0 to "
-            f"{size - query}"
-        ]
-    return []
-
-
-def _combination_problems(config: ImageTransformerConfig) -> list[str]:
-    """Fields that are fine alone but not together."""
-    head_width = config.attention_width / config.heads
-    rules: list[tuple[bool, str]] = [
-        (
-            head_width.is_integer(),
-            f"heads: {config.heads} does not divide attention_width {config.attention_width}",
-        ),
-        (
-            config.heads % config.num_key_heads == 0,
-            f"key_heads: {config.key_heads} does not divide heads {config.heads}",
-        ),
-        (
-            not (config.block == "paper" and config.num_key_heads != config.heads),
-            f"key_heads: {config.key_heads} for {config.heads} heads, but in the paper's block each has its own; set "
-            "key_heads to 0, or block to 'modern'",
-        ),
-        (
-            config.width % 4 == 0,
-            f"width: {config.width} is not a multiple of 4, but codes of row and column take half of it each",
-        ),
-        (
-            config.position != "rotary" or head_width % 4 == 0,
-            f"position: rotary needs attention_width / heads, {head_width:g}, to be a multiple of 4",
-        ),
-        (
-            not (config.output == "mixture" and config.input == "categorical"),
-            "output: a mixture describes whole pixels, but input 'categorical' makes a sequence of sub-pixels; set "
-            "input to 'ordinal' or output to 'categorical'",
-        ),
-        (
-            (config.mixtures > 0) == (config.output == "mixture"),
-            f"mixtures: {config.mixtures} with output '{config.output}'; the mixture output needs at least 1 (the "
-            "paper: 10), the categorical one takes 0",
-        ),
-        (
-            not (config.block == "modern" and config.norm == "post"),
-            "norm: the modern block is made for 'pre'",
-        ),
-        (
-            config.label_dropout == 0 or config.num_classes > 0,
-            f"label_dropout: {config.label_dropout}, but the model has no classes to hide; set it to 0, or num_classes",
-        ),
-        (
-            (config.encoder_layers > 0) == (config.condition_size > 0),
-            f"encoder_layers: {config.encoder_layers} with condition_size {config.condition_size}; set both "
-            "(super-resolution) or neither",
-        ),
-        (
-            config.condition_size == 0
-            or (config.condition_size < config.image_size and config.image_size % config.condition_size == 0),
-            f"condition_size: {config.condition_size} is not a proper divisor of image_size {config.image_size}",
-        ),
-    ]
-    return [problem for holds, problem in rules if not holds]

@@ -8,13 +8,35 @@ Shapes: B batch, H rows, W columns, K mixtures.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Output = Literal["categorical", "mixture"]
+
+@dataclass(frozen=True, kw_only=True)
+class CategoricalOutput:
+    """256 probabilities for each sub-pixel."""
+
+    kind: Literal["categorical"] = "categorical"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOutput:
+    """A discretised mixture of logistics for each pixel (Salimans et al. 2017). Raises ValueError."""
+
+    kind: Literal["mixture"] = "mixture"
+    components: int = 10
+    """Logistics that are mixed (the paper: 10)."""
+
+    def __post_init__(self) -> None:
+        if self.components < 1:
+            raise ValueError(f"components: {self.components} is not positive")
+
+
+Output = CategoricalOutput | MixtureOutput
 
 # Intensities 0..255 lie on [-1, 1]; a bin reaches half a level to each side.
 HALF_LEVEL = 1 / 255
@@ -30,7 +52,7 @@ def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
 
     Always fp32.
     """
-    if output == "mixture":
+    if isinstance(output, MixtureOutput):
         return mixture_nats(parameters, images)
     logits = parameters.float()
     losses = F.cross_entropy(logits.flatten(0, -2), images.flatten().long(), reduction="none")
@@ -95,7 +117,7 @@ def nats_by_channel(output: Output, parameters: Tensor, images: Tensor) -> Tenso
     Their sum over channels is that of `nats`. For the mixture by the chain rule, with the joint likelihoods of the
     first one, two and three channels.
     """
-    if output == "categorical":
+    if isinstance(output, CategoricalOutput):
         return nats(output, parameters, images)
     log_weights, log_probabilities = _component_log_probabilities(parameters, images)
     joint = -torch.logsumexp(log_weights.unsqueeze(-1) + log_probabilities.cumsum(-1), dim=-2)

@@ -30,9 +30,9 @@ TINY_MODEL = {
     "model.heads": 2,
     "model.attention_width": 16,
     "model.ff_width": 16,
-    "model.query_block": 16,
-    "model.memory": 16,
-    "model.mixtures": 2,
+    "model.attention.query_block": 16,
+    "model.attention.memory": 16,
+    "model.output.components": 2,
 }
 
 

@@ -13,11 +13,12 @@ from benchmarks import report, sampling
 from models.decode_plan import decode_plan
 from models.generate import Step
 from models.image_transformer import ImageTransformer
+from models.image_transformer_config import Local1D
 from models.pattern import QueryBlock
 from tests.launch import QUICKSTART, TINY_MODEL
 from tests.tiny_model import MODERN, tiny_config
 
-TWO_DIMENSIONS = ["model.attention=local_2d", "model.query_block=[2, 4]", "model.memory=[2, 2]"]
+TWO_DIMENSIONS = ["model.attention=local_2d", "model.attention.query_block=[2, 4]", "model.attention.memory=[2, 2]"]
 
 
 def tiny_settings(*changes: str) -> list[str]:
@@ -96,7 +97,7 @@ def test_positions_take_turns_so_that_a_busy_machine_meets_them_alike(monkeypatc
 
 def test_a_quarter_of_the_heads_of_keys_leaves_a_quarter_of_the_cache_to_read() -> None:
     """Images and keys so many that the weights hardly count."""
-    config = tiny_config(**MODERN, heads=4, query_block=24, memory=24)
+    config = tiny_config(**MODERN, heads=4, attention=Local1D(query_block=24, memory=24))
     with torch.no_grad():
         ratios = sampling.fewer_key_heads(config, 256, torch.device("cpu"))
     assert ratios["key_heads_speedup"] > 0

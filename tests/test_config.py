@@ -77,7 +77,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("optimizer.peak_lr=3e-4x", "optimizer.peak_lr: input should be a valid number, not '3e-4x'"),
         ("optimizer.peak_lr=.inf", "optimizer.peak_lr: must be above 0 and finite"),
         ("optimizer.peak_lr=.nan", "optimizer.peak_lr: must be above 0 and finite"),
-        ("optimizer.warmup_steps=-1", "optimizer.warmup_steps: must be at least 0, not -1"),
+        ("optimizer.schedule.warmup_steps=-1", "optimizer.schedule.warmup_steps: must be at least 0, not -1"),
         ("tracking.uri=ftp://x", "tracking.uri: must begin with sqlite:///, http:// or https://"),
         ("tracking.uri=http://me:secret@host", "tracking.uri: must not hold a password"),
         ("train.zero_stage=0", "train.zero_stage: bf16 needs stage 1 or higher"),
@@ -85,11 +85,11 @@ def test_all_problems_are_reported_at_once() -> None:
         ("train.activation_checkpoint_every_layers=9", "is more than model.layers 3"),
         ("model.heads=7", "model.heads: 7"),
         ("steps=3", "write it as section.key=value"),
-        ("train.a.b=3", "write it as section.key=value"),
+        ("train.a.b=3", "train.a: unknown key; known are steps"),
         ("=3", "write it as section.key=value"),
         ("train=3", "write it as section.key=value"),
         ("train.steps=[", "the value is not YAML"),
-        ("run.name=2020-01-01", "run: holds a value that is neither"),
+        ("run.name=2020-01-01", "run.name: must be text, a number, true, false, a list or null, not"),
     ],
 )
 def test_a_bad_value_is_named_with_its_path_and_what_is_allowed(override: str, words: str) -> None:
@@ -132,7 +132,7 @@ def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
     values = yaml.safe_load(QUICKSTART.read_text())
-    del values["evaluate"]
+    del values["data"]
     path = tmp_path / "short.yaml"
     path.write_text(yaml.safe_dump(values))
-    assert "evaluate: this section is missing" in complaint(path)
+    assert "data: this section is missing" in complaint(path)

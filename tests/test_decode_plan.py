@@ -6,13 +6,17 @@ import pytest
 import torch
 
 from models.decode_plan import DecodePlan, decode_plan
-from models.image_transformer import make_pattern
+from models.image_transformer_config import make_pattern
 from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
 from models.pixel_order import Shift, source_positions
 from tests.tiny_model import PATTERNS, tiny_config
 
+MODELS = {name: tiny_config(**changes) for name, changes in PATTERNS.items()}
 CASES: dict[str, tuple[Pattern, Shift]] = {
-    **{name: (make_pattern(c := tiny_config(**changes)), c.shift) for name, changes in PATTERNS.items()},
+    **{
+        name: (make_pattern(c := tiny_config(**changes), c.attentions[0]), c.shift)
+        for name, changes in PATTERNS.items()
+    },
     "1d ragged": (local_1d(50, 8, 11), "generation"),
     "2d cells": (local_2d(8, 24, (4, 6), (2, 9)), "block"),
     "2d without flange": (local_2d(8, 12, (4, 4), (0, 0)), "block"),

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import _get_build_directory
 
 from models.image_transformer import ImageTransformer
-from models.likelihood import nats
+from models.likelihood import MixtureOutput, nats
 from tests.launch import QUICKSTART, TINY_MODEL
 from tests.tiny_model import random_images
 from trainer import deepspeed_engine
@@ -69,7 +69,7 @@ def updates(engine: Engine, steps: range) -> list[tuple[float, Update]]:
         batch = torch.randint(0, 256, (8, 8, 8, 3), generator=generator, dtype=torch.uint8) // 2
         total = 0.0
         for images in batch.chunk(2):
-            loss = nats("mixture", engine.forward(images, None, None), images).sum() / images.numel()
+            loss = nats(MixtureOutput(), engine.forward(images, None, None), images).sum() / images.numel()
             engine.backward(loss)
             total += loss.item() / 2
         update = engine.update(0.003)
@@ -189,8 +189,9 @@ def test_state_on_a_disk_gives_the_same_losses_and_goes_on(
     large = {"model.width": 512, "model.attention_width": 512, "model.ff_width": 512}
     config = tiny(3, "bf16", **large)
     oracle = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(6))
-    offloading = {"offload_optimizer": optimizer, "offload_parameters": parameters, "offload_dir": nvme}
-    config = tiny(3, "bf16", **large, **{f"train.{name}": value for name, value in offloading.items()})
+    offloading = {"train.offload_optimizer": optimizer, "train.offload_parameters": parameters}
+    offloading |= {f"{name}.dir": str(nvme) for name, kind in offloading.items() if kind == "nvme"}
+    config = tiny(3, "bf16", **large, **offloading)
     engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
     assert losses(engine, range(4)) == pytest.approx(oracle[:4], abs=1e-4)
     assert sum(path.stat().st_size for path in nvme.rglob("*") if path.is_file()) > 1 << 20
@@ -282,7 +283,7 @@ def muon_by_hand(config: RunConfig, steps: int) -> tuple[dict[str, Tensor], dict
     for step in range(steps):
         model.zero_grad()
         images = random_images(8, 8, seed=step) // 2
-        loss = nats("mixture", model(images), images).sum() / images.numel()
+        loss = nats(MixtureOutput(), model(images), images).sum() / images.numel()
         loss.backward()
         seen.append(loss.item())
         adam.step()

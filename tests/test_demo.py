@@ -33,7 +33,7 @@ from trainer.pictures import to_picture
 from trainer.trained_model import TrainedModel
 
 SECONDS = 60.0
-FOUR_VALUES = {"model__input": "categorical", "model__output": "categorical", "model__mixtures": 0}
+FOUR_VALUES = {"model__input": "categorical", "model__output": "categorical"}
 
 
 class Server:

@@ -7,7 +7,7 @@ import torch
 
 from models.draw import Sampling, draw
 from models.keyed_noise import keyed_uniforms
-from models.likelihood import Output, initial_mixture, mixture_nats, nats
+from models.likelihood import CategoricalOutput, MixtureOutput, Output, initial_mixture, mixture_nats, nats
 from tests.test_likelihood import channel_distributions
 
 
@@ -20,7 +20,7 @@ def test_drawn_colours_cost_what_the_entropy_says_and_follow_each_conditional(na
     parameters[4 + 12 : 4 + 24] -= narrower  # log-scales
     parameters = parameters.expand(num, 40)
     uniforms = keyed_uniforms(7, torch.arange(num), torch.tensor([0]))[:, 0]
-    colours = draw("mixture", parameters, uniforms)
+    colours = draw(MixtureOutput(), parameters, uniforms)
 
     distributions = channel_distributions(parameters, colours)
     entropy = sum(torch.special.entr(p).sum(-1) for p in distributions)
@@ -41,17 +41,17 @@ def test_drawn_colours_cost_what_the_entropy_says_and_follow_each_conditional(na
 def test_drawn_categories_have_their_probabilities() -> None:
     num = 20000
     logits = torch.randn(1, 256, generator=torch.Generator().manual_seed(0))
-    uniforms = uniforms_for("categorical", num)
-    counts = draw("categorical", logits.expand(num, 1, 256), uniforms).long().flatten().bincount(minlength=256)
+    uniforms = uniforms_for(CategoricalOutput(), num)
+    counts = draw(CategoricalOutput(), logits.expand(num, 1, 256), uniforms).long().flatten().bincount(minlength=256)
     expected = num * logits.double().softmax(-1)[0]
     assert ((counts - expected) ** 2 / expected).sum() < 330.5  # 255 degrees of freedom, probability 0.001
 
 
-@pytest.mark.parametrize("output", ["categorical", "mixture"])
+@pytest.mark.parametrize("output", [CategoricalOutput(), MixtureOutput()], ids=lambda output: output.kind)
 def test_a_low_temperature_draws_likelier_values(output: Output) -> None:
     num = 4000
     uniforms = uniforms_for(output, num, channels=3)
-    if output == "categorical":
+    if isinstance(output, CategoricalOutput):
         parameters = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).expand(num, 3, 256)
     else:
         parameters = initial_mixture(3)
@@ -67,21 +67,21 @@ def test_a_low_temperature_draws_likelier_values(output: Output) -> None:
 def some_parameters(output: Output, num: int) -> torch.Tensor:
     """The same parameters num times, with means that depend on earlier channels for the mixture."""
     generator = torch.Generator().manual_seed(0)
-    if output == "categorical":
+    if isinstance(output, CategoricalOutput):
         return torch.randn(1, 256, generator=generator).expand(num, 1, 256)
     return (initial_mixture(4) + 0.5 * torch.randn(40, generator=generator)).expand(num, 40)
 
 
 def probabilities(output: Output, parameters: torch.Tensor, drawn: torch.Tensor) -> list[torch.Tensor]:
     """For each channel the probabilities [n, 256] that it was drawn from, without temperature and the like."""
-    if output == "mixture":
+    if isinstance(output, MixtureOutput):
         return channel_distributions(parameters, drawn)
     return [parameters[:, 0].double().softmax(-1)]
 
 
 def uniforms_for(output: Output, num: int, channels: int = 1) -> torch.Tensor:
     """[num, channels, 256] or [num, 4]."""
-    categorical = output == "categorical"
+    categorical = isinstance(output, CategoricalOutput)
     uniforms = keyed_uniforms(11, torch.arange(num), torch.tensor([0]), 256 * channels if categorical else 4)[:, 0]
     return uniforms.view(num, channels, 256) if categorical else uniforms
 
@@ -96,7 +96,7 @@ def assert_follows(drawn: torch.Tensor, p: torch.Tensor) -> None:
     assert (place.flatten().sort().values - steps).abs().max() < 1.95 / math.sqrt(len(p))  # probability 0.001
 
 
-@pytest.mark.parametrize("output", ["categorical", "mixture"])
+@pytest.mark.parametrize("output", [CategoricalOutput(), MixtureOutput()], ids=lambda output: output.kind)
 def test_top_k_draws_among_the_likeliest_by_their_probabilities(output: Output) -> None:
     num = 1000
     parameters = some_parameters(output, num)
@@ -107,7 +107,7 @@ def test_top_k_draws_among_the_likeliest_by_their_probabilities(output: Output) 
         assert_follows(drawn[:, channel], torch.where(p >= least * (1 - 1e-6), p, 0))
 
 
-@pytest.mark.parametrize("output", ["categorical", "mixture"])
+@pytest.mark.parametrize("output", [CategoricalOutput(), MixtureOutput()], ids=lambda output: output.kind)
 def test_top_p_draws_among_the_fewest_with_that_probability(output: Output) -> None:
     num, top_p = 1000, 0.6
     parameters = some_parameters(output, num)
@@ -121,7 +121,7 @@ def test_top_p_draws_among_the_fewest_with_that_probability(output: Output) -> N
         assert_follows(drawn[:, channel], p.masked_fill(dropped, 0))
 
 
-@pytest.mark.parametrize("output", ["categorical", "mixture"])
+@pytest.mark.parametrize("output", [CategoricalOutput(), MixtureOutput()], ids=lambda output: output.kind)
 def test_guidance_extrapolates_log_probabilities(output: Output) -> None:
     num, guidance = 1000, 1.5
     parameters = some_parameters(output, num)
@@ -132,7 +132,7 @@ def test_guidance_extrapolates_log_probabilities(output: Output) -> None:
         assert_follows(drawn[:, channel], p**guidance * q ** (1 - guidance))
 
 
-@pytest.mark.parametrize("output", ["categorical", "mixture"])
+@pytest.mark.parametrize("output", [CategoricalOutput(), MixtureOutput()], ids=lambda output: output.kind)
 def test_options_that_exclude_nothing_draw_from_the_model(output: Output) -> None:
     num = 1000
     parameters = some_parameters(output, num)
@@ -143,7 +143,9 @@ def test_options_that_exclude_nothing_draw_from_the_model(output: Output) -> Non
 
 def test_of_equal_probabilities_top_k_takes_exactly_k() -> None:
     num = 500
-    drawn = draw("categorical", torch.zeros(num, 1, 256), uniforms_for("categorical", num), Sampling(top_k=3))
+    drawn = draw(
+        CategoricalOutput(), torch.zeros(num, 1, 256), uniforms_for(CategoricalOutput(), num), Sampling(top_k=3)
+    )
     assert set(drawn.flatten().tolist()) == {0, 1, 2}
 
 
@@ -151,7 +153,7 @@ def test_a_value_without_probability_is_never_drawn() -> None:
     logits = torch.full((1, 1, 256), -math.inf)
     logits[..., 9] = 0.0
     for u in (2.0**-33, 0.5, 1 - 2.0**-33):
-        assert draw("categorical", logits, torch.tensor([[u]], dtype=torch.float64)).item() == 9
+        assert draw(CategoricalOutput(), logits, torch.tensor([[u]], dtype=torch.float64)).item() == 9
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Does an exported model load as what it was, without DeepSpeed, and is anything else refused with one sentence?"""
 
-import dataclasses
 import hashlib
 import json
 import subprocess
@@ -15,11 +14,11 @@ import safetensors.torch
 import torch
 
 from models.image_transformer import ImageTransformer
-from models.likelihood import nats
+from models.likelihood import MixtureOutput, nats
 from tests.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.tiny_model import random_images
 from trainer import export as export_tool
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, as_yaml, load_config
 from trainer.engine import TorchEngine
 from trainer.errors import CheckpointError, UsageError
 from trainer.exported_model import (
@@ -30,6 +29,7 @@ from trainer.exported_model import (
     load_first_weights,
     write_exported,
 )
+from trainer.model_card import card_of
 from trainer.record.run_folder import Journal, RunFiles
 from trainer.trained_model import TrainedModel, load_trained_model
 
@@ -57,20 +57,20 @@ def new_model(seed: int = 0, **changes: object) -> ImageTransformer:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An exported model, freshly written."""
-    write_exported(tmp_path / "exported", config_of(), ORIGIN, new_model().state_dict())
+    write_exported(tmp_path / "exported", card_of(config_of()), ORIGIN, new_model().state_dict())
     return tmp_path / "exported"
 
 
 def test_what_was_exported_is_what_is_loaded(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     exported, expected = load_exported(folder), new_model().state_dict()
-    assert (exported.config, exported.origin) == (config_of(), ORIGIN)
+    assert (exported.card, exported.origin) == (card_of(config_of()), ORIGIN)
     assert exported.state.keys() == expected.keys()
     assert all(torch.equal(exported.state[name], expected[name]) for name in expected)
 
 
 def test_bf16_weights_are_exported_in_fp32(tmp_path: Path) -> None:
-    write_exported(tmp_path / "e", config_of(), ORIGIN, new_model().bfloat16().state_dict())
+    write_exported(tmp_path / "e", card_of(config_of()), ORIGIN, new_model().bfloat16().state_dict())
     assert {tensor.dtype for tensor in load_exported(tmp_path / "e").state.values()} == {torch.float32}
 
 
@@ -78,7 +78,7 @@ def test_the_tools_load_it_in_place_of_a_run(folder: Path) -> None:
     trained = load_trained_model(str(folder), "ema")
     images = random_images(2, 8)
     assert torch.equal(trained.model(images), new_model().to(trained.device)(images))
-    assert (trained.step, trained.config) == (7, config_of())
+    assert (trained.step, trained.run, trained.card) == (7, "tiny", card_of(config_of()))
     unasked = load_trained_model(str(folder), "raw")  # --weights was not given
     assert (unasked.step, unasked.weights) == (7, "ema")
     with pytest.raises(UsageError, match="--weights avg: .* holds ema weights; leave it out"):
@@ -105,11 +105,10 @@ def rewrite(folder: Path, change: Any) -> None:
 
 def refit(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Other weights, with a description that has their size and checksum: somebody who knows the format."""
-    config = dataclasses.asdict(load_exported(folder).config)
+    card = load_exported(folder).card
     for path in folder.iterdir():
         path.unlink()
-    write_exported(folder, config_of(), ORIGIN, tensors)
-    assert dataclasses.asdict(config_of()) == config
+    write_exported(folder, card, ORIGIN, tensors)
 
 
 def damage(folder: Path, kind: str) -> None:
@@ -135,9 +134,9 @@ def damage(folder: Path, kind: str) -> None:
         case "another format":
             rewrite(folder, lambda d: d.update(format_version=99))
         case "another architecture":
-            rewrite(folder, lambda d: d["config"]["model"].update(layers=3))
+            rewrite(folder, lambda d: d["card"]["model"].update(layers=3))
         case "another width":
-            rewrite(folder, lambda d: d["config"]["model"].update(ff_width=32))
+            rewrite(folder, lambda d: d["card"]["model"].update(ff_width=32))
         case "a missing tensor":
             refit(folder, {name: tensor for name, tensor in state.items() if name != "head.bias"})
         case "a tensor too many":
@@ -181,21 +180,21 @@ def test_a_damaged_or_other_model_is_refused_in_one_sentence(folder: Path, kind:
 def test_nothing_is_overwritten(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
     with pytest.raises(UsageError, match="is not empty; choose another folder"):
-        write_exported(folder, config_of(), ORIGIN, new_model(seed=1).state_dict())
+        write_exported(folder, card_of(config_of()), ORIGIN, new_model(seed=1).state_dict())
     assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="--to .*file/exported: cannot be written"):
-        write_exported(tmp_path / "file" / "exported", config_of(), ORIGIN, new_model().state_dict())
+        write_exported(tmp_path / "file" / "exported", card_of(config_of()), ORIGIN, new_model().state_dict())
 
 
 def losses(engine: TorchEngine, steps: range) -> Iterator[float]:
     engine.train(True)
     for step in steps:
         for part in random_images(8, 8, seed=step).chunk(engine.accumulation_steps):
-            loss = nats("mixture", engine.forward(part, None, None), part).sum() / part.numel()
+            loss = nats(MixtureOutput(), engine.forward(part, None, None), part).sum() / part.numel()
             engine.backward(loss)
         engine.update(0.003)
         yield loss.item()
@@ -211,8 +210,8 @@ def test_a_run_can_begin_from_it_as_from_the_weights_themselves(folder: Path) ->
 
 
 def test_a_run_with_another_model_cannot_begin_from_it(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"another model.memory \(16, not 8\) and model.heads \(2, not 4\)"):
-        load_first_weights(folder, config_of(model__heads=4, model__memory=8))
+    with pytest.raises(UsageError, match=r"another model.attention.memory \(16, not 8\) and model.heads \(2, not 4\)"):
+        load_first_weights(folder, config_of(model__heads=4, model__attention__memory=8))
     exported = load_first_weights(folder, config_of(model__dropout=0.1))
     assert next(first_states(exported, config_of()))[1].keys() >= {"weight", "exp_avg", "ema"}
     assert "ema" not in next(first_states(exported, config_of(optimizer__ema_decay=0.0)))[1]
@@ -224,7 +223,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = RunFiles(tmp_path / "run")
     files.folder.mkdir()
     files.write_state(mlflow_run_id="0123")
-    trained = TrainedModel(new_model(), config_of(), 7, "raw", files, torch.device("cpu"))
+    files.config.write_text(as_yaml(config_of()))
+    trained = TrainedModel(new_model(), card_of(config_of()), "quickstart", 7, "raw", files, torch.device("cpu"))
     checkpoint = SimpleNamespace(step=7, data_digest="digest of the data")
     monkeypatch.setattr(export_tool, "load_trained_model", lambda *_: trained)
     monkeypatch.setattr(export_tool, "intact", lambda url, count: (None, [checkpoint] * count))

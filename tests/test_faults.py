@@ -188,8 +188,8 @@ def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path
         run_dir,
         splits,
         train__steps=LONG,
-        optimizer__schedule="wsd",
-        optimizer__warmup_steps=0,
+        optimizer__schedule__kind="wsd",
+        optimizer__schedule__warmup_steps=0,
         optimizer__peak_lr=1e30,
         limits__skipped_updates=3,
         checkpoint__every_steps=LONG,
@@ -209,7 +209,7 @@ def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path
 
 
 def test_a_learning_rate_far_too_high_without_clipping_ends_in_a_sentence(tmp_path: Path, splits: Path) -> None:
-    changes = {"optimizer__peak_lr": 1e3, "optimizer__clip_grad_norm": 0, "optimizer__warmup_steps": 0}
+    changes = {"optimizer__peak_lr": 1e3, "optimizer__clip_grad_norm": 0, "optimizer__schedule__warmup_steps": 0}
     arguments = settings(tmp_path / "run", splits, train__steps=30, train__precision="bf16", **changes)
     code, text = finish(start(arguments, ranks=1))
     assert code == 76, text

@@ -12,7 +12,8 @@ from models import generate as generate_module
 from models.draw import Sampling
 from models.generate import Decoding, consistency, generate
 from models.image_transformer import ImageTransformer
-from models.likelihood import nats
+from models.image_transformer_config import Local2D
+from models.likelihood import CategoricalOutput, nats
 from tests.test_likelihood import channel_distributions
 from tests.tiny_model import BLOCKS, CONDITIONS, HEADS, MODERN, PATTERNS, random_conditions, random_images, tiny_config
 
@@ -111,7 +112,7 @@ def test_parameters_are_the_same_bits_in_any_batch_and_any_order(head: str, bloc
 @pytest.mark.parametrize("threads", [1, 2])
 def test_waves_draw_the_same_image_as_one_block_after_the_other(threads: int) -> None:
     """benchmarks/sampling.py does this with 64x64 images."""
-    model = opinionated(build(image_size=8, attention="local_2d", query_block=(2, 4), memory=(2, 2), shift="block"))
+    model = opinionated(build(image_size=8, attention=Local2D(query_block=(2, 4), memory=(2, 2), shift="block")))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -220,7 +221,7 @@ def test_a_low_temperature_draws_likelier_images() -> None:
     for temperature in (0.5, 0.8, 1.0):
         images = generate(model, 64, seed=0, sampling=Sampling(temperature=temperature))
         with torch.no_grad():
-            cost.append(nats("categorical", model(images), images).mean())
+            cost.append(nats(CategoricalOutput(), model(images), images).mean())
     assert cost[0] < cost[1] < cost[2]
 
 

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.image_transformer import (
     ImageTransformer,
-    ImageTransformerConfig,
     flops_by_part,
     model_flops,
     num_parameters,
 )
-from models.likelihood import bits_per_dim, nats
+from models.image_transformer_config import Dilated1D, Full, Local1D, Local2D, SuperResolution
+from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats
 from models.local_attention import local_attention
 from tests.tiny_model import (
     BLOCKS,
@@ -119,7 +119,7 @@ def test_both_backends_give_the_same_model(pattern: str, block: str) -> None:
         model.attend = lambda q, k, v, model=model, backend=backend: local_attention(
             q, k, v, model.pattern, backend=backend
         )
-        nats("categorical", model(images), images).mean().backward()
+        nats(CategoricalOutput(), model(images), images).mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, expected in gradients[0].items():
         assert expected.abs().max() > 0, f"{name} does nothing"
@@ -178,28 +178,27 @@ def test_bf16_weights_give_nearly_the_same_fp32_output(block: str, condition: st
 @pytest.mark.parametrize("head", ["sub-pixels", "pixels"])
 def test_an_untrained_categorical_model_costs_eight_bits(head: str, block: str) -> None:
     images = random_images(8, 4)
-    total = nats("categorical", build(**HEADS[head], **BLOCKS[block])(images), images).sum().item()
+    total = nats(CategoricalOutput(), build(**HEADS[head], **BLOCKS[block])(images), images).sum().item()
     assert bits_per_dim(total, images.numel()) == pytest.approx(8, abs=0.05)
 
 
 def test_a_whole_image_of_two_by_two_pixels_has_the_probability_of_its_parts() -> None:
     """Summed over the last sub-pixel, p(image) is the probability of all the others: no probability is lost or made."""
-    model = build(image_size=2, query_block=4, memory=4)
+    model = build(image_size=2, attention=Local1D(query_block=4, memory=4))
     image = random_images(1, 2)
     with torch.no_grad():
-        cost = nats("categorical", model(image), image).flatten()
+        cost = nats(CategoricalOutput(), model(image), image).flatten()
         last = image.flatten().repeat(256, 1)
         last[:, -1] = torch.arange(256)
         last = last.view(256, 2, 2, 3)
-        summed = torch.logsumexp(-nats("categorical", model(last), last).flatten(1).double().sum(1), 0)
+        summed = torch.logsumexp(-nats(CategoricalOutput(), model(last), last).flatten(1).double().sum(1), 0)
     assert summed.item() == pytest.approx(-cost[:-1].double().sum().item(), abs=1e-4)
 
 
 # Published sizes, computed from the shapes in the original code, without its embedding of positions and end token.
 PAPER = {
     "image_size": 32,
-    "query_block": 256,
-    "memory": 256,
+    "attention": Local1D(query_block=256, memory=256),
     "heads": 8,
     "width": 512,
     "attention_width": 512,
@@ -208,7 +207,7 @@ PAPER = {
 PAPER_MIXTURE = {
     **PAPER,
     **MIXTURE,
-    "mixtures": 10,
+    "output": MixtureOutput(components=10),
     "width": 256,
     "ff_width": 512,
     "position": "learned",
@@ -248,7 +247,7 @@ def test_fewer_heads_of_keys_have_fewer_weights() -> None:
         (
             4954 + 903,
             {**PAPER, "layers": 24, "image_size": 64, "width": 1024, "attention_width": 1024}
-            | {"query_block": 512, "memory": 512},
+            | {"attention": Local1D(query_block=512, memory=512)},
         ),
     ],
 )
@@ -266,7 +265,7 @@ def test_flops_are_those_that_torch_counts_with_only_visible_pairs_of_attention(
         model(random_images(1, 4), **random_conditions(config, 1))
     by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     matrices = sum(flops for name, flops in by_operator.items() if name in ("aten.mm", "aten.addmm"))
-    encoder_length = 3 * config.condition_size**2
+    encoder_length = 3 * config.small_size**2
     pairs = config.layers * (int(model.pattern.mask().sum()) + length * encoder_length)
     pairs += config.encoder_layers * encoder_length**2
     assert model_flops(config).forward == matrices + 4 * config.attention_width * pairs
@@ -334,17 +333,25 @@ def smooth_images(num_images: int, size: int) -> Tensor:
     return fine.permute(0, 2, 3, 1).round().to(torch.uint8)
 
 
+WIDE = Local1D(query_block=48, memory=48)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        pytest.param({"query_block": 48, "memory": 48}, id="1d"),
+        pytest.param({"attention": WIDE}, id="1d"),
         pytest.param(
-            {"query_block": 48, "memory": 48, "block": "paper", "norm": "post", "position": "sine"}, id="1d paper"
+            {"attention": WIDE, "block": "paper", "norm": "post", "position": "sine"},
+            id="1d paper",
         ),
-        pytest.param({"attention": "local_2d", "query_block": (4, 12), "memory": (4, 6)}, id="2d"),
-        pytest.param({"query_block": 48, "memory": 48, "num_classes": 8}, id="classes"),
+        pytest.param({"attention": Local2D(query_block=(4, 12), memory=(4, 6))}, id="2d"),
+        pytest.param({"attention": WIDE, "num_classes": 8}, id="classes"),
         pytest.param(
-            {"query_block": 48, "memory": 48, "condition_size": 4, "encoder_layers": 1}, id="super-resolution"
+            {
+                "attention": WIDE,
+                "super_resolution": SuperResolution(small_size=4, encoder_layers=1),
+            },
+            id="super-resolution",
         ),
     ],
 )
@@ -355,7 +362,7 @@ def test_eight_images_can_be_learnt_by_heart(changes: dict[str, Any]) -> None:
     )
     model = ImageTransformer(config)
     images, inputs = smooth_images(8, 8), random_conditions(config, 8)
-    if config.condition_size:
+    if config.small_size:
         inputs["condition"] = images[:, ::2, ::2]
     steps = 300
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -363,7 +370,7 @@ def test_eight_images_can_be_learnt_by_heart(changes: dict[str, Any]) -> None:
         optimizer, lambda step: min(1, (step + 1) / 20, 2 * (1 - step / steps))
     )
     for _ in range(steps):
-        total = nats("categorical", model(images, **inputs), images).sum()
+        total = nats(CategoricalOutput(), model(images, **inputs), images).sum()
         optimizer.zero_grad()
         (total / images.numel()).backward()
         optimizer.step()
@@ -394,35 +401,46 @@ BAD = [
     ({**MODERN, "key_heads": 4}, "key_heads: 4 does not divide heads 2"),
     ({"key_heads": -1}, "key_heads: -1 is negative"),
     ({"key_heads": 1}, "key_heads: 1 for 2 heads, but in the paper's block each has its own; set key_heads to 0"),
-    ({"query_block": 7}, "query_block: 7 does not divide the image's 48 positions; choose e.g. one of .*8"),
     (
-        {"attention": "local_2d", "query_block": (3, 2), "memory": (1, 1)},
-        "query_block: 3 does not divide the image's 4 rows",
+        {"attention": Local1D(query_block=7, memory=8)},
+        "attention.query_block: 7 does not divide the image's 48 positions; choose e.g. one of .*8",
     ),
     (
-        {"attention": "local_2d", "query_block": (2, 5), "memory": (1, 1)},
-        "query_block: 5 does not divide the image's 12 columns",
+        {"attention": Local2D(query_block=(3, 2), memory=(1, 1))},
+        "attention.query_block: 3 does not divide the image's 4 rows",
     ),
-    ({"attention": "local_2d"}, r"local_2d attention takes \[rows, columns\]"),
-    ({"query_block": (2, 2)}, "local_1d attention takes numbers"),
-    ({"memory": 100}, "memory: reaches 100 positions beyond a block of 8, but the image has 48 in all; choose 0 to 40"),
-    ({"memory": -1}, "memory: reaches -1"),
-    ({"query_block": 0}, "query_block: 0 does not divide"),
-    ({"attention": "full"}, "full attention has neither; set both to 0"),
-    ({"attention": "dilated_1d"}, "dilated_1d attention needs at least 1 of each"),
-    ({"attention": "dilated_1d", "dilation_blocks": 9, "memory": 8}, "memory: reaches 72"),
-    ({"dilation_gap": 2}, "only dilated_1d attention has them"),
-    ({"shift": "block"}, "shift: 'block' is for local_2d attention only"),
-    ({"output": "mixture", "mixtures": 10}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
-    ({**PIXELS, "mixtures": 10}, "mixtures: 10 with output 'categorical'"),
-    ({**MIXTURE, "mixtures": 0}, "mixtures: 0 with output 'mixture'"),
+    (
+        {"attention": Local2D(query_block=(2, 5), memory=(1, 1))},
+        "attention.query_block: 5 does not divide the image's 12 columns",
+    ),
+    (
+        {"attention": Local1D(query_block=8, memory=100)},
+        "attention.memory: reaches 100 positions beyond a block of 8, but the image has 48 in all; choose 0 to 40",
+    ),
+    ({"attention": Local1D(query_block=8, memory=-1)}, "attention.memory: reaches -1"),
+    ({"attention": Local1D(query_block=0, memory=8)}, "attention.query_block: 0 does not divide"),
+    ({"attention": Dilated1D(query_block=8, memory=8, gap=0, chunks=0)}, "attention.memory: dilated_1d .* at least 1"),
+    ({"attention": Dilated1D(query_block=8, memory=8, gap=0, chunks=9)}, "attention.memory: reaches 72"),
+    ({"attention": Dilated1D(query_block=8, memory=1, gap=-1, chunks=1)}, "attention.gap: -1 is negative"),
+    ({"attention": ()}, "attention: the list is empty"),
+    ({"attention": (Full(),) * 3}, "attention: a list of 3 patterns, but the model has 2 layers"),
+    ({"attention": (Full(), Local1D(query_block=7, memory=0))}, "attention.1.query_block: 7 does not divide"),
+    ({"attention": (Full(), Local2D(query_block=(2, 2), memory=(0, 0)))}, "attention.1: generates or stores"),
+    ({"output": MixtureOutput()}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
     ({**MODERN, "norm": "post"}, "the modern block is made for 'pre'"),
     ({"width": 18}, "width: 18 is not a multiple of 4"),
     ({"position": "rotary", "heads": 8}, "rotary needs attention_width / heads, 2, to be a multiple of 4"),
-    ({"condition_size": 2}, "encoder_layers: 0 with condition_size 2"),
-    ({"encoder_layers": 2}, "encoder_layers: 2 with condition_size 0"),
-    ({"condition_size": 3, "encoder_layers": 1}, "condition_size: 3 is not a proper divisor of image_size 4"),
-    ({"condition_size": 4, "encoder_layers": 1}, "condition_size: 4 is not a proper divisor of image_size 4"),
+    (
+        {"super_resolution": SuperResolution(small_size=2, encoder_layers=0)},
+        "super_resolution.encoder_layers: 0 is not positive",
+    ),
+    *(
+        (
+            {"super_resolution": SuperResolution(small_size=size, encoder_layers=1)},
+            f"super_resolution.small_size: {size} is not a proper divisor of image_size 4",
+        )
+        for size in (0, 3, 4)
+    ),
     ({"dropout": 1.0}, r"dropout: 1.0 is not in \[0, 1\)"),
     ({"layers": 0}, "layers: 0 is not positive"),
     ({"num_classes": -1}, "num_classes: -1 is negative"),
@@ -439,13 +457,17 @@ def test_a_bad_config_is_refused_with_the_reason(changes: dict[str, Any], messag
 
 def test_all_problems_of_a_config_are_named_at_once() -> None:
     with pytest.raises(ValueError) as error:
-        tiny_config(heads=3, query_block=7, output="mixture")
+        tiny_config(heads=3, attention=Local1D(query_block=7, memory=0), output=MixtureOutput())
     assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
-        "query_block",
+        "attention.query_block",
         "heads",
         "output",
-        "mixtures",
     ]
+
+
+def test_an_output_has_components() -> None:
+    with pytest.raises(ValueError, match="components: 0 is not positive"):
+        MixtureOutput(components=0)
 
 
 def test_inputs_that_do_not_fit_the_model_are_refused() -> None:
@@ -458,8 +480,3 @@ def test_inputs_that_do_not_fit_the_model_are_refused() -> None:
         build()(images, torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="condition: missing, but its size in the config is 2"):
         build(**CONDITIONS["super-resolution"])(images)
-
-
-def test_a_config_holds_all_fields_and_no_defaults() -> None:
-    with pytest.raises(TypeError, match="missing 24 required keyword-only arguments"):
-        ImageTransformerConfig()  # type: ignore[call-arg]

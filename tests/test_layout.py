@@ -27,7 +27,7 @@ HOME = {
         for name in ("record/mlflow_mirror", "record/system_metrics", "record/tracker", "comparison/run_history")
     },
     "yaml": {"trainer/config.py"},
-    "pydantic": {"trainer/config.py"},
+    "pydantic": {"trainer/typed_values.py"},
     "safetensors": {"trainer/checkpoint.py", "trainer/exported_model.py"},
     "PIL": {"data_pipeline", "trainer"},
     "matplotlib": {"trainer/heat_map.py"},

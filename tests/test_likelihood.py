@@ -2,14 +2,23 @@
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from models.likelihood import bits_per_dim, initial_mixture, mixture_nats, nats, nats_by_channel, split_mixture
+from models.likelihood import (
+    CategoricalOutput,
+    MixtureOutput,
+    Output,
+    bits_per_dim,
+    initial_mixture,
+    mixture_nats,
+    nats,
+    nats_by_channel,
+    split_mixture,
+)
 
 REFERENCE = sorted((Path(__file__).parent / "reference").glob("dmol*.npz"))
 
@@ -103,12 +112,12 @@ def test_extreme_parameters_keep_nats_right_and_gradients_finite(
 def test_categorical_nats_are_the_negative_log_of_softmax() -> None:
     logits, images = torch.randn(2, 4, 4, 3, 256), torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
     expected = -logits.log_softmax(-1).gather(-1, images.long()[..., None]).squeeze(-1)
-    torch.testing.assert_close(nats("categorical", logits, images), expected)
+    torch.testing.assert_close(nats(CategoricalOutput(), logits, images), expected)
 
 
 def test_the_uniform_distribution_costs_eight_bits() -> None:
     images = torch.randint(0, 256, (2, 4, 4, 3), dtype=torch.uint8)
-    total = nats("categorical", torch.zeros(2, 4, 4, 3, 256), images).sum().item()
+    total = nats(CategoricalOutput(), torch.zeros(2, 4, 4, 3, 256), images).sum().item()
     assert bits_per_dim(total, images.numel()) == pytest.approx(8)
 
 
@@ -166,15 +175,15 @@ def test_nats_by_channel_follow_the_chain_rule() -> None:
     for channel, given in enumerate(((0, 0, 0), (90, 0, 0), (90, 180, 0))):
         images = torch.tensor(given, dtype=torch.uint8).repeat(256, 1, 1, 1)
         images[..., channel] = torch.arange(256, dtype=torch.uint8).view(256, 1, 1)
-        found = nats_by_channel("mixture", parameters.expand(256, 1, 1, -1), images)
+        found = nats_by_channel(MixtureOutput(), parameters.expand(256, 1, 1, -1), images)
         assert (-found[..., channel].double()).exp().sum().item() == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("output", ["mixture", "categorical"])
-def test_nats_by_channel_add_up_to_the_nats(output: Literal["mixture", "categorical"]) -> None:
+@pytest.mark.parametrize("output", [MixtureOutput(), CategoricalOutput()], ids=lambda output: output.kind)
+def test_nats_by_channel_add_up_to_the_nats(output: Output) -> None:
     torch.manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 4, 3), dtype=torch.uint8)
-    parameters = torch.randn(2, 3, 4, 50) if output == "mixture" else torch.randn(2, 3, 4, 3, 256)
+    parameters = torch.randn(2, 3, 4, 50) if isinstance(output, MixtureOutput) else torch.randn(2, 3, 4, 3, 256)
     total = nats(output, parameters, images)
-    expected = total if output == "mixture" else total.sum(-1)
+    expected = total if isinstance(output, MixtureOutput) else total.sum(-1)
     torch.testing.assert_close(nats_by_channel(output, parameters, images).sum(-1), expected)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.image_transformer import ImageTransformer
-from models.likelihood import nats
+from models.likelihood import CategoricalOutput, nats
 from models.local_attention import attend_to_all, local_attention
 from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
 from tests.tiny_model import MODERN, random_images, tiny_config
@@ -191,7 +191,7 @@ def test_a_compiled_model_has_the_gradients_of_an_eager_one() -> None:
 
     def gradients(forward) -> list[Tensor]:
         model.zero_grad()
-        nats("categorical", forward(images), images).sum().backward()
+        nats(CategoricalOutput(), forward(images), images).sum().backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     expected = gradients(model)

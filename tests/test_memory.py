@@ -121,7 +121,7 @@ def test_many_layers_are_extrapolated_from_few_exactly(layers: int, every: int, 
 
 def test_on_a_gpu_scores_are_never_stored() -> None:
     """Four times the positions take four times the memory, where matrices of scores would take sixteen."""
-    config = load_config(QUICKSTART, ["model.attention=full", "model.query_block=0", "model.memory=0"])
+    config = load_config(QUICKSTART, ["model.attention=full"])
     small, large = (
         activation_bytes(
             dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=size)),

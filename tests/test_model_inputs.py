@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from data_pipeline.batch import Batch
+from models.image_transformer_config import SuperResolution
 from tests.tiny_model import CONDITIONS, random_images, tiny_config
 from trainer.model_inputs import model_inputs
 
@@ -21,7 +22,8 @@ def test_labels_and_small_images_are_given_where_the_config_asks_for_them(condit
 def test_a_small_image_is_the_rounded_mean_of_each_square() -> None:
     images = random_images(3, 8)
     _, _, small = model_inputs(
-        Batch(images, None, None, 0), tiny_config(image_size=8, condition_size=4, encoder_layers=1)
+        Batch(images, None, None, 0),
+        tiny_config(image_size=8, super_resolution=SuperResolution(small_size=4, encoder_layers=1)),
     )
     assert small is not None and small.dtype == torch.uint8 and small.shape == (3, 4, 4, 3)
     for row in range(4):

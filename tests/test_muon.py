@@ -66,8 +66,8 @@ def test_two_ranks_give_the_curve_of_one_also_after_a_change_of_their_number(
         ({"train__precision": "fp16"}, "not fp16 with 1"),
         ({"train__offload_optimizer": "cpu"}, "muon needs train.offload_optimizer and train.offload_parameters none"),
         ({"train__zero_stage": 3, "optimizer__clip_grad_norm": 1.0}, "clip_grad_norm: must be 0 for muon"),
-        ({"optimizer__muon_peak_lr": 0.0}, "muon_peak_lr: must be above 0 and finite for muon"),
-        ({"optimizer__name": "adamw"}, "muon_peak_lr: must be .* 0 for adamw"),
+        ({"optimizer__muon_peak_lr": 0.0}, "muon_peak_lr: must be above 0 and finite"),
+        ({"optimizer__name": "adamw", "optimizer__muon_peak_lr": 0.01}, "muon_peak_lr: adamw has no such key"),
     ],
 )
 def test_what_deepspeed_cannot_do_with_it_is_refused(changes: dict[str, object], message: str) -> None:
@@ -84,4 +84,4 @@ def test_a_matrix_has_one_moment() -> None:
     }
     both = 8 * 10**6 + 8 * 400_000  # weights and average in fp32, and the rest's two moments
     assert bytes_of == {1: (both + 4 * 600_000) // 4, 3: (both + 2 * 600_000) // 4}
-    assert num_orthogonalised(muon(1, "bf16", optimizer__name="adamw", optimizer__muon_peak_lr=0.0)) == 0
+    assert num_orthogonalised(muon(1, "bf16", optimizer__name="adamw")) == 0

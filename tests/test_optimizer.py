@@ -8,39 +8,41 @@ import torch
 from torch import nn
 
 from tests.launch import QUICKSTART
-from trainer.config import OptimizerConfig, load_config
+from trainer.config import load_config
 from trainer.optimizer import build_optimizer, learning_rate
+from trainer.options import AdamW, Cosine, Noam, Rsqrt, Schedule, WarmupStableDecay
 
 
-def config(**changes: object) -> OptimizerConfig:
-    return dataclasses.replace(load_config(QUICKSTART, []).optimizer, **changes)  # type: ignore[arg-type]
+def config(**changes: object) -> AdamW:
+    optimizer = load_config(QUICKSTART, []).optimizer
+    assert isinstance(optimizer, AdamW)
+    return dataclasses.replace(optimizer, **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("base", "width", "warmup"), [(0.5, 512, 4000), (0.2, 512, 12000), (0.1, 256, 4000)])
 def test_noam_is_the_schedule_of_tensor2tensor(base: float, width: int, warmup: int) -> None:
-    noam = config(schedule="noam", warmup_steps=warmup, peak_lr=10 * base / math.sqrt(width * warmup))
+    noam = config(schedule=Noam(warmup_steps=warmup), peak_lr=10 * base / math.sqrt(width * warmup))
     for step in (0, 1, 100, warmup - 1, warmup, 10 * warmup, 1_000_000):
         original = 0.002 * base * 5000 * width**-0.5 * min((step + 1) * warmup**-1.5, (step + 1) ** -0.5)
         assert learning_rate(noam, step, 10**6) == pytest.approx(original, rel=1e-9)
 
 
 def test_rsqrt_is_constant_and_then_decays() -> None:
-    rsqrt = config(schedule="rsqrt", warmup_steps=100, peak_lr=1.0)
+    rsqrt = config(schedule=Rsqrt(warmup_steps=100), peak_lr=1.0)
     assert learning_rate(rsqrt, 0, 1000) == learning_rate(rsqrt, 99, 1000) == 1.0
     assert learning_rate(rsqrt, 399, 1000) == pytest.approx(0.5)
 
 
 def test_cosine_and_wsd_rise_linearly_to_the_peak_and_end_at_their_fraction() -> None:
-    for schedule, decay in (("cosine", 0), ("wsd", 200)):
-        c = config(schedule=schedule, warmup_steps=100, decay_steps=decay, peak_lr=1.0, final_lr_fraction=0.1)
+    cosine: Schedule = Cosine(warmup_steps=100, final_lr_fraction=0.1)
+    for schedule in (cosine, WarmupStableDecay(warmup_steps=100, decay_steps=200, final_lr_fraction=0.1)):
+        c = config(schedule=schedule, peak_lr=1.0)
         assert learning_rate(c, 0, 1000) == pytest.approx(0.01)
         assert learning_rate(c, 49, 1000) == pytest.approx(0.5)
         assert max(learning_rate(c, step, 1000) for step in range(1000)) == pytest.approx(1.0)
         assert learning_rate(c, 999, 1000) == pytest.approx(0.1)
-    assert learning_rate(config(schedule="cosine", warmup_steps=0, peak_lr=1.0, final_lr_fraction=0.0), 499, 1000) == (
-        pytest.approx(0.5)
-    )
-    wsd = config(schedule="wsd", warmup_steps=0, decay_steps=200, peak_lr=1.0, final_lr_fraction=0.0)
+    assert learning_rate(config(schedule=Cosine(warmup_steps=0), peak_lr=1.0), 499, 1000) == pytest.approx(0.5)
+    wsd = config(schedule=WarmupStableDecay(warmup_steps=0, decay_steps=200), peak_lr=1.0)
     assert [learning_rate(wsd, step, 1000) for step in (0, 798, 899)] == pytest.approx([1.0, 1.0, 0.5])
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.packing.resize import IMAGENET_VERSIONS
-from models.image_transformer import make_pattern, num_parameters
+from models.image_transformer import num_parameters, num_positions
+from models.image_transformer_config import Local1D
 from trainer.config import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -59,8 +60,8 @@ def test_results_on_imagenet_say_which_imagenet(name: str) -> None:
 def test_the_large_models_reach_back_over_the_whole_image(name: str) -> None:
     model = load_config(CONFIGS / f"{name}.yaml", []).model
     # Through each layer the first query of a block sees back by the memory.
-    assert isinstance(model.memory, int)
-    assert model.layers * model.memory >= make_pattern(model).length
+    assert isinstance(model.attention, Local1D)
+    assert model.layers * model.attention.memory >= num_positions(model)
 
 
 def test_the_ablation_changes_the_block_and_nothing_else() -> None:
@@ -68,5 +69,5 @@ def test_the_ablation_changes_the_block_and_nothing_else() -> None:
     different = {
         field for model in models for field, value in vars(model).items() if value != getattr(models[0], field)
     }
-    assert different == {"query_block", "memory"}
-    assert [model.query_block for model in models] == [model.memory for model in models] == [8, 16, 64, 256]
+    assert different == {"attention"}
+    assert [model.attention for model in models] == [Local1D(query_block=n, memory=n) for n in (8, 16, 64, 256)]

@@ -3,9 +3,14 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from trainer.config import SECTIONS
+from data_pipeline.pack import main as pack
+from tests.launch import curve, mlflow_store, train
+from trainer.config import RunConfig
+from trainer.typed_values import paths
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = re.compile(r"`((?:trainer|models|data_pipeline|cluster|configs|tests|benchmarks)/[\w./]+)`")
@@ -19,13 +24,36 @@ def test_every_file_that_is_named_exists(document: str) -> None:
 
 
 def test_every_option_in_the_readmes_commands_exists() -> None:
-    options = set(re.findall(r"--set ([a-z_]+)\.([a-z_]+)=", (ROOT / "README.md").read_text())) - {("section", "key")}
+    options = set(re.findall(r"--set \"?([a-z_.]+)=", (ROOT / "README.md").read_text())) - {"section.key"}
     assert options
-    for section, key in options:
-        assert key in SECTIONS[section].__dataclass_fields__, f"{section}.{key}"
+    assert options <= set(paths(RunConfig))
 
 
 def test_every_config_in_the_documents_exists() -> None:
     text = "".join((ROOT / name).read_text() for name in ("README.md", "ARCHITECTURE.md"))
     for path in set(re.findall(r"configs/\w+\.yaml", text)):
         assert (ROOT / path).exists(), path
+
+
+def test_the_config_of_a_users_own_images_trains_on_a_packed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(config.splitlines()) <= 24
+    (tmp_path / "mine.yaml").write_text(config)
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 50, 3), dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        folder = tmp_path / "photos" / ("validation" if index < 8 else "train")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{index}.png")
+    for split in ("train", "validation"):
+        source = ["--source", "folder", "--input", f"photos/{split}", "--dest", f"data/mine/{split}"]
+        assert pack(["--split", split, "--size", "32", *source]) == 0
+    small = ["train.steps=2", f"tracking.uri={mlflow_store(tmp_path)}", "train.log_every_steps=1"]
+    places = [
+        f"run.dir={tmp_path}/run",
+        *(f"data.{split}_url={tmp_path}/data/mine/{split}" for split in ("train", "validation")),
+    ]
+    train([argument for each in small + places for argument in ("--set", each)], config=tmp_path / "mine.yaml")
+    assert [step for step, _ in curve(tmp_path / "run")] == [1, 2]

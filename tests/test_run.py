@@ -169,11 +169,13 @@ def test_the_hostfile_command_trains_the_big_config_shrunk_to_this_machine(tmp_p
     assert len(curve(tmp_path / "run")) == 6
 
 
-CATEGORICAL = {"model.input": "categorical", "model.output": "categorical", "model.mixtures": 0}
+CATEGORICAL = {"model.input": "categorical", "model.output": "categorical"}
 VARIANTS = {
-    "2D": CATEGORICAL | {"model.attention": "local_2d", "model.query_block": "[4, 12]", "model.memory": "[2, 6]"},
+    "2D": CATEGORICAL
+    | {"model.attention": "local_2d", "model.attention.query_block": "[4, 12]", "model.attention.memory": "[2, 6]"},
     "class-conditional": {"model.num_classes": 12, "model.block": "paper", "model.norm": "post", "model.dropout": 0.1},
-    "super-resolution": CATEGORICAL | {"model.condition_size": 2, "model.encoder_layers": 1, "train.zero_stage": 3},
+    "super-resolution": CATEGORICAL
+    | {"model.super_resolution.small_size": 2, "model.super_resolution.encoder_layers": 1, "train.zero_stage": 3},
 }
 
 
@@ -276,7 +278,11 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert "wants 4 ranks (run.world_size) and was launched with 1" in fail(run__world_size=4)
     assert "classes, and model.num_classes is 5" in fail(model__num_classes=5)
     monkeypatch.setenv("CXX", "/bin/false")
-    offload = {"train__zero_stage": 3, "train__offload_parameters": "nvme", "train__offload_dir": tmp_path}
+    offload = {
+        "train__zero_stage": 3,
+        "train__offload_parameters__kind": "nvme",
+        "train__offload_parameters__dir": tmp_path,
+    }
     assert "needs a C++ compiler and the package libaio-dev" in fail(**offload, train__precision="bf16")
     assert "offload_parameters: nvme needs precision bf16 or fp16" in fail(**offload, train__precision="fp32")
     (tmp_path / "unlabelled").mkdir()

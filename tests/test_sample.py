@@ -182,7 +182,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
         (plain, ["--out", "grid.jpg"], "--out: grid.jpg must end in .png"),
         (plain, ["--out", str(tmp_path / "text.png/grid.png"), "--n", "1"], "grid.png: cannot be written"),
         (plain, ["--classes", "1"], "was trained without classes"),
-        (plain, ["--super-resolve", str(tmp_path)], "was not trained for it (model.condition_size is 0)"),
+        (plain, ["--super-resolve", str(tmp_path)], "was not trained for it (model.super_resolution.small_size is 0)"),
         (classes, ["--classes", "1,5"], "--classes: 5 is not between 0 and 4"),
         (classes, ["--classes=-1"], "--classes: -1 is not between 0 and 4"),
         (classes, ["--classes=--1"], "--classes: '--1' is not a class of the training data"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from models.image_transformer import ImageTransformerConfig
+from models.image_transformer_config import ImageTransformerConfig
 from tests.launch import QUICKSTART
 from trainer.config import load_config
 from trainer.scoring import score
@@ -17,8 +17,8 @@ CPU = torch.device("cpu")
 
 def categorical() -> ImageTransformerConfig:
     return load_config(
-        QUICKSTART, ["model.input=categorical", "model.output=categorical", "model.mixtures=0", "model.image_size=4",
-                     "model.query_block=12", "model.memory=12"]
+        QUICKSTART, ["model.input=categorical", "model.output=categorical", "model.image_size=4",
+                     "model.attention.query_block=12", "model.attention.memory=12"]
     ).model  # fmt: skip
 
 

@@ -5,46 +5,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.image_transformer import ImageTransformerConfig
+from models.image_transformer_config import (
+    Dilated1D,
+    Full,
+    ImageTransformerConfig,
+    Local1D,
+    Local2D,
+    SuperResolution,
+)
+from models.likelihood import CategoricalOutput, MixtureOutput
 
 TINY: dict[str, Any] = {
     "image_size": 4,
     "input": "categorical",
-    "output": "categorical",
-    "mixtures": 0,
-    "attention": "local_1d",
-    "query_block": 8,
-    "memory": 8,
-    "dilation_gap": 0,
-    "dilation_blocks": 0,
-    "shift": "generation",
+    "output": CategoricalOutput(),
+    "attention": Local1D(query_block=8, memory=8),
     "layers": 2,
     "width": 16,
     "heads": 2,
-    "key_heads": 0,
     "attention_width": 16,
     "ff_width": 24,
     "block": "paper",
     "norm": "post",
     "position": "sine",
-    "dropout": 0.0,
-    "num_classes": 0,
-    "label_dropout": 0.0,
-    "condition_size": 0,
-    "encoder_layers": 0,
 }
-PIXELS = {"input": "ordinal", "output": "categorical"}
-MIXTURE = {"input": "ordinal", "output": "mixture", "mixtures": 3}
+PIXELS = {"input": "ordinal", "output": CategoricalOutput()}
+MIXTURE = {"input": "ordinal", "output": MixtureOutput(components=3)}
 HEADS: dict[str, dict[str, Any]] = {"sub-pixels": {}, "pixels": PIXELS, "mixture": MIXTURE}
 """What a position is and how it is distributed."""
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "1d": {},
-    "1d short memory": {"query_block": 8, "memory": 3},
-    "2d": {"attention": "local_2d", "query_block": (2, 2), "memory": (2, 1)},
-    "2d block shift": {"attention": "local_2d", "query_block": (2, 2), "memory": (1, 2), "shift": "block"},
-    "full": {"attention": "full", "query_block": 0, "memory": 0},
-    "dilated": {"attention": "dilated_1d", "query_block": 4, "memory": 2, "dilation_gap": 1, "dilation_blocks": 2},
+    "1d short memory": {"attention": Local1D(query_block=8, memory=3)},
+    "2d": {"attention": Local2D(query_block=(2, 2), memory=(2, 1))},
+    "2d block shift": {"attention": Local2D(query_block=(2, 2), memory=(1, 2), shift="block")},
+    "full": {"attention": Full()},
+    "dilated": {"attention": Dilated1D(query_block=4, memory=2, gap=1, chunks=2)},
 }
 MODERN = {"block": "modern", "norm": "pre", "position": "rotary"}
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -56,7 +52,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 CONDITIONS: dict[str, dict[str, Any]] = {
     "unconditional": {},
     "classes": {"num_classes": 5},
-    "super-resolution": {"condition_size": 2, "encoder_layers": 1},
+    "super-resolution": {"super_resolution": SuperResolution(small_size=2, encoder_layers=1)},
 }
 
 
@@ -74,6 +70,6 @@ def random_conditions(config: ImageTransformerConfig, num_images: int) -> dict[s
     inputs = {}
     if config.num_classes:
         inputs["labels"] = torch.arange(num_images) % config.num_classes
-    if config.condition_size:
-        inputs["condition"] = random_images(num_images, config.condition_size, seed=1)
+    if config.small_size:
+        inputs["condition"] = random_images(num_images, config.small_size, seed=1)
     return inputs

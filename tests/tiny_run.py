@@ -7,11 +7,12 @@ import torch
 from models.image_transformer import ImageTransformer
 from tests.launch import QUICKSTART, settings
 from trainer.config import load_config
+from trainer.model_card import card_of
 from trainer.record.run_folder import RunFiles
 from trainer.trained_model import TrainedModel
 
 CLASSES = {"model__num_classes": 5, "model__label_dropout": 0.1}
-SUPER_RESOLUTION = {"model__condition_size": 4, "model__encoder_layers": 1}
+SUPER_RESOLUTION = {"model__super_resolution__small_size": 4, "model__super_resolution__encoder_layers": 1}
 
 
 def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
@@ -20,4 +21,5 @@ def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
     config = load_config(QUICKSTART, arguments[1::2])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    return TrainedModel(ImageTransformer(config.model).eval(), config, 7, "raw", RunFiles(folder), torch.device("cpu"))
+    model = ImageTransformer(config.model).eval()
+    return TrainedModel(model, card_of(config), config.run.name, 7, "raw", RunFiles(folder), torch.device("cpu"))

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.storage import DataError, Store
-from trainer.config import CheckpointConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.engine import Engine, State
 from trainer.errors import CheckpointError, UsageError
 from trainer.faults.replicas import check_replicas
+from trainer.options import CheckpointConfig
 from trainer.ranks import Ranks, all_sum, from_all_ranks, from_rank_0
 
 log = logging.getLogger(__name__)

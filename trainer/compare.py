@@ -87,7 +87,7 @@ def comparable_key(runs: Sequence[RunHistory]) -> str | None:
     """The data set whose published figures stand beside these runs: that of all of them, in the very same version."""
     keys = {data_set_key(run.data) for run in runs}
     # With a small image to start from, another question is asked.
-    unconditional = all(run.params.get("model.condition_size", "0") == "0" for run in runs)
+    unconditional = not any("model.super_resolution.small_size" in run.params for run in runs)
     return keys.pop() if len(keys) == 1 and unconditional else None
 
 

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from data_pipeline.wording import counted
 from models.image_transformer import num_parameters
 from models.layer import Layer
-from trainer.config import OptimizerConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.engine import State, Update
 from trainer.errors import ConfigError
 from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import build_optimizer, is_orthogonalised, keep_ema, state_names
+from trainer.options import Muon, NvmeOffload
 from trainer.ranks import Ranks
 
 MUON_MOMENTUM = 0.95
@@ -54,17 +55,17 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         },
     }
     for what, where in (("offload_optimizer", train.offload_optimizer), ("offload_param", train.offload_parameters)):
-        if where != "none":
-            block = {"device": where, "pin_memory": on_gpu}
+        if where.kind != "none":
+            block = {"device": where.kind, "pin_memory": on_gpu}
             dictionary["zero_optimization"][what] = block | (
-                {"nvme_path": train.offload_dir} if where == "nvme" else {}
+                {"nvme_path": where.dir} if isinstance(where, NvmeOffload) else {}
             )
-            if what == "offload_optimizer" and where == "nvme":
+            if what == "offload_optimizer" and where.kind == "nvme":
                 # Of a tensor there are its weights, its gradient, two moments and the average, where one is kept.
                 dictionary["zero_optimization"][what]["buffer_count"] = 5 if config.optimizer.ema_decay else 4
             # torch's fused AdamW, as everywhere; DeepSpeed's own one is compiled at the first start.
             dictionary["zero_force_ds_cpu_optimizer"] = False
-    if config.optimizer.name == "muon":
+    if isinstance(config.optimizer, Muon):
         dictionary["zero_optimization"]["reduce_scatter"] = False  # stage 3 wants it so: matrices are reduced whole
     if train.precision == "bf16":
         # Micro-batch gradients are added in fp32: in bf16, 8 bits of mantissa lose the small ones.
@@ -91,7 +92,8 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 def check_offloading(config: RunConfig) -> None:
     """Raise ConfigError where something is offloaded to NVMe and DeepSpeed cannot build its code for that."""
     train = config.train
-    where = [f"train.{name}" for name in ("offload_optimizer", "offload_parameters") if getattr(train, name) == "nvme"]
+    offloaded = {"offload_optimizer": train.offload_optimizer, "offload_parameters": train.offload_parameters}
+    where = [f"train.{name}" for name, place in offloaded.items() if place.kind == "nvme"]
     built: Any = importlib.import_module("deepspeed.git_version_info")
     if not where or built.installed_ops.get("async_io"):
         return
@@ -134,7 +136,7 @@ def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
     return torch.device(get_accelerator().device_name(local_rank))
 
 
-def build_muon(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
     """DeepSpeed's Muon on the matrices of the layers and AdamW on the rest, both with decoupled weight decay.
 
     A plain optimizer would see ZeRO's flat shards. DeepSpeed puts matrices together, orthogonalises, and hands the
@@ -183,14 +185,17 @@ class DeepSpeedEngine:
                 if isinstance(module, Layer):
                     module.compile()
         self._state_names = {name: state_names(name, p, config.optimizer) for name, p in model.named_parameters()}
-        uses_muon = config.optimizer.name == "muon"
-        self._optimizer = build_muon(model, config.optimizer) if uses_muon else build_optimizer(model, config.optimizer)
-        self._muon_lr_ratio = config.optimizer.muon_peak_lr / config.optimizer.peak_lr
+        self._optimizer: torch.optim.Optimizer
+        if isinstance(config.optimizer, Muon):
+            self._optimizer = build_muon(model, config.optimizer)
+            self._muon_lr_ratio = config.optimizer.muon_peak_lr / config.optimizer.peak_lr
+        else:
+            self._optimizer = build_optimizer(model, config.optimizer)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
         )
         self._sharded = config.train.zero_stage > 0
-        self._norm_is_of_updates = uses_muon and config.train.zero_stage == 3
+        self._norm_is_of_updates = isinstance(config.optimizer, Muon) and config.train.zero_stage == 3
         self._replicated = config.train.zero_stage < 3
         self._fp16 = config.train.precision == "fp16"
         self._blank = blank_inputs(config.model, device)

@@ -88,7 +88,7 @@ class Demo:
     @property
     def modes(self) -> list[str]:
         """What the model can do; one that super-resolves draws nothing without a small image."""
-        return ["super-resolve", "complete"] if self.trained.config.model.condition_size else ["new", "complete"]
+        return ["super-resolve", "complete"] if self.trained.card.model.small_size else ["new", "complete"]
 
     def routes(self) -> list[Route]:
         return [
@@ -103,19 +103,19 @@ class Demo:
         return HTMLResponse(PAGE.read_text(), headers=SECURITY)
 
     async def model(self, request: Request) -> Response:
-        config, pattern, size = self.trained.config, self.trained.model.pattern, self.trained.config.model.image_size
+        config, order = self.trained.card.model, self.trained.model.pattern.generation_order
         return JSONResponse(
             {
-                "run": config.run.name,
+                "run": self.trained.run,
                 "step": self.trained.step,
-                "size": config.model.image_size,
-                "small": config.model.condition_size,
-                "positions": pattern.length,
+                "size": config.image_size,
+                "small": config.small_size,
+                "positions": len(order),
                 # The positions that are generated before a pixel is whole, by pixel.
-                "whole_after": pattern.generation_order.argsort().view(size**2, -1).amax(1).add(1).tolist(),
+                "whole_after": order.argsort().view(config.image_size**2, -1).amax(1).add(1).tolist(),
                 "modes": self.modes,
                 "classes": self.class_names,
-                "guidance": config.model.label_dropout > 0,
+                "guidance": config.label_dropout > 0,
                 "examples": len(self.examples),
                 "device": self.trained.device.type,
             },
@@ -137,7 +137,7 @@ class Demo:
         try:
             wish = _wish(request.query_params, self)
             upload = await _body(request)
-            original = await run_in_threadpool(_picture, upload, self.trained.config.model.image_size)
+            original = await run_in_threadpool(_picture, upload, self.trained.card.model.image_size)
             if original is None and wish.mode != "new":
                 raise BadRequest("Drop an image on the page first, or take one of the examples.")
         except BadRequest as error:
@@ -180,13 +180,13 @@ class _Drawing:
     """One image that is being drawn."""
 
     def __init__(self, trained: TrainedModel, wish: Wish, original: Tensor | None) -> None:
-        model, config = trained.model, trained.config.model
+        model, config = trained.model, trained.card.model
         size, length = config.image_size, model.pattern.length
         self.original = None if original is None else original[None].to(trained.device)
         condition = None
-        if config.condition_size:
+        if config.small_size:
             assert self.original is not None, "such a model draws nothing without an image"
-            condition = area_downsample(self.original, config.condition_size)
+            condition = area_downsample(self.original, config.small_size)
         self.small = condition
         completes = wish.mode == "complete"
         self.keep = round(wish.keep * length) if completes else 0
@@ -252,7 +252,7 @@ def make_app(demo: Demo) -> Starlette:
 
 def _wish(given: Mapping[str, str], demo: Demo) -> Wish:
     """The checked query of a request; BadRequest for what cannot be."""
-    num_classes = demo.trained.config.model.num_classes
+    num_classes = demo.trained.card.model.num_classes
     mode = given.get("mode", demo.modes[0])
     if mode not in demo.modes:
         raise BadRequest(f"This model can {' and '.join(demo.modes)}, not {mode}.")
@@ -268,7 +268,7 @@ def _wish(given: Mapping[str, str], demo: Demo) -> Wish:
         raise BadRequest(f"The share to keep must be between 0 and 1, not {keep:g}.")
     if num_classes and not 0 <= label < num_classes:
         raise BadRequest(f"The class must be between 0 and {num_classes - 1}, not {label}.")
-    if sampling.is_guided and not demo.trained.config.model.label_dropout:
+    if sampling.is_guided and not demo.trained.card.model.label_dropout:
         raise BadRequest("This model was not trained for guidance; it must be 1.")
     return Wish(mode, seed, label, keep, sampling)
 
@@ -313,15 +313,15 @@ def _png_url(image: Tensor) -> str:
 
 def prepare(trained: TrainedModel) -> Demo:
     """The demo of a model, with examples and names of classes where its data is at hand."""
-    config = trained.config
+    card = trained.card
     examples: list[bytes] = []
-    names = tuple(str(number) for number in range(config.model.num_classes))
+    names = tuple(str(number) for number in range(card.model.num_classes))
     try:
-        shards = open_shards(config.data.validation_url, read_deadline_seconds=10)
+        shards = open_shards(card.validation_url, read_deadline_seconds=10)
         count = min(EXAMPLES, shards.count)
         batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=count, limit=count))
         examples = [_png(image) for image in batch.images]
-        names = shards.classes if config.model.num_classes else ()
+        names = shards.classes if card.model.num_classes else ()
     except DataError as error:
         print(f"no examples on the page, as the validation images are not at hand: {error}", file=sys.stderr)
     return Demo(trained, examples, list(names))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.optimizer import build_optimizer
+from trainer.options import AdamW
 
 State = dict[str, Tensor]
 """fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq` or
@@ -79,6 +80,7 @@ class TorchEngine:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.accumulation_steps = config.train.global_batch_images // config.train.micro_batch_images
         self._model = model.to(self.device)
+        assert isinstance(config.optimizer, AdamW)
         self._optimizer = build_optimizer(model, config.optimizer)
         self._clip = config.optimizer.clip_grad_norm
 

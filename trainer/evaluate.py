@@ -47,20 +47,20 @@ def main() -> int:
 def _evaluate_run(arguments: argparse.Namespace, ranks: Ranks) -> None:
     with _all_ranks(ranks):
         trained = _load_on_all_ranks(arguments, ranks)
-        config = trained.config
-        shards = open_shards(config.data.validation_url)
-        size = config.model.image_size
+        card = trained.card
+        shards = open_shards(card.validation_url)
+        size = card.model.image_size
         by_position = torch.zeros(size, size, 3, dtype=torch.float64, device=trained.device)
         batches = evaluation_batches(
             shards,
             rank=ranks.rank,
             world_size=ranks.world_size,
-            batch_images=config.evaluate.batch_images,
+            batch_images=card.batch_images,
             limit=None,
         )
-        total = -(-shards.count // (ranks.world_size * config.evaluate.batch_images))
+        total = -(-shards.count // (ranks.world_size * card.batch_images))
         watched = _with_progress(batches, total) if ranks.rank == 0 else batches
-        scores = score(trained.model, config.model, watched, trained.device, shards.count, by_position)
+        scores = score(trained.model, card.model, watched, trained.device, shards.count, by_position)
         all_sum(by_position)
         if ranks.rank == 0:
             bits = (by_position / (shards.count * math.log(2))).cpu().numpy()
@@ -96,11 +96,12 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
         raise problem
     if code is not None:
         raise SystemExit(code)  # rank 0 tells why
-    told = from_rank_0((trained.config, trained.step, trained.weights, trained.files) if trained else None)
+    told = from_rank_0((trained.card, trained.run, trained.step, trained.weights, trained.files) if trained else None)
     if trained is None:
-        config, step, weights, files = told
+        card, run, step, weights, files = told
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        trained = TrainedModel(ImageTransformer(config.model).to(device).eval(), config, step, weights, files, device)
+        model = ImageTransformer(card.model).to(device).eval()
+        trained = TrainedModel(model, card, run, step, weights, files, device)
     if trained.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))
     for tensor in trained.model.state_dict().values():

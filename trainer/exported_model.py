@@ -1,8 +1,9 @@
 """What is an exported model: weights and their description in one folder, and is a folder such a thing, undamaged?
 
-`model.safetensors` holds fp32 weights by their names in the model; `config.json` what they are: the run's resolved
-config, the data set's digest, the step, the run, bits per dimension if they were evaluated, and the weights' size and
-checksum. Neither can execute code, and neither needs DeepSpeed.
+`model.safetensors` holds fp32 weights by their names in the model; `config.json` what they are: the model's config and
+what drawing and scoring need beside it (trainer/model_card.py), the data set's digest, the step, the run, bits per
+dimension if they were evaluated, and the weights' size and checksum. Neither can execute code, and neither needs
+DeepSpeed.
 """
 
 import dataclasses
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 
 from models.image_transformer import ImageTransformer
 from trainer.checkpoint import Weights
-from trainer.config import RunConfig, config_from
+from trainer.config import ModelConfig, RunConfig
 from trainer.engine import State
 from trainer.errors import CheckpointError, ConfigError, UsageError
+from trainer.model_card import ModelCard, card_from, card_from_config
 from trainer.optimizer import state_names
 from trainer.record.run_folder import write_json
+from trainer.typed_values import differences, plain
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 holds a card where 1 held the whole config of the run; both are read."""
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
 
 
@@ -52,7 +56,7 @@ class Origin:
 class ExportedModel:
     """What was read from the folder of an exported model, checked."""
 
-    config: RunConfig
+    card: ModelCard
     origin: Origin
     state: dict[str, Tensor]
     """fp32, by name: what the model's load_state_dict takes."""
@@ -65,7 +69,7 @@ def is_exported(folder: Path) -> bool:
     return (folder / DESCRIPTION_FILE).exists() or (folder / WEIGHTS_FILE).exists()
 
 
-def write_exported(folder: Path, config: RunConfig, origin: Origin, state: dict[str, Tensor]) -> None:
+def write_exported(folder: Path, card: ModelCard, origin: Origin, state: dict[str, Tensor]) -> None:
     """Write weights, then their description; a folder without the latter is not an exported model.
 
     Raises UsageError where the folder holds something already or cannot be written.
@@ -85,7 +89,7 @@ def write_exported(folder: Path, config: RunConfig, origin: Origin, state: dict[
                 "bytes": (folder / WEIGHTS_FILE).stat().st_size,
                 "sha256": _checksum(folder / WEIGHTS_FILE),
             },
-            "config": dataclasses.asdict(config),
+            "card": plain(card),
         }
         write_json(folder / DESCRIPTION_FILE, description)
     except (OSError, safetensors.SafetensorError) as error:
@@ -99,12 +103,16 @@ def load_exported(folder: Path) -> ExportedModel:
     description, path = _description(folder), folder / WEIGHTS_FILE
     try:
         version, file = description["format_version"], description["file"]
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise CheckpointError(
                 f"{folder / DESCRIPTION_FILE}: has format {version}, and this version of the trainer reads "
-                f"{FORMAT_VERSION}; use the version that wrote it"
+                f"1 to {FORMAT_VERSION}; use the version that wrote it"
             )
-        size, checksum, sections = file["bytes"], file["sha256"], description["config"]
+        size, checksum = file["bytes"], file["sha256"]
+        source = str(folder / DESCRIPTION_FILE)
+        card = (
+            card_from_config(description["config"], source) if version == 1 else card_from(description["card"], source)
+        )
         origin = Origin(**description["origin"])
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -116,14 +124,13 @@ def load_exported(folder: Path) -> ExportedModel:
         raise CheckpointError(
             f"{path}: is not the file that {DESCRIPTION_FILE} describes (incomplete or changed); copy the folder again"
         )
-    config = config_from(sections, str(folder / DESCRIPTION_FILE))
     try:
         state = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: is not a safetensors file ({error}); export the run again") from error
-    if problem := _misfit(config, state):
+    if problem := _misfit(card.model, state):
         raise CheckpointError(f"{path}: does not fit the model of {DESCRIPTION_FILE}: {problem}; export the run again")
-    return ExportedModel(config=config, origin=origin, state=state, digest=checksum)
+    return ExportedModel(card=card, origin=origin, state=state, digest=checksum)
 
 
 def load_first_weights(folder: Path, config: RunConfig) -> ExportedModel:
@@ -137,10 +144,12 @@ def load_first_weights(folder: Path, config: RunConfig) -> ExportedModel:
         exported = load_exported(folder)
     except (CheckpointError, ConfigError) as error:
         raise UsageError(f"--from {str(error).splitlines()[0]}") from error
-    mine, theirs = dataclasses.asdict(config.model), dataclasses.asdict(exported.config.model)
-    differing = [name for name in mine if mine[name] != theirs[name] and name != "dropout"]
-    if differing:
-        texts = [f"model.{name} ({theirs[name]}, not {mine[name]})" for name in differing]
+    texts = [
+        f"model.{name} ({theirs}, not {mine})"
+        for name, (theirs, mine) in differences(exported.card.model, config.model).items()
+        if name != "dropout"
+    ]
+    if texts:
         raise UsageError(f"--from {folder}: was exported from a model with another {' and '.join(texts)}")
     return exported
 
@@ -179,9 +188,9 @@ def _description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _misfit(config: RunConfig, state: dict[str, Tensor]) -> str | None:
+def _misfit(model: ModelConfig, state: dict[str, Tensor]) -> str | None:
     with torch.device("meta"):
-        expected = ImageTransformer(config.model).state_dict()
+        expected = ImageTransformer(model).state_dict()
     if odd := sorted(expected.keys() ^ state.keys()):
         return f"{odd[0]} is {'missing' if odd[0] in expected else 'not part of it'}"
     for name, tensor in state.items():

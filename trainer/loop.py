@@ -188,7 +188,7 @@ def _count_update(
             raise Diverged(
                 f"{counted(skips.limit, 'update')} in a row, up to step {state.step}, had a loss or a gradient that is "
                 "not finite; the last checkpoint is untouched. Try a smaller optimizer.peak_lr or a longer "
-                "optimizer.warmup_steps"
+                "optimizer.schedule.warmup_steps"
             )
         case "roll back":
             assert newest is not None

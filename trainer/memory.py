@@ -21,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import image_transformer, layer
-from models.image_transformer import ImageTransformer, is_checkpointed, make_pattern
+from models.image_transformer import ImageTransformer, is_checkpointed, num_positions
 from models.likelihood import nats
 from models.local_attention import local_attention
 from trainer.config import RunConfig
 from trainer.optimizer import is_orthogonalised
+from trainer.options import Muon
 
 MAX_REDUCE_BUCKET_ELEMENTS = 50_000_000
 STAGE_3_GATHERED = 1.6
@@ -68,7 +69,7 @@ def reduce_bucket_elements(num_parameters: int) -> int:
 
 def num_orthogonalised(config: RunConfig) -> int:
     """Of the model's parameters, those that are updated by Muon."""
-    if config.optimizer.name != "muon":
+    if not isinstance(config.optimizer, Muon):
         return 0
     with torch.device("meta"):
         parameters = ImageTransformer(config.model).named_parameters()
@@ -101,9 +102,9 @@ def state_bytes(
         gathered = STAGE_3_GATHERED * weight * min(num_parameters, STAGE_3_MAX_LIVE) if ranks > 1 else 0
         buffers = round(buckets + gathered)
     host = 0.0
-    if config.train.offload_optimizer != "none" and stage >= 1:
+    if config.train.offload_optimizer.kind != "none" and stage >= 1:
         host, optimizer = host + optimizer, 0
-    if config.train.offload_parameters != "none" and stage == 3:
+    if config.train.offload_parameters.kind != "none" and stage == 3:
         host, weights = host + weights, 0
     return States(
         weights=round(weights),
@@ -133,10 +134,10 @@ def activation_bytes(
         )
         peak = low + (layers - few) // period * (high - low)
     if checkpoint_keeps_attention:
-        tokens = config.train.micro_batch_images * make_pattern(config.model).length
+        tokens = config.train.micro_batch_images * num_positions(config.model)
         results = tokens * (config.model.attention_width * _DTYPES[config.train.precision].itemsize)
         results += tokens * 4 * config.model.heads  # and the logarithm of each sum of exponentials
-        results *= 2 if config.model.condition_size else 1  # to itself, and to the small image
+        results *= 2 if config.model.small_size else 1  # to itself, and to the small image
         peak += results * sum(is_checkpointed(layer, every) for layer in range(layers))
     return peak
 
@@ -253,7 +254,7 @@ def _put_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 
 
 def _inputs(config: RunConfig, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    batch, size, small = config.train.micro_batch_images, config.model.image_size, config.model.condition_size
+    batch, size, small = config.train.micro_batch_images, config.model.image_size, config.model.small_size
     images = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
     labels = torch.empty(batch, dtype=torch.int64, device=device) if config.model.num_classes else None
     condition = torch.empty(batch, small, small, 3, dtype=torch.uint8, device=device) if small else None

@@ -43,7 +43,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from models.image_transformer import make_pattern, model_flops
+from models.image_transformer import model_flops, num_positions
 from trainer.config import RunConfig
 from trainer.gpus import find_gpu
 from trainer.ranks import all_sum
@@ -67,7 +67,7 @@ def work_of(config: RunConfig, world_size: int, device: torch.device) -> Work:
     """The work of a run's model on this kind of device."""
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Work(
-        tokens_per_image=make_pattern(config.model).length,
+        tokens_per_image=num_positions(config.model),
         flops_per_image=model_flops(config.model).training,
         devices=world_size,
         peak_tflops=gpu.peak_tflops(config.train.precision) if gpu else None,

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from models.image_transformer import ImageTransformerConfig
+from models.image_transformer_config import ImageTransformerConfig
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 """images uint8 [B, H, W, 3], labels int64 [B] or None, condition uint8 [B, h, w, 3] or None."""
@@ -14,13 +14,13 @@ Inputs = tuple[Tensor, Tensor | None, Tensor | None]
 def model_inputs(batch: Batch, model: ImageTransformerConfig) -> Inputs:
     """The model's arguments for a batch that is on its device."""
     labels = batch.labels if model.num_classes else None
-    condition = area_downsample(batch.images, model.condition_size) if model.condition_size else None
+    condition = area_downsample(batch.images, model.small_size) if model.small_size else None
     return batch.images, labels, condition
 
 
 def blank_inputs(model: ImageTransformerConfig, device: torch.device) -> Inputs:
     """One black image of class 0, for a forward pass whose result does not matter."""
-    size, small = model.image_size, model.condition_size
+    size, small = model.image_size, model.small_size
     images = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)
     labels = torch.zeros(1, dtype=torch.int64, device=device) if model.num_classes else None
     condition = torch.zeros(1, small, small, 3, dtype=torch.uint8, device=device) if small else None

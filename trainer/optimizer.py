@@ -5,10 +5,10 @@ import math
 import torch
 from torch import nn
 
-from trainer.config import OptimizerConfig
+from trainer.options import AdamW, Cosine, Muon, Noam, OptimizerConfig, Rsqrt, WarmupStableDecay
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
     """AdamW over two groups: matrices with weight decay, vectors (norm gains, biases) without.
 
     With `weight_decay: 0` this is Adam as in the paper. `fused` needs no compiler and is five times as fast
@@ -39,7 +39,7 @@ def is_orthogonalised(name: str, parameter: nn.Parameter) -> bool:
 
 def state_names(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> list[str]:
     """Names of the optimizer's tensors of a parameter that has its full shape."""
-    orthogonalised = config.name == "muon" and is_orthogonalised(name, parameter)
+    orthogonalised = isinstance(config, Muon) and is_orthogonalised(name, parameter)
     moments = ["momentum_buffer"] if orthogonalised else ["exp_avg", "exp_avg_sq"]
     return moments + (["ema"] if config.ema_decay else [])
 
@@ -50,20 +50,22 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     noam and rsqrt are tensor2tensor's (utils/learning_rate.py) with their hidden factors folded into the
     peak: base b at width d and warm-up w has the peak 10 b / sqrt(d w).
     """
-    warmup, done = config.warmup_steps, step + 1
-    match config.schedule:
-        case "noam":
+    schedule, done = config.schedule, step + 1
+    warmup = schedule.warmup_steps
+    match schedule:
+        case Noam():
             return config.peak_lr * min(done / warmup, math.sqrt(warmup / done))
-        case "rsqrt":
+        case Rsqrt():
             return config.peak_lr * math.sqrt(warmup / max(done, warmup))
     if done <= warmup:
         return config.peak_lr * done / warmup
-    if config.schedule == "cosine":
-        progress = (done - warmup) / max(1, total_steps - warmup)
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-    else:  # wsd
-        share = min(1.0, (total_steps - done) / config.decay_steps) if config.decay_steps else 1.0
-    return config.peak_lr * (config.final_lr_fraction + (1 - config.final_lr_fraction) * share)
+    match schedule:
+        case Cosine():
+            progress = (done - warmup) / max(1, total_steps - warmup)
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case WarmupStableDecay():
+            share = min(1.0, (total_steps - done) / schedule.decay_steps) if schedule.decay_steps else 1.0
+    return config.peak_lr * (schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * share)
 
 
 def keep_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:

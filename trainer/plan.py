@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.wording import counted
-from models.image_transformer import Flops, make_pattern, model_flops, num_parameters
+from models.image_transformer import Flops, flops_by_part, model_flops, num_parameters, num_positions
 from trainer.command_line import run_tool
-from trainer.config import RunConfig, load_config
+from trainer.config import RunConfig, load_config, load_written
 from trainer.errors import UsageError
 from trainer.gpus import GPUS, Gpu, find_gpu
 from trainer.memory import States, Target, activation_bytes, num_orthogonalised, state_bytes
+from trainer.options import Muon
 
 ASSUMED_MFU = 0.4
 """Of the dense peak; published trainers of dense transformers in bf16 reach 0.35 to 0.5 on H100s."""
@@ -145,7 +146,7 @@ def make_plan(config: RunConfig, cluster: Cluster, rate: Rate | None = None, ima
         config=config,
         cluster=cluster,
         parameters=parameters,
-        tokens_per_image=make_pattern(config.model).length,
+        tokens_per_image=num_positions(config.model),
         updates=updates,
         stages={
             stage: state_bytes(
@@ -171,7 +172,7 @@ def measured_rate(run: Path, gpu: Gpu | None) -> Rate:
     rates = [point["perf/tflops_per_gpu"] for point in points if "perf/tflops_per_gpu" in point]
     if not rates:
         raise UsageError(f"--calibrate {run}: its metrics.jsonl has no perf/tflops_per_gpu; let it train for longer")
-    config = load_config(config_file, [])
+    config = load_written(config_file)
     peaks = [point["perf/tflops_per_gpu"] / point["perf/mfu"] for point in points if point.get("perf/mfu")]
     expected = gpu.peak_tflops(config.train.precision) if gpu else None
     if (expected is None) != (not peaks) or (expected and abs(peaks[-1] / expected - 1) > 0.01):
@@ -236,7 +237,7 @@ def as_text(plan: Plan) -> str:
     train, speed = config.train, plan.speeds[plan.chosen]
     device = cluster.gpu.name if cluster.gpu else "CPU process"
     accumulation = train.global_batch_images // (train.micro_batch_images * cluster.ranks)
-    attention = 1 - _without_attention(config) / flops.forward
+    attention = flops_by_part(config.model)["attention scores"].forward / flops.forward
     lines = [
         f"{config.run.name}: {cluster.ranks} x {device} ({cluster.nodes} x {cluster.gpus_per_node}), "
         f"{train.precision}, ZeRO stage {train.zero_stage}",
@@ -334,7 +335,7 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _stages(config: RunConfig) -> list[int]:
-    if config.optimizer.name == "muon":
+    if isinstance(config.optimizer, Muon):
         return [0, 3] if config.train.precision == "fp32" else [1, 3]
     return [0, 1, 2, 3] if config.train.precision == "fp32" else [1, 2, 3]
 
@@ -399,12 +400,6 @@ def _points(metrics_file: Path) -> Iterator[dict[str, float]]:
             yield json.loads(line)["metrics"]
         except (ValueError, KeyError):  # a last line that was being written
             continue
-
-
-def _without_attention(config: RunConfig) -> int:
-    """Forward operations of all but the decoder's attention to its own tokens."""
-    pairs = make_pattern(config.model).num_pairs
-    return model_flops(config.model).forward - 4 * config.model.attention_width * config.model.layers * pairs
 
 
 def _memory_table(plan: Plan) -> list[str]:

@@ -106,9 +106,9 @@ def main() -> int:
 def _sample(arguments: argparse.Namespace) -> None:
     sampling = _checked(arguments)
     trained = load_trained_model(arguments.run, arguments.weights, arguments.last)
-    if trained.device.type == "cuda" and trained.config.train.precision != "fp32":
+    if trained.device.type == "cuda" and trained.card.precision != "fp32":
         trained.model.bfloat16()
-    if sampling.is_guided and not trained.config.model.label_dropout:
+    if sampling.is_guided and not trained.card.model.label_dropout:
         raise UsageError(
             f"--guidance: {sampling.guidance:g} needs a model that knows images without a class, and this one was "
             "trained with model.label_dropout 0; leave the option out"
@@ -116,13 +116,13 @@ def _sample(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     if arguments.complete or arguments.complete_half:
         drawn = _completions(trained, arguments, sampling)
-    elif trained.config.model.condition_size or arguments.super_resolve:
+    elif trained.card.model.small_size or arguments.super_resolve:
         drawn = _super_resolutions(trained, arguments, sampling)
     else:
         drawn = _new_images(trained, arguments, sampling)
     seconds = time.monotonic() - started
 
-    picture = grid(drawn.shown, drawn.columns, enlarge=max(1, 128 // trained.config.model.image_size))
+    picture = grid(drawn.shown, drawn.columns, enlarge=max(1, 128 // trained.card.model.image_size))
     path = arguments.out or trained.files.folder / "samples" / f"{drawn.name}-step-{trained.step:09d}.png"
     save_picture(picture, path)
     if arguments.singles:
@@ -168,7 +168,7 @@ def _new_images(trained: TrainedModel, arguments: argparse.Namespace, sampling: 
 
 def _completions(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
     """Three columns: the image, the part that the model is given, and how it goes on."""
-    size, small = trained.config.model.image_size, trained.config.model.condition_size
+    size, small = trained.card.model.image_size, trained.card.model.small_size
     if arguments.complete:
         files = torch.stack([read_picture(path, size) for path in arguments.complete])
         originals = _in_turn(files, arguments.n or len(files)).to(trained.device)
@@ -191,12 +191,12 @@ def _completions(trained: TrainedModel, arguments: argparse.Namespace, sampling:
 
 def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
     """Columns: the small image that the model is given, what it draws and, of validation images, the original."""
-    size, small = trained.config.model.image_size, trained.config.model.condition_size
+    size, small = trained.card.model.image_size, trained.card.model.small_size
     originals = None
     if arguments.super_resolve:
         if not small:
             raise UsageError(
-                f"--super-resolve: the model of {arguments.run} was not trained for it (model.condition_size is 0)"
+                f"--super-resolve: the model of {arguments.run} was not trained for it (model.super_resolution is null)"
             )
         files = torch.stack(read_pictures(arguments.super_resolve, small))
         condition = _in_turn(files, arguments.n or len(files)).to(trained.device)
@@ -252,7 +252,7 @@ def _batch_progress(bar: ProgressBar, before: int, keep: int) -> Callable[[int, 
 
 def _labels(trained: TrainedModel, classes: str | None, count: int) -> Tensor | None:
     """int64 [count]: the wanted classes in turn, or all; None for a model without classes."""
-    num_classes = trained.config.model.num_classes
+    num_classes = trained.card.model.num_classes
     if classes is None:
         return torch.arange(count, device=trained.device) % num_classes if num_classes else None
     if not num_classes:
@@ -262,12 +262,12 @@ def _labels(trained: TrainedModel, classes: str | None, count: int) -> Tensor | 
 
 
 def _class_number(trained: TrainedModel, name: str) -> int:
-    num_classes = trained.config.model.num_classes
+    num_classes = trained.card.model.num_classes
     if re.fullmatch("-?[0-9]+", name):
         if not 0 <= int(name) < num_classes:
             raise UsageError(f"--classes: {name} is not between 0 and {num_classes - 1}, the classes of the model")
         return int(name)
-    names = open_shards(trained.config.data.train_url).classes
+    names = open_shards(trained.card.train_url).classes
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3) or names[:3]
         raise UsageError(
@@ -282,10 +282,10 @@ def _in_turn(items: Tensor, count: int) -> Tensor:
 
 def _validation_images(trained: TrainedModel, arguments: argparse.Namespace) -> Inputs:
     """The first validation images (of the packed, shuffled order), as the model takes them, with the wanted classes."""
-    shards = open_shards(trained.config.data.validation_url)
+    shards = open_shards(trained.card.validation_url)
     count = min(arguments.n or DEFAULT_NUM_IMAGES, shards.count)
     batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=count, limit=count))
-    images, labels, condition = model_inputs(batch.to(trained.device), trained.config.model)
+    images, labels, condition = model_inputs(batch.to(trained.device), trained.card.model)
     if arguments.classes is not None:
         labels = _labels(trained, arguments.classes, count)
     return images, labels, condition

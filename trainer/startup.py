@@ -3,12 +3,12 @@
 All of it is found out before a model is built or another rank is waited for, and refused in one sentence.
 """
 
-import dataclasses
 import errno
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.loader import Shards, open_shards
@@ -16,7 +16,7 @@ from data_pipeline.storage import Store
 from data_pipeline.wording import counted
 from models.image_transformer import model_flops, num_parameters
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
-from trainer.config import RunConfig, as_yaml
+from trainer.config import ModelConfig, RunConfig, as_yaml, config_from, model_config_from
 from trainer.deepspeed_engine import accumulation_steps, check_offloading, deepspeed_config
 from trainer.errors import CheckpointError, RunFolderFull, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
@@ -25,6 +25,7 @@ from trainer.gpus import missing_precision
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
 from trainer.record.run_folder import RunFiles
+from trainer.typed_values import differences, plain
 
 OPENING_DEADLINE_SECONDS = 60.0
 
@@ -126,14 +127,12 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
         raise UsageError(problem)
     folder = Path(config.run.dir)
     files = RunFiles(folder)
-    identity = json.loads(
-        json.dumps({"model": dataclasses.asdict(config.model), "seed": config.run.seed, "data": train_shards.digest})
-    )
+    identity = {"model": plain(config.model), "seed": config.run.seed, "data": train_shards.digest}
     lock = None
     try:
         (folder / "samples").mkdir(parents=True, exist_ok=True)
-        known = files.read_state().get("identity", identity)
-        if known == identity and ranks.rank == 0:
+        changed = _changed(files.read_state().get("identity"), config, train_shards)
+        if not changed and ranks.rank == 0:
             lock = RunLock(files)
             files.write_state(identity=identity)
     except OSError as error:
@@ -142,11 +141,9 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
                 f"run.dir: no space is left in {folder}; free some, or choose another run.dir"
             ) from error
         raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
-    if known != identity:
-        changed = [key for key in identity if known[key] != identity[key]]
+    if changed:
         raise UsageError(
-            f"run.dir: {folder} holds a run with another {' and '.join(changed)}; "
-            "choose another run.dir, or delete that folder"
+            f"run.dir: {folder} holds another run: {'; '.join(changed)}; choose another run.dir, or delete that folder"
         )
     if config.checkpoint.url and lock:
         store = Store(config.checkpoint.url, OPENING_DEADLINE_SECONDS)
@@ -157,21 +154,33 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     return lock
 
 
+def _changed(identity: dict[str, Any] | None, config: RunConfig, train_shards: Shards) -> list[str]:
+    """In what the run that a folder holds is another one than this; `identity` may be of an older version."""
+    if identity is None:
+        return []
+    return _differences(
+        model_config_from(identity["model"], config.run.dir), identity["seed"], identity["data"], config, train_shards
+    )
+
+
+def _differences(model: ModelConfig, seed: int, data_digest: str, config: RunConfig, train_shards: Shards) -> list[str]:
+    """How a run of this model, seed and data set differs from that of the config, a phrase each."""
+    found = [
+        f"model.{path} {there} there, {here} here" for path, (there, here) in differences(model, config.model).items()
+    ]
+    if seed != config.run.seed:
+        found.append(f"run.seed {seed} there, {config.run.seed} here")
+    if data_digest != train_shards.digest:
+        found.append("the training data set")
+    return found
+
+
 def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, url: str) -> None:
     """Raise CheckpointError if a checkpoint is of another model, seed or data set."""
-    model = json.loads(json.dumps(dataclasses.asdict(config.model)))
-    theirs = checkpoint.config["model"]
-    different = [
-        f"model.{name} {theirs.get(name)} there, {value} here"
-        for name, value in model.items()
-        if theirs.get(name) != value
-    ]
-    if checkpoint.config["run"]["seed"] != config.run.seed:
-        different.append(f"run.seed {checkpoint.config['run']['seed']} there, {config.run.seed} here")
-    if (name := checkpoint.config["optimizer"]["name"]) != config.optimizer.name:
-        different.append(f"optimizer.name {name} there, {config.optimizer.name} here")
-    if checkpoint.data_digest != train_shards.digest:
-        different.append("the training data set")
+    theirs = config_from(checkpoint.config, f"{url}/{checkpoint.name}")
+    different = _differences(theirs.model, theirs.run.seed, checkpoint.data_digest, config, train_shards)
+    if theirs.optimizer.name != config.optimizer.name:
+        different.append(f"optimizer.name {theirs.optimizer.name} there, {config.optimizer.name} here")
     if different:
         raise CheckpointError(
             f"{url} holds checkpoints of another run: {'; '.join(different)}; choose another checkpoint.url"

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from models.image_transformer import ImageTransformer
 from trainer.checkpoint import Weights, checkpoints_url, intact, read_weights
-from trainer.config import RunConfig, load_config
+from trainer.config import load_written
 from trainer.errors import UsageError
 from trainer.exported_model import is_exported, load_exported
+from trainer.model_card import ModelCard, card_of
 from trainer.record.run_folder import RunFiles
 
 
@@ -21,7 +22,9 @@ class TrainedModel:
     """A model in fp32 with weights of a run or of an exported model, ready to evaluate or sample."""
 
     model: ImageTransformer
-    config: RunConfig
+    card: ModelCard
+    run: str
+    """Name of the run that trained it."""
     step: int
     weights: Weights
     """What the weights are, whatever was asked for: an exported model has those that it was exported with."""
@@ -55,20 +58,21 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
         if weights not in ("raw", exported.origin.weights):  # raw is the default: nobody may have asked for it
             raise UsageError(f"--weights {weights}: {run_dir} holds {exported.origin.weights} weights; leave it out")
         origin = exported.origin
-        return _on_device(exported.config, exported.state, origin.step, origin.weights, files)
+        return _on_device(exported.card, origin.run, exported.state, origin.step, origin.weights, files)
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
-    config = load_config(files.config, [])
+    config = load_written(files.config)
     store, checkpoints = intact(checkpoints_url(run_dir, config), last if weights == "avg" else 1)
-    return _on_device(config, read_weights(store, checkpoints, weights), checkpoints[0].step, weights, files)
+    weights_by_name = read_weights(store, checkpoints, weights)
+    return _on_device(card_of(config), config.run.name, weights_by_name, checkpoints[0].step, weights, files)
 
 
 def _on_device(
-    config: RunConfig, state: dict[str, Tensor], step: int, weights: Weights, files: RunFiles
+    card: ModelCard, run: str, state: dict[str, Tensor], step: int, weights: Weights, files: RunFiles
 ) -> TrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
-    model = ImageTransformer(config.model)
+    model = ImageTransformer(card.model)
     model.load_state_dict(state)
-    return TrainedModel(model.to(device).eval(), config, step, weights, files, device)
+    return TrainedModel(model.to(device).eval(), card, run, step, weights, files, device)

@@ -146,7 +146,7 @@ def test_published_figures_stand_beside_runs_of_the_very_same_version_only(
     runs = [history(version) for version in versions]
     assert compare.comparable_key(runs) == expected
     assert bool(compare.warnings(runs)) == (len(set(versions)) > 1)
-    super_resolution = [history(version, **{"model.condition_size": "8"}) for version in versions]
+    super_resolution = [history(version, **{"model.super_resolution.small_size": "8"}) for version in versions]
     assert compare.comparable_key(super_resolution) is None
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from trainer.config import flat, load_config
+from trainer.config import flat, load_written
 from trainer.errors import ConfigError, MlflowUnreachable, UsageError
+from trainer.older_configs import params_of_today
 from trainer.record.mlflow_mirror import open_client
 from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds
 from trainer.record.tracker import one_line
@@ -117,14 +118,14 @@ def history_of_folder(folder: Path) -> RunHistory:
     params = description.get("params")
     if params is None:
         try:
-            params = {key: str(value) for key, value in flat(load_config(files.config, [])).items()}
-        except ConfigError:  # of another version of this program
+            params = {key: str(value) for key, value in flat(load_written(files.config)).items()}
+        except ConfigError:  # damaged
             params = {}
     return RunHistory(
         name=description.get("name") or params.get("run.name") or folder.name,
         place=str(folder),
         status=str(files.read_state().get("state", "")),
-        params=params,
+        params=params_of_today(params),
         curves={name: _curve(by_step) for name, by_step in points.items()},
         data=next((data for data in description.get("data", []) if data["context"] == "validation"), {}),
         attempts=description.get("attempts", []),
@@ -152,7 +153,7 @@ def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
         name=str(run.info.run_name or run_id[:8]),
         place=run_id,
         status=str(run.info.status).lower(),
-        params=run.data.params,
+        params=params_of_today(run.data.params),
         curves=curves,
         data=_validation_data(run),
         attempts=_attempts(run.data.tags),

@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch.distributed
 
-from trainer.config import LimitsConfig
 from trainer.errors import HANG
+from trainer.options import LimitsConfig
 from trainer.ranks import Ranks, from_rank_0
 
 Phase = Literal["startup", "step", "checkpoint"]
