@@ -11,7 +11,7 @@ import torch.distributed
 from data_pipeline import storage
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.pack import main as pack_main
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 from trainer.deepspeed_engine import init_distributed
 from trainer.ranks import ranks_from_environment
 

@@ -13,7 +13,7 @@ import yaml
 
 from data_pipeline.loader import DataConfig
 from models.image_transformer_config import ImageTransformerConfig
-from tests.launch import QUICKSTART, mlflow_store, train
+from tests.support.launch import QUICKSTART, mlflow_store, train
 from trainer import evaluate, sample
 from trainer.comparison.run_history import history_of_folder
 from trainer.config import RunConfig, flat, load_config, load_written

@@ -9,7 +9,7 @@ from models.decode_plan import DecodePlan, decode_plan
 from models.image_transformer_config import make_pattern
 from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
 from models.pixel_order import Shift, source_positions
-from tests.tiny_model import PATTERNS, tiny_config
+from tests.support.tiny_model import PATTERNS, tiny_config
 
 MODELS = {name: tiny_config(**changes) for name, changes in PATTERNS.items()}
 CASES: dict[str, tuple[Pattern, Shift]] = {

@@ -14,8 +14,17 @@ from models.generate import Decoding, consistency, generate
 from models.image_transformer import ImageTransformer
 from models.image_transformer_config import Local2D
 from models.likelihood import CategoricalOutput, nats
+from tests.support.tiny_model import (
+    BLOCKS,
+    CONDITIONS,
+    HEADS,
+    MODERN,
+    PATTERNS,
+    random_conditions,
+    random_images,
+    tiny_config,
+)
 from tests.test_likelihood import channel_distributions
-from tests.tiny_model import BLOCKS, CONDITIONS, HEADS, MODERN, PATTERNS, random_conditions, random_images, tiny_config
 
 
 def build(seed: int = 0, **changes: Any) -> ImageTransformer:

@@ -17,7 +17,7 @@ from models.image_transformer import (
 from models.image_transformer_config import Dilated1D, Full, Local1D, Local2D, SuperResolution
 from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats
 from models.local_attention import local_attention
-from tests.tiny_model import (
+from tests.support.tiny_model import (
     BLOCKS,
     CONDITIONS,
     HEADS,

@@ -12,8 +12,8 @@ from models.image_transformer import ImageTransformer
 from models.likelihood import CategoricalOutput, nats
 from models.local_attention import attend_to_all, local_attention
 from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
-from tests.tiny_model import MODERN, random_images, tiny_config
-from tests.tiny_model import PATTERNS as MODEL_PATTERNS
+from tests.support.tiny_model import MODERN, random_images, tiny_config
+from tests.support.tiny_model import PATTERNS as MODEL_PATTERNS
 
 REFERENCE = Path(__file__).parent / "reference"
 BACKENDS = ["reference", "blocked", "auto"]

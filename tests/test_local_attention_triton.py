@@ -161,7 +161,7 @@ except ValueError as error:
 
 def test_interpreted_kernels_pass_their_tests() -> None:
     pytest.importorskip("triton")
-    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "tests/interpreted_attention.py"]
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "tests/support/interpreted_attention.py"]
     assert " passed" in run(arguments, TRITON_INTERPRET="1")
 
 
@@ -183,7 +183,7 @@ def test_compiled_kernels_fit_the_gpu(
     """Tensor cores are used, and on Hopper the tensor memory unit; no register is spilled to memory, shared memory
     suffices."""
     pytest.importorskip("triton")
-    arguments = ["-m", "tests.compile_attention_kernels", str(capability), str(width), dtype, sees, str(group)]
+    arguments = ["-m", "tests.support.compile_attention_kernels", str(capability), str(width), dtype, sees, str(group)]
     rows = [json.loads(line) for line in run(arguments, TRITON_CACHE_DIR=str(tmp_path)).splitlines()]
     assert len(rows) == 5
     for row in rows:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.pack import main as pack
-from tests.launch import curve, mlflow_store, train
+from tests.support.launch import curve, mlflow_store, train
 from trainer.config import RunConfig
 from trainer.typed_values import paths
 

@@ -20,7 +20,7 @@ All exit codes of the project (trainer, data_pipeline, cluster):
 130  Ctrl-C outside of training
 
 Launchers lose exit codes and signals, so `run_state.json` in the run's folder says the same. `data_pipeline` and
-`cluster` cannot import this file and hold copies; tests/test_errors.py keeps them equal.
+`cluster` cannot import this file and hold copies; tests/trainer/test_errors.py keeps them equal.
 """
 
 FINISHED = 0

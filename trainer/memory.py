@@ -2,7 +2,7 @@
 
 Activations are not estimated: the model itself runs forward and backward without data (on torch's meta device, or on
 fake CPU tensors) while every storage that lives is counted, so the number follows the code. What DeepSpeed keeps is
-arithmetic on the number of parameters, as measured of DeepSpeed 0.19 (tests/test_memory.py runs it again).
+arithmetic on the number of parameters, as measured of DeepSpeed 0.19 (tests/trainer/test_memory.py runs it again).
 
 Not modelled: the CUDA context, NCCL's buffers, and fragmentation of the allocator.
 """

@@ -10,7 +10,7 @@ import pytest
 
 from cluster import machine_checks
 from cluster.machine_checks import Report
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 HEALTHY = "0, NVIDIA H200, 1980, 1980, 0x0000000000000001, 0, 4, 143771, 34\n"
 

@@ -10,8 +10,8 @@ import pytest
 
 from cluster.machine_checks import Report
 from cluster.preflight import Reports
-from tests.launch import ROOT, free_port
-from tests.s3_server import S3Server
+from tests.support.launch import ROOT, free_port
+from tests.support.s3_server import S3Server
 
 
 def reports(count: int = 4, missing: tuple[str, ...] = ()) -> Reports:

@@ -20,8 +20,8 @@ from data_pipeline.block_cache import BlockCache
 from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from data_pipeline.storage import TORN_FILE, DataError, Store
 from tests.conftest import pack_photographs
-from tests.s3_server import S3Server
-from tests.small_disk import on_small_disk
+from tests.support.s3_server import S3Server
+from tests.support.small_disk import on_small_disk
 
 BLOCK = 10_000
 NUM_BLOCKS = 12

@@ -14,9 +14,9 @@ from data_pipeline import storage
 from data_pipeline.damaged_blocks import SAME_ANSWERS, DamagedBlocks
 from data_pipeline.loader import Shards, open_shards, train_batches
 from data_pipeline.storage import DataError
-from tests import launch
 from tests.conftest import pack_photographs
 from tests.data_pipeline.test_loader import numbered
+from tests.support import launch
 from tests.support.faulty_filesystem import FaultyFilesystem
 
 LANES = 4

@@ -26,8 +26,8 @@ from data_pipeline.order import TrainingOrder
 from data_pipeline.shard_format import SampleLayout, decode_samples, encode_samples, end_of_shard
 from data_pipeline.storage import DataError, Store
 from tests.conftest import forget_filesystems, pack_photographs
-from tests.s3_server import S3Server
 from tests.support.faulty_filesystem import FAULTS, FaultyFilesystem
+from tests.support.s3_server import S3Server
 
 GLOBAL_BATCH = 48
 CONFIG = {

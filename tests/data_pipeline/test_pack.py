@@ -19,7 +19,7 @@ from data_pipeline.loader import open_shards
 from data_pipeline.pack import main
 from data_pipeline.storage import Store
 from tests.conftest import pack_photographs
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 PHOTOGRAPHS = ["--source", "photographs", "--size", "8", "--split", "train", "--images", "3000", "--workers", "1"]
 

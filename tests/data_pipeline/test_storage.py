@@ -13,9 +13,9 @@ import xxhash
 from data_pipeline import storage
 from data_pipeline.storage import DataError, Store, normalised, open_filesystem, path_of, read_json, with_retries
 from tests.conftest import forget_filesystems
-from tests.s3_server import S3Server
 from tests.support.faulty_filesystem import FAULTS, FaultyFilesystem
 from tests.support.faulty_s3 import FaultyS3
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from data_pipeline.pack import main as pack_main
 from data_pipeline.shard_format import SampleLayout, encode_samples
 from data_pipeline.storage import DataError
 from data_pipeline.verify import main, verify
-from tests.s3_server import S3Server
 from tests.support.faulty_filesystem import FAULTS, FaultyFilesystem
 from tests.support.imagenet_forms import image_bytes, put, random_pixels
+from tests.support.s3_server import S3Server
 
 PACK = ["--source", "photographs", "--size", "8", "--split", "train", "--images", "1500", "--shard-images", "512"]
 

@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import pack_photographs
 from tests.lab.jobs import IMAGES, STEPS, arguments, last_step
 from tests.lab.lab import HEAD_ADDRESS, ROOT, Lab
-from tests.launch import train
-from tests.s3_server import S3Server
+from tests.support.launch import train
+from tests.support.s3_server import S3Server
 
 
 def pytest_configure() -> None:

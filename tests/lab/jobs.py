@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.launch import settings
+from tests.support.launch import settings
 
 STEPS = 80
 IMAGES = {"train": 1500, "validation": 200}

@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab.jobs import STEPS, arguments, last_step, same_curves, state_of
 from tests.lab.lab import BIN, Lab, Node, wait_for
-from tests.launch import curve, free_port
+from tests.support.launch import curve, free_port
 
 LOST_SECONDS = 60.0
 """So soon the other ranks end when one is lost ..."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.lab import BIN, HEAD_ADDRESS, Lab, Node, run
-from tests.launch import free_port
+from tests.support.launch import free_port
 
 pytestmark = pytest.mark.timeout(600)
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"

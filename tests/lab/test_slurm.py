@@ -15,7 +15,7 @@ import pytest
 from data_pipeline.loader import open_shards
 from tests.lab.jobs import STEPS, arguments, last_step, same_curves, state_of
 from tests.lab.lab import Lab, wait_for
-from tests.launch import curve
+from tests.support.launch import curve
 
 pytestmark = pytest.mark.timeout(1200)
 RANK = "trainer/run.py --config"

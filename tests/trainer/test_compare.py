@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.launch import QUICKSTART, mlflow_store
+from tests.support.launch import QUICKSTART, mlflow_store
 from trainer import compare
 from trainer.comparison.charts import Line, line_chart, number, running_mean, ticks
 from trainer.comparison.published import PUBLISHED, data_set_key

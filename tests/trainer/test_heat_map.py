@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.launch import ROOT
+from tests.support.launch import ROOT
 from trainer.heat_map import heat_map
 
 DARK, LIGHT = (68, 1, 84), (253, 231, 36)

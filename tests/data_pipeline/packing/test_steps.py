@@ -25,8 +25,6 @@ from data_pipeline.packing.steps import shard_bounds
 from data_pipeline.storage import Store
 from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
-from tests.s3_server import S3Server
-from tests.small_disk import on_small_disk
 from tests.support.imagenet_forms import (
     WNIDS,
     image_bytes,
@@ -37,6 +35,8 @@ from tests.support.imagenet_forms import (
     training_files,
     zip_bytes,
 )
+from tests.support.s3_server import S3Server
+from tests.support.small_disk import on_small_disk
 
 PHOTOGRAPHS = ["--source", "photographs", "--size", "8", "--split", "train", "--images", "3000", "--workers", "1"]
 

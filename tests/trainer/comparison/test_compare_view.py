@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.browser import CHROMIUM, Browser
-from tests.mlflow_server import MlflowServer
+from tests.support.browser import CHROMIUM, Browser
+from tests.support.mlflow_server import MlflowServer
 from tests.trainer.test_compare import make_run
 from trainer.record.run_folder import RunFiles
 

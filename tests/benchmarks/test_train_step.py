@@ -1,0 +1,50 @@
+"""Does the benchmark of the training step time only models that train alike, and does its command still run?"""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report, train_step
+from models.image_transformer import ImageTransformer
+from tests.support.launch import QUICKSTART, TINY_MODEL
+from tests.support.tiny_model import PATTERNS, random_images, tiny_config
+
+TINY = [f"--set={name}={value}" for name, value in (TINY_MODEL | {"train.micro_batch_images": 2}).items()]
+
+
+@pytest.mark.usefixtures("device")
+def test_the_command_writes_its_numbers_and_its_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
+
+    def scaled(model: ImageTransformer) -> None:
+        attend = model.attend
+        model.attend = lambda q, k, v: attend(2 * q, k, 3 * v)  # type: ignore[method-assign]
+
+    monkeypatch.setitem(train_step.VARIANTS, "flex_raster", scaled)
+    monkeypatch.setitem(train_step.VARIANTS, "dense_mask", train_step.with_dense_mask)
+    build = train_step.build
+    monkeypatch.setattr(train_step, "build", lambda *args: build(*args[:-1], [*args[-1], "flex_raster"]))
+    arguments = ["--config", str(QUICKSTART), *TINY, "--json", str(tmp_path / "numbers.json")]
+    assert train_step.main(arguments) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert 0 < numbers["cpu_step_share_of_matmul_quickstart"] < 1
+    assert numbers["cpu_step_speedup_vs_dense_mask_quickstart"] > 0
+    missing = numbers["details"]["missing"]
+    assert "no gradients on a CPU" in missing["flex"]
+    assert "trains differently" in missing["flex_raster"]
+    assert "training step of quickstart on a CPU" in (tmp_path / "RESULTS.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["2d", "2d block shift"])
+def test_raster_order_changes_the_storage_and_not_the_model(name: str) -> None:
+    torch.manual_seed(0)
+    model = ImageTransformer(tiny_config(**PATTERNS[name]))
+    raster, images = copy.deepcopy(model), random_images(2, 4)
+    mask = model.pattern.mask()
+    train_step.in_raster_order(raster)
+    assert raster.pattern.stored_in_raster_order and not model.pattern.stored_in_raster_order
+    raster.attend = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # type: ignore[method-assign]
+    torch.testing.assert_close(raster(images), model(images))

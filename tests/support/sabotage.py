@@ -1,0 +1,88 @@
+"""How does one rank go wrong in tests, in the middle of a run: its memory, its speed or its clock?
+
+Each function is called in the rank's process before it begins (tests/support/preloaded.py); other ranks know nothing of
+it. Damage to memory changes the weights that the rank computes with, in place, after an update.
+"""
+
+import ctypes
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from trainer.deepspeed_engine import DeepSpeedEngine
+from trainer.engine import Update
+
+TENSOR = "layers.1.feed_forward.out.weight"
+"""The tensor that is damaged where its name is of no importance."""
+
+
+def one_bit_flips() -> None:
+    """One bit of one weight after the fifth update, once."""
+    _after_updates(_flip, lambda update: update == 5)
+
+
+def one_bit_is_stuck() -> None:
+    """One bit of one weight is read as 1 from the fifth update on, whatever was written."""
+    _after_updates(_stick, lambda update: update >= 5)
+
+
+def a_weight_becomes_nan() -> None:
+    """One weight after the fifth update, once."""
+    _after_updates(lambda weight: weight.view(-1)[7].fill_(float("nan")), lambda update: update == 5)
+
+
+def the_output_layer_grows() -> None:
+    """After the thirtieth update, once: the loss jumps, and is finite."""
+    _after_updates(lambda weight: weight.mul_(50.0), lambda update: update == 30, "head.weight")
+
+
+def forward_passes_are_slow() -> None:
+    """Each takes six times as long: it is computed six times."""
+    forward = DeepSpeedEngine.forward
+
+    def forward_again(self: DeepSpeedEngine, *inputs: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            for _ in range(5):
+                forward(self, *inputs)  # type: ignore[arg-type]
+        return forward(self, *inputs)  # type: ignore[arg-type]
+
+    DeepSpeedEngine.forward = forward_again  # type: ignore[assignment, method-assign]
+
+
+def a_call_never_gives_python_back() -> None:
+    """After the fifth update: C code that holds Python's lock, so that no thread of the rank runs any more."""
+    _after_updates(lambda weight: ctypes.PyDLL(None).sleep(600), lambda update: update == 5)
+
+
+def the_clock_is_two_hours_behind() -> None:
+    """What Python calls the time; clocks that only run forward know nothing of it."""
+    right = time.time
+    time.time = lambda: right() - 7200
+
+
+def _flip(weight: Tensor) -> None:
+    raw = weight.view(-1).view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    raw[7] ^= 1 << 3  # in the mantissa: nothing that a loss would show
+
+
+def _stick(weight: Tensor) -> None:
+    raw = weight.view(-1).view(torch.int16 if weight.element_size() == 2 else torch.int32)
+    raw[:16] |= 1  # sixteen weights, so that some had a 0 there
+
+
+def _after_updates(damage: Callable[[Tensor], object], when: Callable[[int], bool], name: str = TENSOR) -> None:
+    update = DeepSpeedEngine.update
+    count = 0
+
+    def update_and_damage(self: DeepSpeedEngine, learning_rate: float) -> Update:
+        nonlocal count
+        done = update(self, learning_rate)
+        count += 1
+        if when(count):
+            with torch.no_grad():
+                damage(dict(self._engine.module.named_parameters())[name])
+        return done
+
+    DeepSpeedEngine.update = update_and_damage  # type: ignore[method-assign]

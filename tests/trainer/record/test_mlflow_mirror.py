@@ -1,0 +1,136 @@
+"""Does MLflow get everything exactly once, from stores and servers that behave badly?"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+from tests.trainer.record.test_tracker import BITS, history, runs_in, tracker_in
+from trainer.record import mlflow_mirror
+from trainer.record.mlflow_mirror import Mirror, on_network_disk, open_client
+from trainer.record.run_folder import RunFiles
+
+MOUNTS = """\
+/dev/root / ext4 rw 0 0
+filer:/home /home nfs4 rw 0 0
+/dev/nvme /home/fast\\040disk xfs rw 0 0
+lustre@tcp:/x /scratch lustre rw 0 0
+me@host:/ /mnt/remote fuse.sshfs rw 0 0
+overlay /data overlay rw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/mlflow.db", None),
+        ("/home/me/mlflow.db", "nfs4"),
+        ("/home/fast disk/mlflow.db", None),
+        ("/homely/mlflow.db", None),
+        ("/scratch/mlflow.db", "lustre"),
+        ("/mnt/remote/mlflow.db", "fuse.sshfs"),
+        ("/data/mlflow.db", None),
+    ],
+)
+def test_a_store_on_a_network_disk_is_recognised(path: str, kind: str | None) -> None:
+    assert on_network_disk(path, MOUNTS) == kind
+
+
+def test_a_store_on_a_network_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_mirror, "on_network_disk", lambda path, mounts: "nfs4")
+    with pytest.raises(OSError, match=r"lies on a network disk \(nfs4\), where sqlite loses data; set tracking.uri"):
+        open_client(f"sqlite:///{tmp_path}/mlflow.db")
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_what_was_sent_twice_is_there_once(tmp_path: Path) -> None:
+    tracker = tracker_in(tmp_path)
+    for step in range(1, 201):
+        tracker.log(step, {BITS: 1.0 / step, "nan": float("nan")})
+    tracker.close("finished", code=0, reason="", step=200)
+    RunFiles(tmp_path / "run").sent.unlink()  # as when the process dies between sending and remembering it
+    mirror = Mirror(RunFiles(tmp_path / "run"))
+    mirror.catch_up(end=True)
+    mirror.close()
+    assert history(tmp_path) == [(step, 1.0 / step) for step in range(1, 201)]
+    assert [step for step, _ in history(tmp_path, "nan")] == list(range(1, 201))
+    assert len(runs_in(tmp_path)) == 1
+
+
+def test_a_point_that_mlflow_refuses_does_not_hold_up_the_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = mlflow.MlflowClient.log_batch
+
+    def refusing(self: mlflow.MlflowClient, run_id: str, metrics: object = (), **others: object) -> None:
+        if any(metric.key == "bad" for metric in metrics):  # type: ignore[attr-defined]
+            raise MlflowException.invalid_parameter_value("no metric may be bad")
+        real(self, run_id, metrics=metrics, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", refusing)
+    tracker = tracker_in(tmp_path)
+    for step in range(1, 30):
+        tracker.log(step, {BITS: float(step)} | ({"bad": 1.0} if step == 17 else {}))
+    tracker.close("finished", code=0, reason="", step=29)
+    assert history(tmp_path) == [(step, float(step)) for step in range(1, 30)]
+    assert "MLflow refuses bad at step 17" in caplog.text
+
+
+def test_a_run_that_is_deleted_while_it_is_sent_is_made_anew(tmp_path: Path) -> None:
+    tracker = tracker_in(tmp_path, "tracking.required=true")
+    tracker.log(1, {BITS: 1.0})
+    (run,) = runs_in(tmp_path)
+    mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").delete_run(run.info.run_id)
+    tracker.log(2, {BITS: 2.0})
+    tracker.close("finished", code=0, reason="", step=2)
+    assert history(tmp_path) == [(1, 1.0), (2, 2.0)]
+    assert runs_in(tmp_path)[0].info.status == "FINISHED"
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """A server in front of MLflow that answers everything with one status."""
+
+    status = 500
+
+    def do_POST(self) -> None:
+        self.send_response(self.status)
+        self.send_header("Content-Length", "4")
+        self.end_headers()
+        self.wfile.write(b"nope")
+
+    do_GET = do_POST  # noqa: N815 (the names that http.server calls)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(params=[401, 403, 500, 503, "no TLS"])
+def refusing_server(request: pytest.FixtureRequest) -> Iterator[str]:
+    scheme, status = ("https", 500) if request.param == "no TLS" else ("http", request.param)
+    handler = type("Handler", (_Refusing,), {"status": status})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"{scheme}://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_server_that_refuses_everything_costs_one_warning_and_no_point(
+    tmp_path: Path, refusing_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        tracker = tracker_in(tmp_path, f"tracking.uri={refusing_server}")
+        for step in (1, 2):
+            tracker.log(step, {BITS: 7.0})
+        tracker.close("stopped", code=75, reason="", step=2)
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
+    assert len([text for text in ours if "MLflow does not answer" in text]) == 1
+    assert "2 points and the end of the run not sent to MLflow" in ours[-1]
+    assert RunFiles(tmp_path / "run").last_steps() == {BITS: 2}

@@ -1,0 +1,136 @@
+"""Are a run's lines whole and complete, whatever happens to the process, the disk and the reader?"""
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.launch import ROOT
+from trainer.record.run_folder import Journal, RunFiles, working_seconds
+
+
+def numbers(path: Path) -> list[int]:
+    return [record["n"] for record in Journal(path).records()]
+
+
+def test_lines_come_back_in_order_and_in_pieces(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.jsonl")
+    for n in range(2500):
+        journal.append({"n": n})
+    assert numbers(journal.path) == list(range(2500))
+    records, position = journal.read(0, 10)
+    assert [record["n"] for record in records] == list(range(10))
+    records, position = journal.read(position, 5000)
+    assert [record["n"] for record in records] == list(range(10, 2500))
+    assert journal.read(position, 10) == ([], position)
+    journal.append({"n": 2500})
+    assert journal.read(position, 10)[0] == [{"n": 2500}]
+
+
+def test_the_beginning_of_a_line_is_not_read_and_is_cut_off_by_the_next_attempt(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"n": 1}\nnot JSON\n{"n": 2}\n{"n"')
+    journal = Journal(path)
+    assert numbers(path) == [1, 2]
+    journal.repair()
+    journal.append({"n": 3})
+    assert numbers(path) == [1, 2, 3]
+
+
+def test_a_file_that_somebody_replaced_is_read_from_its_beginning(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"n": 1}\n')
+    assert Journal(path).read(10_000, 10)[0] == [{"n": 1}]
+
+
+def test_lines_of_two_processes_do_not_mix(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from trainer.record.run_folder import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "for n in range(500): journal.append({'n': n, 'who': sys.argv[2], 'text': 'x' * 3000})\n"
+    )
+    path = tmp_path / "x.jsonl"
+    writers = [subprocess.Popen([sys.executable, "-c", program, str(path), who], cwd=ROOT) for who in "ab"]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for who in "ab":
+        assert [record["n"] for record in records if record["who"] == who] == list(range(500))
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RLIMIT_FSIZE makes the kernel write a part of a line and then refuse, as a full disk does."""
+    program = (
+        "import json, resource, signal, sys; from pathlib import Path; from trainer.record.run_folder import Journal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "for n in range(30):\n"
+        "    if n == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (107, hard))\n"
+        "    if n == 20: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\n"
+        "    journal.append({'n': n})\n"
+        "    if n == 15: print(Path(sys.argv[1]).read_bytes()[-1:] == b'\\n')\n"
+    )
+    path = tmp_path / "x.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert numbers(path) == list(range(30))
+    assert done.stdout == "True\n"  # what fitted of a line was taken back
+    assert done.stderr.count("cannot be written") == 1
+
+
+def test_appending_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path / "no folder" / "x.jsonl")
+    with caplog.at_level(logging.WARNING):
+        journal.append({"n": 1})
+        journal.append({"n": 2})
+    assert len(caplog.records) == 1
+    assert os.strerror(errno.ENOENT) in caplog.text
+    journal.path.parent.mkdir()
+    journal.append({"n": 3})
+    assert numbers(journal.path) == [1, 2, 3]
+
+
+def test_a_kill_in_the_middle_leaves_whole_lines(tmp_path: Path) -> None:
+    program = (
+        "import itertools, sys; from pathlib import Path; from trainer.record.run_folder import Journal\n"
+        "journal = Journal(Path(sys.argv[1]))\n"
+        "for n in itertools.count():\n"
+        "    journal.append({'n': n, 'text': 'x' * 2000})\n"
+        "    if n == 20: print('go', flush=True)\n"
+    )
+    path = tmp_path / "x.jsonl"
+    writer = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT, stdout=subprocess.PIPE)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()
+    found = numbers(path)
+    assert found == list(range(len(found)))
+    assert len(found) > 20
+
+
+def test_the_state_changes_entry_by_entry_and_survives_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = RunFiles(tmp_path)
+    assert files.read_state() == {}
+    files.write_state(state="running", step=1)
+    files.write_state(step=2)
+    assert files.read_state() == {"state": "running", "step": 2}
+    files.state.write_text('{"state": "runn')
+    assert files.read_state() == {}
+    assert "is damaged" in caplog.text
+
+
+def test_an_attempt_ends_with_its_last_sign_of_life() -> None:
+    attempts = [{"started": 10.0}, {"started": 100.0}, {"started": 200.0}]
+    spent = working_seconds(attempts, [12.0, 30.0, 150.0])
+    assert [seconds for _, seconds in spent] == [20.0, 50.0, 0.0]

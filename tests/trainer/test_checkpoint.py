@@ -1,0 +1,423 @@
+"""Is a checkpoint offered only when it is complete and right, and is the last good one safe?"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.storage import Store
+from models.image_transformer import ImageTransformer
+from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
+from tests.support.s3_server import S3Server
+from trainer import checkpoint, export
+from trainer.checkpoint import Checkpoint, Checkpoints, intact, list_complete, read_weights, to_keep
+from trainer.config import CheckpointConfig, RunConfig, as_yaml, load_config
+from trainer.engine import TorchEngine
+from trainer.errors import CheckpointError, UsageError
+from trainer.ranks import Ranks
+
+ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return load_config(QUICKSTART, [f"{name}={value}" for name, value in TINY_MODEL.items()])
+
+
+@pytest.fixture
+def engine(config: RunConfig) -> TorchEngine:
+    torch.manual_seed(0)
+    return TorchEngine(ImageTransformer(config.model), config)
+
+
+SETTINGS = CheckpointConfig(url=None, every_steps=1, keep_last=2, keep_best=0, keep_every_steps=0, background=False)
+
+
+def url_in(folder: Path) -> str:
+    return str(folder / "checkpoints")
+
+
+def checkpoints_in(folder: Path | str, attempt: int = 1, **changes: object) -> Checkpoints:
+    url = folder if isinstance(folder, str) else url_in(folder)
+    return Checkpoints(url, ALONE, CPU, dataclasses.replace(SETTINGS, **changes), attempt)
+
+
+def begin(checkpoints: Checkpoints, engine: TorchEngine, config: RunConfig, step: int) -> None:
+    checkpoints.save(
+        engine,
+        step=step,
+        updates=step - 1,
+        samples=8 * step,
+        bits_per_dim=None,
+        config=dataclasses.asdict(config),
+        data_digest="d",
+    )
+
+
+def save(checkpoints: Checkpoints, engine: TorchEngine, config: RunConfig, step: int) -> Checkpoint | None:
+    begin(checkpoints, engine, config, step)
+    return checkpoints.complete()
+
+
+def saved(step: int, bits_per_dim: float | None = None) -> Checkpoint:
+    return Checkpoint(step, step, step, bits_per_dim, {}, "d", [])
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def test_what_was_saved_is_what_is_read(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 3)
+    store, (checkpoint,) = intact(url_in(tmp_path), 1)
+    assert (checkpoint.step, checkpoint.updates, checkpoint.samples, checkpoint.data_digest) == (3, 2, 24, "d")
+    assert checkpoint.config["model"]["layers"] == config.model.layers
+    weights = read_weights(store, [checkpoint], "raw")
+    expected = engine._model.state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_only_the_last_ones_are_kept(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    checkpoints = checkpoints_in(tmp_path, keep_last=2)
+    for step in (1, 2, 10, 3000):
+        save(checkpoints, engine, config, step)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000000010", "step-000003000"]
+
+
+@pytest.mark.parametrize("damage", ["no manifest", "half a manifest", "missing file", "short file", "flipped bit"])
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, damage: str
+) -> None:
+    checkpoints = checkpoints_in(tmp_path)
+    save(checkpoints, engine, config, 1)
+    save(checkpoints, engine, config, 2)
+    folder = tmp_path / "checkpoints/step-000000002"
+    manifest, data = folder / "manifest.json", folder / "rank-00000-of-00001.attempt-1.safetensors"
+    match damage:
+        case "no manifest":
+            manifest.unlink()
+        case "half a manifest":
+            manifest.write_text(manifest.read_text()[:100])
+        case "missing file":
+            data.unlink()
+        case "short file":
+            data.write_bytes(data.read_bytes()[:-1])
+        case "flipped bit":
+            content = bytearray(data.read_bytes())
+            content[-100] ^= 1
+            data.write_bytes(content)
+    said: list[str] = []
+    newest = checkpoints.newest(said.append)
+    assert newest is not None and newest.step == 1
+    assert intact(url_in(tmp_path), 1)[1][0].step == 1
+    assert ("step-000000002 is damaged" in "".join(said)) == (damage not in ("no manifest", "half a manifest"))
+
+
+def test_the_best_and_the_permanent_ones_are_kept_besides() -> None:
+    complete = [saved(10, 3.0), saved(20, 5.0), saved(30, 4.0), saved(40), saved(50, float("nan")), saved(60, 6.0)]
+    settings = dataclasses.replace(SETTINGS, keep_last=1, keep_best=2, keep_every_steps=20)
+    assert [checkpoint.step for checkpoint in to_keep(complete, settings)] == [10, 20, 30, 40, 60]
+    settings = dataclasses.replace(SETTINGS, keep_last=3)
+    assert [checkpoint.step for checkpoint in to_keep(complete, settings)] == [40, 50, 60]
+
+
+def test_written_in_the_background_it_holds_the_weights_of_the_moment_of_saving(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    checkpoints = checkpoints_in(tmp_path, background=True)
+    expected = {name: weight.clone() for name, weight in engine._model.state_dict().items()}
+    begin(checkpoints, engine, config, 1)
+    with torch.no_grad():
+        for parameter in engine._model.parameters():
+            parameter.fill_(7.0)
+    assert list_complete(Store(url_in(tmp_path), 1.0)) == []  # nothing is offered before all ranks agree
+    complete = checkpoints.complete()
+    assert complete is not None and complete.step == 1 and checkpoints.is_written()
+    weights = read_weights(*intact(url_in(tmp_path), 1), "raw")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_two_attempts_at_one_step_leave_a_complete_checkpoint_whichever_is_last(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    old, new = checkpoints_in(tmp_path, attempt=1), checkpoints_in(tmp_path, attempt=2)
+    begin(old, engine, config, 5)
+    save(new, engine, config, 5)
+    assert intact(url_in(tmp_path), 1)[1][0].files[0]["name"].endswith("attempt-2.safetensors")
+    old.complete()
+    assert intact(url_in(tmp_path), 1)[1][0].files[0]["name"].endswith("attempt-1.safetensors")
+
+
+def test_what_killed_attempts_left_is_cleared_away(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    begin(checkpoints_in(tmp_path), engine, config, 4)  # killed before its manifest
+    save(checkpoints_in(tmp_path, attempt=2), engine, config, 5)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk_costs_checkpoints_and_keeps_the_last_good_one(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(small)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine forbids mounting")
+    try:
+        checkpoints = checkpoints_in(small)
+        assert save(checkpoints, engine, config, 1) is not None
+        (small / "filler").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_bsize))
+        for step in (2, 3):
+            assert save(checkpoints, engine, config, step) is None
+        assert "step-000000002 was not written" in caplog.text and "disk is full" in caplog.text
+        with pytest.raises(CheckpointError, match="3 checkpoints in a row have failed"):
+            save(checkpoints, engine, config, 4)
+        assert intact(url_in(small), 1)[1][0].step == 1
+        (small / "filler").unlink()
+        assert save(checkpoints, engine, config, 5) is not None
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_disk_that_fails_costs_a_checkpoint_and_keeps_the_last_good_one(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(checkpoint, "STORE_DEADLINE_SECONDS", 0.1)
+    checkpoints = checkpoints_in(tmp_path)
+    assert save(checkpoints, engine, config, 1) is not None
+    for step, code in ((2, errno.EIO), (3, errno.ESTALE)):
+
+        def failing(descriptor: int, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing)
+            assert save(checkpoints, engine, config, step) is None
+        assert f"step-{step:09d} was not written" in caplog.text and os.strerror(code) in caplog.text
+        assert intact(url_in(tmp_path), 1)[1][0].step == 1
+    assert save(checkpoints, engine, config, 4) is not None
+    left = sorted(path.name for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
+    assert left == 2 * ["manifest.json"] + 2 * ["rank-00000-of-00001.attempt-1.safetensors"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
+def test_a_disk_that_becomes_read_only_costs_a_checkpoint(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(checkpoint, "STORE_DEADLINE_SECONDS", 0.1)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(disk)], check=False).returncode:
+        pytest.skip("this machine forbids mounting")
+    try:
+        checkpoints = checkpoints_in(disk)
+        assert save(checkpoints, engine, config, 1) is not None
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert save(checkpoints, engine, config, 2) is None
+        assert "Read-only file system" in caplog.text
+        assert intact(url_in(disk), 1)[1][0].step == 1
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_checkpoint_that_is_due_while_another_is_written_waits_for_it(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = []
+    write = Store.write
+
+    def slowly(self: Store, name: str, data: bytes) -> None:
+        writing.append(name)
+        time.sleep(0.2)
+        assert writing[-1] == name, "two writers"
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write", slowly)
+    checkpoints = checkpoints_in(tmp_path, background=True, keep_last=3)
+    for step in (1, 2, 3):
+        begin(checkpoints, engine, config, step)
+        assert not checkpoints.is_written()
+    checkpoints.complete()
+    assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1, 2, 3]
+
+
+def test_a_checkpoint_on_s3_that_is_incomplete_is_passed_over(
+    engine: TorchEngine, config: RunConfig, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{s3_server.make_bucket()}/checkpoints"
+    checkpoints, said = checkpoints_in(url, keep_last=3), []
+    for step in (1, 2, 3):
+        assert save(checkpoints, engine, config, step) is not None
+    store = Store(url, 10.0)
+    store.remove("step-000000003/manifest.json")
+    store.remove("step-000000002/rank-00000-of-00001.attempt-1.safetensors")
+    newest = checkpoints.newest(said.append)
+    assert newest is not None and newest.step == 1
+    assert said == ["checkpoint step-000000002 is damaged (1 of 1 files); trying an older one"]
+
+
+def test_checkpoints_on_s3(
+    engine: TorchEngine, config: RunConfig, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{s3_server.make_bucket()}/run/checkpoints"
+    checkpoints = checkpoints_in(url, background=True, keep_last=1)
+    for step in (1, 2):
+        assert save(checkpoints, engine, config, step) is not None
+    store, (newest,) = intact(url, 2)
+    assert newest.step == 2 and read_weights(store, [newest], "raw")
+    with pytest.raises(UsageError, match="s3://not-there/checkpoints: holds no complete checkpoint"):
+        intact("s3://not-there/checkpoints", 1)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    path = tmp_path / "checkpoints/step-000000001/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][0]["name"] = "../../secret.safetensors"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
+        intact(url_in(tmp_path), 1)
+
+
+def test_a_tampered_file_with_a_matching_manifest_is_refused_without_running_it(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    folder = tmp_path / "checkpoints/step-000000001"
+    executed = tmp_path / "executed"
+    overlapping = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"a|weight": overlapping, "b|weight": overlapping | {"data_offsets": [4, 12]}}).encode()
+    tampered = [pickle.dumps(Payload(executed)), (2**62).to_bytes(8, "little") + b"{}", b""]
+    tampered.append(len(header).to_bytes(8, "little") + header + bytes(12))
+    for content in tampered:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        entry = manifest["files"][0]
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / entry["name"]).write_bytes(content)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match="attempt-1.safetensors"):
+            read_weights(*intact(url_in(tmp_path), 1), "raw")
+    assert not executed.exists()
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_a_run_without_checkpoints_is_told_so(tmp_path: Path) -> None:
+    assert checkpoints_in(tmp_path).newest(silent) is None
+    with pytest.raises(UsageError, match="holds no complete checkpoint"):
+        intact(url_in(tmp_path), 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "words"),
+    [
+        ("none", 0, ""),
+        ("flipped bit", 74, "every checkpoint is damaged"),
+        ("half a manifest", 74, "every checkpoint is damaged"),
+        ("no manifest", 2, "holds no complete checkpoint"),
+        ("no config", 2, "holds no run"),
+    ],
+)
+def test_a_tool_ends_with_74_for_damage_and_with_2_for_a_folder_without_a_checkpoint(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, capsys: Any, damage: str, code: int, words: str
+) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    manifest = tmp_path / "checkpoints/step-000000001/manifest.json"
+    match damage:
+        case "flipped bit":
+            data = manifest.with_name("rank-00000-of-00001.attempt-1.safetensors")
+            data.write_bytes(data.read_bytes()[:-1] + bytes([data.read_bytes()[-1] ^ 1]))
+        case "half a manifest":
+            manifest.write_text(manifest.read_text()[:100])
+        case "no manifest":
+            manifest.unlink()
+        case "no config":
+            (tmp_path / "config.yaml").unlink()
+    assert export.main(["--run", str(tmp_path), "--to", str(tmp_path / "exported")]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    path = tmp_path / "checkpoints/step-000000001/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
+    with pytest.raises(CheckpointError, match="checkpoint format 7 and this version of the trainer reads 2"):
+        intact(url_in(tmp_path), 1)
+
+
+def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    checkpoints = checkpoints_in(tmp_path, keep_last=5)
+    name, parameter = next(iter(engine._model.named_parameters()))
+    for step, value in ((1, 9.0), (2, 1.0), (3, 3.0)):
+        with torch.no_grad():
+            parameter.fill_(value)
+        save(checkpoints, engine, config, step)
+    for count, mean in ((1, 3.0), (2, 2.0), (5, 13 / 3)):
+        weights = read_weights(*intact(url_in(tmp_path), count), "avg")
+        torch.testing.assert_close(weights[name], torch.full_like(parameter, mean).detach())
+
+
+def test_an_average_that_was_not_kept_is_refused(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    with pytest.raises(UsageError, match=r"optimizer.ema_decay was 0"):
+        read_weights(*intact(url_in(tmp_path), 1), "ema")
+
+
+def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Path) -> None:
+    """A process that does nothing but save is killed twenty times at random moments of it."""
+    program = (
+        "import itertools, dataclasses, sys, torch\n"
+        "from pathlib import Path\n"
+        "from tests.trainer.test_checkpoint import ALONE, CPU, QUICKSTART, TINY_MODEL, checkpoints_in, save\n"
+        "from models.image_transformer import ImageTransformer\n"
+        "from trainer.config import load_config\nfrom trainer.engine import TorchEngine\n"
+        "config = load_config(QUICKSTART, [f'{n}={v}' for n, v in TINY_MODEL.items()])\n"
+        "engine = TorchEngine(ImageTransformer(config.model), config)\n"
+        "for step in itertools.count(1):\n"
+        "    save(checkpoints_in(Path(sys.argv[1])), engine, config, step)\n"
+        "    print(step, flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    for wait in range(20):
+        time.sleep(0.003 * wait)
+        process.send_signal(signal.SIGSTOP)  # as if killed here: what is on the disk now is what a restart finds
+        store, (checkpoint,) = intact(url_in(tmp_path), 1)
+        assert read_weights(store, [checkpoint], "raw")
+        assert len(list_complete(store)) >= 1
+        process.send_signal(signal.SIGCONT)
+    process.kill()
+    process.wait()
+    os.sync()
+    assert intact(url_in(tmp_path), 1)[1][0].step >= 1
