@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,7 +24,9 @@ from trainer.options import LimitsConfig
 from trainer.trained_model import load_trained_model
 from trainer.typed_values import flattened, paths, read
 
-WRITTEN = sorted(path for path in (Path(__file__).parent / "compat").iterdir() if path.is_dir())
+COMPAT = Path(__file__).parent / "compat"
+WRITTEN = [COMPAT / "f5483a5"]
+EXPORTS = COMPAT / "768923b/exports"
 RECORDED = {"f5483a5": {"raw": 6.281692930473202, "ema": 6.43698796954958}}
 """Bits/dim of the weights over the validation images, as those commits printed them."""
 
@@ -56,6 +59,18 @@ def test_an_export_scores_what_was_recorded(written: Path, monkeypatch: pytest.M
     run_tool(evaluate, monkeypatch, "--run", "exported")
     (result,) = (written / "exported/evaluation").glob("*.json")
     assert json.loads(result.read_text())["bits_per_dim"] == pytest.approx(RECORDED[written.name]["ema"], abs=5e-4)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXPORTS.iterdir() if path.is_dir()))
+def test_the_first_exports_of_every_kind_compute_what_they_did(name: str, tmp_path: Path) -> None:
+    shutil.copytree(EXPORTS / name, tmp_path / name)
+    trained = load_trained_model(str(tmp_path / name), "raw")
+    images = torch.from_numpy(np.load(EXPORTS / "images.npy"))
+    labels = torch.tensor([1, 2]) if trained.card.model.num_classes else None
+    condition = images[:, ::2, ::2] if trained.card.model.small_size else None
+    with torch.no_grad():
+        outputs = trained.model(images, labels, condition)[:, ::4, ::4]
+    np.testing.assert_allclose(outputs.numpy(), np.load(EXPORTS / name / "outputs.npy"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("run", ["runs/yesterday", "exported"])

@@ -67,6 +67,7 @@ def set_value(hint: Any, values: dict[str, Any], keys: list[str], value: object)
     A new tag keeps those fields that its member has, too. A path that leads through a single value replaces it: `read`
     finds out whether that makes sense.
     """
+    key: Any
     key, *rest = keys
     inner = fields_of(hint).get(key) if _members(hint) else None
     if not rest:
@@ -78,17 +79,18 @@ def set_value(hint: Any, values: dict[str, Any], keys: list[str], value: object)
         else:
             values[key] = value
         return
+    container: Any = values
     below = values.get(key)
     if isinstance(below, list) and rest[0].isdigit() and int(rest[0]) < len(below):
-        index, *rest = rest
+        container, key, *rest = below, int(rest[0]), *rest[1:]
         if not rest:
-            below[int(index)] = value
+            container[key] = value
             return
-        below = below[int(index)]
+        below = container[key]
     if isinstance(below, str) and (tag := _tag_of(inner)):
-        below = values[key] = {tag: below}
+        below = container[key] = {tag: below}
     if not isinstance(below, dict):
-        below = values[key] = {}
+        below = container[key] = {}
     set_value(inner, below, rest, value)
 
 
