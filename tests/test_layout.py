@@ -15,7 +15,7 @@ ALLOWED = {
     "trainer": {
         "torch", "numpy", "PIL", "models", "data_pipeline",
         "deepspeed", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
-        "starlette", "uvicorn", "matplotlib", "pillow_jxl",
+        "starlette", "uvicorn", "matplotlib", "plotly", "pillow_jxl",
     },
     "cluster": {"torch", "fsspec"},
 }  # fmt: skip
@@ -31,6 +31,7 @@ HOME = {
     "safetensors": {"trainer/checkpoint.py", "trainer/exported_model.py"},
     "PIL": {"data_pipeline", "trainer"},
     "matplotlib": {"trainer/heat_map.py"},
+    "plotly": {"trainer/comparison/page.py"},
     "starlette": {"trainer/demo.py"},
     "uvicorn": {"trainer/demo.py"},
 }

@@ -8,13 +8,13 @@ differ, and what came of them. `--html` writes one file with curves and pictures
 """
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trainer.command_line import run_tool
-from trainer.comparison.charts import number
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, data_set_key
 from trainer.comparison.run_history import (
@@ -118,6 +118,17 @@ def unique_names(runs: Sequence[RunHistory]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, places, strict=True)]
 
 
+def number(value: float, digits: int = 4) -> str:
+    """A number as a person reads it: about so many digits, thousands apart, no needless zeros."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
+        return f"{value:.{digits - 2}g}"
+    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run (run.dir), or an id of MLflow")
@@ -148,7 +159,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         path = Path(arguments.html)
         page = comparison_page(runs, unique_names(runs), rows, outcome, notes, key)
         try:
-            path.write_text(page)
+            path.write_text(page, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error
         print(f"\n{path}")

@@ -84,6 +84,8 @@ class Browser:
                 self.requests.append(parameters["request"]["url"])
             case "Runtime.exceptionThrown":
                 self.complaints.append(str(parameters["exceptionDetails"]))
+            case "Runtime.consoleAPICalled" if parameters["type"] in ("error", "assert"):
+                self.complaints.append(str(parameters["args"]))
             case "Log.entryAdded" if parameters["entry"]["level"] == "error":
                 self.complaints.append(parameters["entry"]["text"])
 

@@ -1,86 +1,101 @@
-"""How do curves become a picture in a page? One SVG with axes, a line for each run, and the numbers for the mouse."""
+"""Which curves, scales and published figures do the charts of a comparison show? Plotly draws them in the browser.
+
+What `charts` gives is the data of the page `trainer/comparison/page.html`, whose script turns it into Plotly's traces.
+"""
 
 import html
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-WIDTH, HEIGHT = 600, 320
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 40
+from trainer.comparison.published import PUBLISHED
+from trainer.comparison.run_history import Curve, RunHistory
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
-"""Okabe and Ito's colours, which also the colour-blind tell apart; then they repeat with dashes."""
+"""Okabe and Ito's colours, which also the colour-blind tell apart."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+"""The next eight runs have the same colours and the next dashes; names of SVG's lines in Plotly."""
 SETTLED_FRACTION = 0.1
-"""The scale ignores this share of each curve at its beginning, where a loss is many times what it becomes."""
+"""The first scale ignores this share of each curve at its beginning, where a loss is many times what it becomes."""
 MOST_POINTS = 1000
-MARK_PIXELS = 16
-
-
-Scale = Callable[[np.ndarray], np.ndarray]
-"""From values to places in the picture."""
+"""Points of a line; of longer curves every n-th is shown."""
+MOST_MARKED_POINTS = 40
+"""Curves of so few points, such as validation, show each as a dot."""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One run's curve in a chart."""
+class Chart:
+    """One metric's chart."""
 
-    label: str
-    run: int
-    """Which of the compared runs: its colour."""
-    x: np.ndarray
-    y: np.ndarray
-    error: np.ndarray | None = None
-    """Standard error of each y."""
+    title: str
+    unit: str
+    """What stands at its vertical axis."""
+    format: str
+    """How the mouse's values are written, in d3's notation."""
     smooth: bool = False
     """Show a running mean, and the points themselves faintly behind it."""
+    tick_format: str = ""
+    """How the numbers at the axis are written; Plotly's choice by default."""
 
 
-def line_chart(title: str, x_label: str, lines: Sequence[Line], marks: Sequence[tuple[str, float]] = ()) -> str:
-    """An SVG element. `marks` are horizontal lines with names, the most important ones first; shown are those inside
-    the scale that leave each other room.
+CHARTS = {
+    "val/bits_per_dim": Chart("Validation", "bits/dim", ".4f"),
+    "train/bits_per_dim": Chart("Training", "bits/dim", ".4f", smooth=True),
+    "perf/images_per_s": Chart("Speed", "images/s", ",.4~r", smooth=True),
+    "perf/mfu": Chart("Model FLOPs utilisation", "share of the GPUs' peak", ".1%", smooth=True, tick_format=".0~%"),
+    "optim/grad_norm": Chart("Gradient norm before clipping", "L2 norm", ".4~g", smooth=True),
+    "optim/lr": Chart("Learning rate", "learning rate", ".3~g", tick_format="~g"),
+    "mem/peak_gib": Chart("Peak memory", "GiB", ".2f"),
+    "data/wait_fraction": Chart("Waiting for data", "share of the time", ".2%", smooth=True, tick_format="~%"),
+}
+
+_Axis = Callable[[RunHistory, Curve], np.ndarray | None]
+AXES: dict[str, tuple[str, _Axis]] = {
+    "step": ("step", lambda run, curve: curve.steps),
+    "images": ("training images", lambda run, curve: run.images_seen(curve.steps)),
+    "time": ("hours at work", lambda run, curve: run.working_hours(curve.times)),
+}
+"""What curves are drawn against: its label, and the places of a curve's points; None where a run does not say."""
+
+
+def charts(runs: Sequence[RunHistory], names: Sequence[str], published_key: str | None) -> dict[str, Any]:
+    """The data of all charts for the page: only numbers that JSON has, and texts that Plotly shows as they are.
+
+    `published_key` names the data set whose figures are lines in the chart of the validation.
     """
-    lines = [_finite(line) for line in lines]
-    lines = [line for line in lines if len(line.x)]
-    if not lines:
-        return ""
-    right = max(float(line.x.max()) for line in lines) or 1.0
-    low, high = _range(lines)
-    low, high = _include_marks(low, high, [value for _, value in marks])
-
-    def across(x: np.ndarray) -> np.ndarray:
-        return LEFT + x / right * (WIDTH - LEFT - RIGHT)
-
-    def up(y: np.ndarray) -> np.ndarray:
-        # Far outside is just outside: the clip path cuts it off, and numbers stay short.
-        place = TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return np.clip(place, -HEIGHT, 2 * HEIGHT)
-
-    name = html.escape(title)
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{name}" class="chart">',
-        f"<title>{name}</title>",
-    ]
-    parts += _axes(low, high, right, x_label, across, up)
-    parts.append(f'<clipPath id="c{(clip := _clip_id(title, x_label))}"><rect x="{LEFT}" y="{TOP}" '
-                 f'width="{WIDTH - LEFT - RIGHT}" height="{HEIGHT - TOP - BOTTOM}"/></clipPath>')  # fmt: skip
-    parts.append(f'<g clip-path="url(#c{clip})">')
-    taken: list[float] = []
-    for text, value in marks:
-        y = float(up(np.array([value]))[0])
-        if low <= value <= high and all(abs(y - other) >= MARK_PIXELS for other in taken):
-            taken.append(y)
-            parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="mark"/>')
-            parts.append(f'<text x="{LEFT + 4}" y="{y - 4:.1f}" class="mark">{html.escape(text)}</text>')
-    for line in lines:
-        parts += _curve(line, across, up)
-    parts.append("</g>")
-    values = [{"label": line.label, "color": color_of(line.run), **_thinned(line)} for line in lines]
-    frame = {"left": LEFT, "right": RIGHT, "width": WIDTH, "end": right, "x": x_label, "lines": values}
-    parts.append(f"<desc>{html.escape(json.dumps(frame))}</desc>")
-    parts.append("</svg>")
-    return "".join(parts)
+    shown = []
+    for metric, chart in CHARTS.items():
+        lines = [
+            line
+            for index, run in enumerate(runs)
+            if metric in run.curves and (line := _line(index, run, metric, chart.smooth))
+        ]
+        if not lines:
+            continue
+        marks = _marks(published_key) if metric.startswith("val/") else []
+        places = [(np.array(line["x"]["step"]), np.array(line["y"])) for line in lines]
+        low, high = first_scale(places, [mark["value"] for mark in marks])
+        shown.append(
+            {
+                "title": chart.title,
+                "unit": chart.unit,
+                "format": chart.format,
+                "tickFormat": chart.tick_format,
+                "scale": [low, high],
+                "lines": lines,
+                "marks": marks,
+            }
+        )
+    return {
+        "axes": {key: label for key, (label, _) in AXES.items()},
+        "runs": [
+            {"name": as_plotly_text(name), "color": color_of(index), "dash": dash_of(index)}
+            for index, name in enumerate(names)
+        ],
+        "charts": shown,
+    }
 
 
 def color_of(run: int) -> str:
@@ -88,24 +103,14 @@ def color_of(run: int) -> str:
     return COLORS[run % len(COLORS)]
 
 
-def number(value: float, digits: int = 4) -> str:
-    """A number as a person reads it: about so many digits, thousands apart, no needless zeros."""
-    if not math.isfinite(value):
-        return str(value)
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
-        return f"{value:.{digits - 2}g}"
-    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
-    text = f"{value:,.{decimals}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+def dash_of(run: int) -> str:
+    """The dashes of the n-th run's lines."""
+    return DASHES[run // len(COLORS) % len(DASHES)]
 
 
-def ticks(low: float, high: float, about: int) -> list[float]:
-    """Round numbers between low and high, about so many."""
-    rough = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+def as_plotly_text(text: str) -> str:
+    """Text as Plotly shows it letter by letter: unescaped, it would read tags and links in it."""
+    return html.escape(text, quote=False)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
@@ -116,94 +121,63 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
 
 
-def _finite(line: Line) -> Line:
-    keep = np.isfinite(line.x) & np.isfinite(line.y)
-    error = None if line.error is None else np.nan_to_num(line.error[keep])
-    return Line(line.label, line.run, line.x[keep], line.y[keep], error, line.smooth)
+def first_scale(curves: Sequence[tuple[np.ndarray, np.ndarray]], marks: Sequence[float] = ()) -> tuple[float, float]:
+    """The values between which a chart shows its curves (steps, values) at first.
 
-
-def _range(lines: Sequence[Line]) -> tuple[float, float]:
-    settled = [line.y[line.x >= SETTLED_FRACTION * line.x.max()] for line in lines]
-    settled = [values if len(values) else line.y for values, line in zip(settled, lines, strict=True)]
+    These are the values that the curves settle to, without the height from which a loss begins. The first mark is
+    included if that leaves the curves half of the scale; otherwise the nearest mark is.
+    """
+    settled = [values[steps >= SETTLED_FRACTION * steps.max()] for steps, values in curves]
     low = min(float(np.percentile(values, 0.5)) for values in settled)
     high = max(float(np.percentile(values, 98)) for values in settled)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin
+    low, high = low - margin, high + margin
+    nearest = sorted(marks, key=lambda value: max(low - value, value - high, 0))[:1]
+    for mark in [*marks[:1], *nearest]:
+        wide_low, wide_high = min(low, mark), max(high, mark)
+        if wide_high - wide_low <= 2 * (high - low):
+            margin = 0.05 * (wide_high - wide_low)
+            return (wide_low - margin if wide_low < low else low), (wide_high + margin if wide_high > high else high)
+    return low, high
 
 
-def _include_marks(low: float, high: float, marks: Sequence[float]) -> tuple[float, float]:
-    """Widen the scale to the nearest mark, if that leaves the curves half of it."""
-    nearest = min(marks, key=lambda value: max(low - value, value - high, 0), default=low)
-    wide_low, wide_high = min(low, nearest), max(high, nearest)
-    if wide_high - wide_low > 2 * (high - low):
-        return low, high
-    margin = 0.05 * (wide_high - wide_low)
-    return (wide_low - margin if wide_low < low else low), (wide_high + margin if wide_high > high else high)
+def _line(index: int, run: RunHistory, metric: str, smooth: bool) -> dict[str, Any] | None:
+    """One run's curve: `y`, its places `x` on each axis, and its `error` or running `mean`; None without a point."""
+    curve = run.curves[metric]
+    places = {key: axis(run, curve) for key, (_, axis) in AXES.items()}
+    keep = np.isfinite(curve.values)
+    if not keep.any():
+        return None
+    y = curve.values[keep]
+    stride = -(-len(y) // MOST_POINTS)
+
+    def shown(values: np.ndarray, digits: int) -> list[float]:
+        return [float(f"{value:.{digits}g}") for value in values[::stride]]
+
+    line: dict[str, Any] = {
+        "run": index,
+        "x": {key: shown(x[keep], 7) for key, x in places.items() if x is not None},
+        "y": shown(y, 6),
+        "dots": not smooth and len(y) <= MOST_MARKED_POINTS,
+    }
+    if smooth and len(y) > 10:
+        line["mean"] = shown(running_mean(y, max(3, len(y) // 15)), 6)
+    if spread := run.curves.get(f"{metric}_stderr"):
+        line["error"] = shown(np.nan_to_num(np.interp(curve.steps[keep], spread.steps, spread.values)), 4)
+    return line
 
 
-def _axes(low: float, high: float, right: float, x_label: str, across: Scale, up: Scale) -> list[str]:
-    bottom = HEIGHT - BOTTOM
-    parts = ['<g class="axis">']
-    for value in ticks(low, high, 5):
-        y = float(up(np.array([value]))[0])
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    for value in ticks(0, right, 6):
-        x = float(across(np.array([value]))[0])
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{_short(value)}</text>')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">{html.escape(x_label)}</text>'
+def _marks(published_key: str | None) -> list[dict[str, Any]]:
+    """The published figures: the paper's first, then from the best one on. The first ones get room for their names."""
+    entries = sorted(
+        PUBLISHED.get(published_key or "", ()),
+        key=lambda entry: (entry.model != "Image Transformer", entry.bits_per_dim),
     )
-    parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}" class="base"/></g>')
-    return parts
-
-
-def _curve(line: Line, across: Scale, up: Scale) -> list[str]:
-    style = f'stroke="{color_of(line.run)}"' + (' stroke-dasharray="7 4"' if line.run >= len(COLORS) else "")
-    x, y = _for_drawing(line)
-    parts = []
-    if line.error is not None and len(line.x) > 1:
-        edge = np.concatenate([line.y + line.error, (line.y - line.error)[::-1]])
-        outline = _points(across(np.concatenate([line.x, line.x[::-1]])), up(edge))
-        parts.append(f'<polygon points="{outline}" fill="{color_of(line.run)}" class="error"/>')
-    smooth = line.smooth and len(line.x) > 10
-    if smooth:
-        parts.append(f'<polyline points="{_points(across(x), up(y))}" {style} class="faint"/>')
-        mean = running_mean(line.y, max(3, len(line.y) // 15))
-        x, y = line.x[:: _stride(len(line.x))], mean[:: _stride(len(line.x))]
-    parts.append(f'<polyline points="{_points(across(x), up(y))}" {style} class="line"/>')
-    if not smooth and len(line.x) <= 40:
-        places = zip(across(line.x), up(line.y), strict=True)
-        parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{color_of(line.run)}"/>' for a, b in places]
-    return parts
-
-
-def _for_drawing(line: Line) -> tuple[np.ndarray, np.ndarray]:
-    stride = _stride(len(line.x))
-    return line.x[::stride], line.y[::stride]
-
-
-def _stride(count: int) -> int:
-    return -(-count // MOST_POINTS)
-
-
-def _thinned(line: Line) -> dict[str, list[float]]:
-    """What the mouse shows, with no more digits than it shows."""
-    x, y = _for_drawing(line)
-    return {"x": [float(f"{value:.6g}") for value in x], "y": [float(f"{value:.5g}") for value in y]}
-
-
-def _points(x: np.ndarray, y: np.ndarray) -> str:
-    return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-
-
-def _short(value: float) -> str:
-    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{number(value / limit)}{letter}"
-    return number(value)
-
-
-def _clip_id(*texts: str) -> str:
-    """An id that is the same each time the page is made, and another for each chart."""
-    return "".join(f"{ord(letter):x}" for letter in "|".join(texts))
+    return [
+        {
+            "value": entry.bits_per_dim,
+            "label": as_plotly_text(f"{entry.model} {entry}"),
+            "source": as_plotly_text(entry.source),
+        }
+        for entry in entries
+    ]

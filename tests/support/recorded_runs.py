@@ -1,0 +1,44 @@
+"""What do runs leave behind that others can be compared with, without training them?"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+
+from tests.support.launch import QUICKSTART, mlflow_store
+from trainer.config import load_config
+from trainer.record.run_folder import RunFiles
+from trainer.record.tracker import Tracker, record_results
+
+
+def shards(version: str, size: int = 32, digest: str = "ab") -> SimpleNamespace:
+    """Validation images as a run describes them: of a version of ImageNet, or of another data set."""
+    protocol = {"name": version} | ({"imagenet_version": version} if version in ("A", "B", "C") else {})
+    form = "imagenet" if version in ("A", "B", "C") else version
+    manifest = SimpleNamespace(
+        name=f"{form}-{size}", count=50000, image_size=size, source={"form": form}, protocol=protocol
+    )
+    return SimpleNamespace(url="/data", digest=digest * 32, manifest=manifest)
+
+
+def make_run(folder: Path, name: str, best: float, *overrides: str, data: SimpleNamespace | None = None) -> Path:
+    """A run of 40 steps as the trainer records one; `best` is its lowest validation bits/dim, at step 30."""
+    (folder / name).mkdir()
+    settings = [f"run.dir={folder / name}", f"run.name={name}", f"tracking.uri={mlflow_store(folder)}", *overrides]
+    data = data or shards("A")
+    tracker = Tracker(
+        load_config(QUICKSTART, settings),
+        world_size=4,
+        datasets={"training": shards("A", digest="cd"), "validation": data},
+    )
+    for step in range(1, 41):
+        metrics = {"train/bits_per_dim": best + 4 / step, "perf/images_per_s": 100.0 + step, "perf/mfu": 0.4}
+        tracker.log(step, metrics | {"progress/images_seen": 8.0 * step})
+    for step, value in ((10, best + 1), (30, best), (40, best + 0.1)):
+        tracker.log(step, {"val/bits_per_dim": value, "val/bits_per_dim_stderr": 0.01, "val/images": 50000.0})
+        tracker.log_image(step, "samples", Image.new("RGB", (8, 8), (step, 100, 200)))
+    tracker.close("finished", code=0, reason="", step=40)
+    record_results(
+        RunFiles(folder / name), 40, {"final/ema_bits_per_dim": best - 0.1, "final/ema_bits_per_dim_stderr": 0.02}, []
+    )
+    return folder / name

@@ -1,0 +1,54 @@
+"""Is the history of a run the same from its folder and from MLflow, and does it count work and not pauses?"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import mlflow
+import numpy as np
+import pytest
+
+from tests.support.launch import mlflow_store
+from trainer import compare
+from trainer.comparison.published import data_set_key
+from trainer.comparison.run_history import RunHistory, history_of_folder, history_of_run
+from trainer.record.run_folder import RunFiles
+
+
+def test_a_folder_and_mlflow_tell_the_same(two_runs: list[Path]) -> None:
+    folder = history_of_folder(two_runs[0])
+    client = mlflow.MlflowClient(mlflow_store(two_runs[0].parent))
+    run_id = RunFiles(two_runs[0]).read_state()["mlflow_run_id"]
+    run = history_of_run(client, run_id)
+    found, expected = dict(compare.results([run])), dict(compare.results([folder]))
+    assert found.keys() == expected.keys()
+    # All but the words for the status, and hours, because MLflow rounds times to milliseconds.
+    same = [name for name in expected if name != "status" and "hours" not in name]
+    assert len(same) >= 10
+    assert [found[name] for name in same] == [expected[name] for name in same]
+    assert run.wall_hours() == pytest.approx(folder.wall_hours(), abs=0.01 / 3600)
+    assert run.rank_hours() == pytest.approx(folder.rank_hours(), abs=0.04 / 3600)
+    assert run.params == folder.params
+    assert run.curves.keys() == folder.curves.keys()
+    for name, curve in run.curves.items():
+        np.testing.assert_array_equal(curve.steps, folder.curves[name].steps)
+        np.testing.assert_array_equal(curve.values, folder.curves[name].values)
+        np.testing.assert_allclose(curve.times, folder.curves[name].times, rtol=0, atol=0.01)
+    assert {step: read() for step, read in run.pictures["samples"].items()} == {
+        step: read() for step, read in folder.pictures["samples"].items()
+    }
+    assert data_set_key(run.data) == data_set_key(folder.data) == "imagenet32-A"
+
+
+def test_pauses_between_attempts_are_no_work() -> None:
+    curve = SimpleNamespace(steps=np.array([1.0, 2.0, 3.0, 4.0]), times=np.array([100.0, 200.0, 5000.0, 5100.0]))
+    history = RunHistory(
+        name="", place="", status="", params={"train.global_batch_images": "8"},
+        curves={"train/bits_per_dim": curve},  # type: ignore[dict-item]
+        attempts=[{"started": 50.0, "world_size": 4}, {"started": 4900.0, "world_size": 2}],
+    )  # fmt: skip
+    assert history.wall_hours() * 3600 == pytest.approx(150 + 200)
+    assert history.rank_hours() == pytest.approx((4 * 150 + 2 * 200) / 3600)
+    np.testing.assert_allclose(history.working_hours(curve.times) * 3600, [50, 150, 250, 350])
+    images = history.images_seen(curve.steps)
+    assert images is not None
+    np.testing.assert_array_equal(images, [8, 16, 24, 32])
