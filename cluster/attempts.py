@@ -57,7 +57,7 @@ def furthest_step(run_dir: Path) -> int:
 def decide(before: State, after: State, code: int, *, leaving: bool) -> Decision:
     """What `run_state.json` before and after an attempt, and its exit code, say about the next one.
 
-    `leaving`: Slurm wanted the machines back, so a stop was no user's wish.
+    `leaving`: Slurm wanted the machines back, so no user asked for the stop.
     """
     said_how_it_ended = after.get("ended") is not None and after.get("ended") != before.get("ended")
     if said_how_it_ended:
@@ -73,7 +73,7 @@ def decide(before: State, after: State, code: int, *, leaving: bool) -> Decision
     began = after.get("started") != before.get("started")
     if code in HOPELESS and not began:
         return Decision("end", code, "the ranks ended before training began; their logs say why")
-    return Decision("again", code or BUG, "the ranks died without a word" if began else "training did not begin")
+    return Decision("again", code or BUG, "the ranks ended without saying why" if began else "training did not begin")
 
 
 class Attempts:
@@ -100,7 +100,7 @@ class Attempts:
     def without_progress(self) -> int:
         """How many attempts in a row, up to now, brought the run no step further.
 
-        One that had to leave its machines early does not count: it had no time.
+        An attempt that had to leave its machines early does not count: it had no time.
         """
         lines = self._read()
         left = {line["attempt"] for line in lines if line.get("leaving")}

@@ -177,7 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hosts: {problem}", file=sys.stderr)
     if problems:
         return max(problem.code for problem in problems)
-    print(f"{options.file}: {len(hosts)} hosts, {sum(hosts.values())} slots")
+    slots = sum(hosts.values())
+    print(f"{options.file}: {len(hosts)} host{'s' * (len(hosts) != 1)}, {slots} slot{'s' * (slots != 1)}")
     return USABLE
 
 

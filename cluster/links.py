@@ -14,7 +14,7 @@ import torch.distributed as dist
 PROBE_SECONDS = 5.0
 PINGS = 5
 MAX_ROUNDS = 16
-"""Rounds of pairs: all pairs of up to 16 machines, a sample of 16 partners each beyond."""
+"""Rounds of pairs. Up to 16 machines meet in all pairs; of more, each meets 15 or 16 others."""
 SMALL_BYTES, LARGE_BYTES = 1 << 20, 64 << 20
 SMALL_IS_QUICK_SECONDS = 0.03
 PAIR_BYTES = {"gloo": 2 << 20, "nccl": 64 << 20}
@@ -43,7 +43,7 @@ class Clock:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address of this machine that another one sees."""
+    """The address under which another machine reaches this one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, port))
         return str(probe.getsockname()[0])
@@ -94,7 +94,7 @@ def pair_speeds(backend: str, device: torch.device, leaders: list[int]) -> dict[
                 for sends in (first, not first):
                     (dist.send if sends else dist.recv)(block, other)
 
-            there_and_back()  # connects
+            there_and_back()  # the first exchange connects
             best = min(_once(there_and_back, device) for _ in range(REPEATS))
             speeds[other] = 2 * block.numel() * 4 * 8 / best / 1e9
         dist.barrier()
@@ -116,8 +116,8 @@ def rounds_of_pairs(members: list[int]) -> list[list[tuple[int, int]]]:
 def slow_nodes(links: dict[tuple[str, str], float], fraction: float) -> dict[str, float]:
     """Machines whose fastest link is slower than this fraction of what is usual, with its Gbit/s.
 
-    The fastest one, because a link is as slow as the slower of its two ends: a machine with one good link is good. Two
-    machines alone tell nothing about which of them it is.
+    The fastest link is judged, because a link is as slow as the slower of its two ends: a machine with one good link is
+    good. With two machines alone, nobody can tell which of them is slow.
     """
     best: dict[str, float] = {}
     for pair, speed in links.items():

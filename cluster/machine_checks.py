@@ -85,7 +85,7 @@ def check_machine(report: Report, wanted: Wanted, *, first_on_machine: bool) -> 
 
 
 def with_patience(report: Report, what: str, seconds: float, check: Callable[[], None]) -> None:
-    """Run a check that may hang in a thread; a problem if it raises or has no result after so many seconds."""
+    """Run a check that may hang, in a thread. An error is a problem, and so is no result after so many seconds."""
     errors: list[Exception] = []
 
     def attempt() -> None:
@@ -156,7 +156,7 @@ def check_disks(report: Report, folders: list[Path], least_gib: float) -> None:
 
 
 def check_locks(report: Report) -> None:
-    """A build of a torch extension that was killed leaves a lock on which every later start waits without a word."""
+    """When the build of a torch extension is killed, it leaves a lock, and every later start silently waits for it."""
     home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     for lock in home.rglob("lock"):
         try:
@@ -234,7 +234,7 @@ def check_writing(report: Report, url: str) -> None:
 
 
 def open_store(url: str) -> tuple[Any, str]:
-    """The filesystem of an URL, impatient where it can be."""
+    """The filesystem and the path of a URL; on S3 with short timeouts and few retries."""
     options: dict[str, Any] = {"skip_instance_cache": True}
     if url.startswith("s3://"):
         retries = {"total_max_attempts": 2, "mode": "standard"}

@@ -3,9 +3,10 @@
     deepspeed --hostfile cluster/hosts --module cluster.preflight --hostfile cluster/hosts --run-dir runs/big \\
         --data-url s3://bucket/imagenet64/train
 
-on every rank, started as the training is; cluster/train.sbatch runs it by itself. Checked are on each machine: code,
-versions, GPUs, memory, disks, locks of killed builds, reading shards, writing checkpoints, MLflow and the clock;
-between machines: who reaches whom, all-reduce and all-gather, and the slowest pair. Ranks that never came are named.
+runs on every rank, started as the training is; cluster/train.sbatch runs it by itself. On each machine it checks code,
+versions, GPUs, memory, disks, locks of killed builds, reading shards, writing checkpoints, MLflow and the clock.
+Between machines it checks who reaches whom, all-reduce and all-gather, and the slowest pair. It names ranks that never
+came.
 
 exit codes: 0 all machines are fit · 2 options · 69 some are not; the last line names them: `bad nodes: n3 n7`
 """
@@ -48,11 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--disk", type=Path, action="append", default=[], help="folder that needs space; repeatable")
     parser.add_argument("--min-disk-gib", type=float, default=1.0, help="free space of run-dir and each --disk (1)")
     parser.add_argument("--min-memory-gib", type=float, default=1.0, help="free memory of each machine (1)")
-    parser.add_argument("--max-clock-seconds", type=float, default=2.0, help="a clock may differ by so much (2)")
-    parser.add_argument("--link-fraction", type=float, default=0.25, help="slowest link, of the usual speed (0.25)")
-    parser.add_argument("--min-link-gbit", type=float, default=0.0, help="slowest link in Gbit/s, absolute (0)")
-    parser.add_argument("--wait-seconds", type=float, default=120.0, help="for ranks that start late (120)")
-    parser.add_argument("--store-seconds", type=float, default=30.0, help="for the answer of a store (30)")
+    parser.add_argument("--max-clock-seconds", type=float, default=2.0, help="how wrong a clock may be (2)")
+    parser.add_argument("--link-fraction", type=float, default=0.25, help="least speed of a link / usual speed (0.25)")
+    parser.add_argument("--min-link-gbit", type=float, default=0.0, help="least speed of a link in Gbit/s (0)")
+    parser.add_argument(
+        "--wait-seconds", type=float, default=120.0, help="wait so long for ranks that start late (120)"
+    )
+    parser.add_argument("--store-seconds", type=float, default=30.0, help="wait so long for the answer of a store (30)")
     parser.add_argument("--nodes", nargs="+", default=[], help="names of all machines, to name those that never came")
     parser.add_argument("--hostfile", type=Path, help="the same, from a hostfile")
     parser.add_argument("--bad-nodes-to", type=Path, help="file for the names of bad machines, one a line")
@@ -81,7 +84,7 @@ class Preflight:
     def run(self) -> int:
         """Check, meet the others, judge; the exit code, which is the same on all ranks."""
         try:
-            # Rank 0 holds the store. Nobody waits for all here: who does not come is a finding.
+            # Rank 0 holds the store. Nobody waits here until all are there: a rank that does not come is a finding.
             self.store = TCPStore(
                 self.address, self.port, None, self.rank == 0, timedelta(seconds=self.patience), wait_for_workers=False
             )
@@ -233,7 +236,7 @@ class Preflight:
         return f"the machine of rank {rank}"
 
     def _get(self, key: str) -> str:
-        # The slowest rank may use up all patience of each phase before.
+        # The slowest rank may use up the whole time of each earlier phase.
         self.store.wait([key], timedelta(seconds=self.patience + 3 * GROUP_SECONDS))
         return str(self.store.get(key).decode())
 

@@ -28,7 +28,7 @@ FIRST_PORT, PORTS = 20000, 10000
 EXITED = re.compile(r"^srun: error: \S+: tasks? [\d,-]+: Exited with exit code (\d+)$")
 POLL_SECONDS = 0.5
 REQUEUE_SECONDS = 600.0
-"""After `scontrol requeue`, Slurm ends this process; it waits so long for that."""
+"""After `scontrol requeue`, this process waits so long for Slurm to end it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="run.dir of the config")
     parser.add_argument("--warn-seconds", type=float, default=300.0, help="N of sbatch --signal=B:USR1@N (300)")
     parser.add_argument("--tasks-per-node", type=int, default=1, help="ranks on each node (1)")
-    parser.add_argument("--min-nodes", type=int, default=0, help="train on so many nodes if others are bad (all)")
+    parser.add_argument("--min-nodes", type=int, default=0, help="go on with so many nodes if others are bad (all)")
     parser.add_argument("--without-progress", type=int, default=3, help="attempts in a row that may bring no step (3)")
     ours, *commands = split(list(sys.argv[1:] if arguments is None else arguments))
     options = parser.parse_args(ours)
@@ -79,9 +79,11 @@ class Job:
         attempts = Attempts(self.options.run_dir)
         limit = self.options.without_progress
         if (stalled := attempts.without_progress()) >= limit:
-            say(f"{stalled} attempts in a row brought the run no step further; see {attempts.path}. Remove it to go on")
+            tries = f"{stalled} attempt{'s' * (stalled != 1)} in a row"
+            say(f"{tries} brought the run no step further; see {attempts.path}. Remove it to go on")
             return BUG
-        say(f"attempt {self.name} on {len(self.nodes)} nodes: {' '.join(self.nodes)}")
+        nodes = len(self.nodes)
+        say(f"attempt {self.name} on {nodes} node{'s' * (nodes != 1)}: {' '.join(self.nodes)}")
         if preflight:
             bad = self.check_nodes(srun, preflight)
             if bad is None and self.warned_at is None:
@@ -134,8 +136,8 @@ class Job:
     def start(self, command: list[str], *, saves: bool) -> int:
         """Run a step to its end and pass the warning on to one that saves its work.
 
-        Returns the exit code of the rank that ended first with one. srun's own is of no use: it is the highest one, and
-        ranks that were ended because of the first have 143.
+        Returns the exit code of the rank that ended first with one. srun's own exit code does not tell it: that is the
+        highest one, and ranks that were ended because of the first have 143.
         """
         environment = os.environ | self.meeting_point()
         process = subprocess.Popen(
@@ -179,7 +181,7 @@ class Job:
         return {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
 
     def is_preempted(self) -> bool:
-        """Whether Slurm wants the nodes back for another job, of which it may have told only the ranks."""
+        """Whether Slurm wants the nodes back for another job. It may have told only the ranks."""
         fields = " ".join(lines_of("scontrol", "show", "job", self.number, "-o")).split()
         return any(f.startswith("PreemptTime=") and f != "PreemptTime=None" for f in fields)
 

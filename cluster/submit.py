@@ -55,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE", help="train: as for run.py"
     )
     result.add_argument("--from", dest="source", metavar="EXPORT_DIR", help="train: as for run.py")
-    result.add_argument("--nodes", help="train: how many, or MIN-MAX: after a loss it goes on with what is left")
+    result.add_argument("--nodes", help="train: how many; with MIN-MAX it goes on with fewer after a loss")
     result.add_argument("--tasks", type=int, help="pack: parts that the work is cut into, one array task each")
     result.add_argument("--time", required=True, help="limit in Slurm's forms: minutes, 24:00:00 or 2-12")
     result.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def supervise(command: list[str], run_dir: Path, limit: int) -> int:
-    """Run attempts until there is nothing more to hope for; returns the exit code."""
+    """Run attempts until the run is done, or another one would not help; returns the exit code."""
     hosts = hosts_of(command)
     attempts = Attempts(run_dir)
     number = 0
@@ -66,16 +66,15 @@ def supervise(command: list[str], run_dir: Path, limit: int) -> int:
         if decision.next != "again":
             return decision.code
         time.sleep(PAUSE_SECONDS)
-    say(
-        f"{stalled} attempts in a row brought the run no step further (--without-progress {limit}); see {attempts.path}"
-    )
+    tries = f"{stalled} attempt{'s' * (stalled != 1)} in a row"
+    say(f"{tries} brought the run no step further (--without-progress {limit}); see {attempts.path}")
     return BUG
 
 
 def run_attempt(command: list[str]) -> tuple[int, bool]:
-    """Run the launcher to its end; its exit code, and whether we were told to stop.
+    """Run the launcher to its end. Returns its exit code, and whether this process was told to stop.
 
-    SIGTERM and Ctrl-C are passed on to every process of it on this machine.
+    SIGTERM and Ctrl-C are passed on to all of its processes on this machine.
     """
     try:
         process = subprocess.Popen(command, start_new_session=True)

@@ -17,12 +17,12 @@ class Member(NamedTuple):
 
     name: str
     offset: int
-    """Of its first byte."""
+    """Of its first byte in the archive."""
     size: int
 
 
 class RangeReader(io.RawIOBase):
-    """A part of an object as a file that can be read and sought; each read is a ranged one, checked and retried."""
+    """A part of an object as a seekable file. Each read asks for a range of bytes, checks its length and retries."""
 
     def __init__(self, store: Store, name: str, begin: int, end: int) -> None:
         self.store, self.name, self.begin, self.end = store, name, begin, end
@@ -57,9 +57,10 @@ def open_range(url: str, begin: int = 0, end: int | None = None, buffer_bytes: i
 
 
 def tar_members(file: IO[bytes], where: str, *, complete: bool = True) -> Iterator[Member]:
-    """The files of an uncompressed tar archive, in order; between two of them the caller may read and seek.
+    """The files of an uncompressed tar archive, in order. Between two of them the caller may read and seek.
 
-    ``complete`` expects the empty block that marks the end; without, the archive may end behind any file.
+    ``complete``: the empty block that marks the end must be there; if False, the archive may end after any file.
+    Raises DataError (exit code 65) when the file is no tar archive, or is cut off.
     """
     place, size = 0, file.seek(0, io.SEEK_END)
     long_name = None

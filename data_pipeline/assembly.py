@@ -29,9 +29,7 @@ from data_pipeline.order import StoredOrder, TrainingOrder, Window
 from data_pipeline.shard_format import SampleLayout, encode_samples
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
 
-CLOSING_SECONDS = 2.5  # a read that hangs may outlive its reader, but not hold up the program for longer
-
-
+CLOSING_SECONDS = 2.5  # closing a reader does not wait longer for a read that hangs
 MAP_NORESERVE = 0x4000  # Linux; the module mmap names it from Python 3.13 on
 
 
@@ -39,9 +37,9 @@ class PlannedBatch(NamedTuple):
     """One batch before its images are there."""
 
     samples: int
-    """How many of the rank's samples it takes; fewer than it has room for at the end of an evaluation."""
+    """How many of the rank's samples it takes; at the end of an evaluation fewer than it has room for."""
     position: int
-    """Goes into the batch."""
+    """Becomes ``Batch.position``."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ Request = tuple[Window, "Future[ReadWindow]"]
 def assemble(
     plan: Iterator[PlannedBatch], reader: "WindowReader", *, batch_images: int, has_labels: bool, evaluating: bool
 ) -> Iterator[Batch]:
-    """Fill the planned batches; in evaluation, mark what is left over of the last ones as not valid."""
+    """Fill the planned batches. In evaluation, rows without a sample are marked as not valid."""
     pinned, layout = torch.cuda.is_available(), reader.layout
     memory = BatchMemory((batch_images, layout.image_size, layout.image_size, 3), pinned)
     source = torch.from_numpy(layout.pixels(reader.memory.samples))
@@ -81,11 +79,11 @@ def assemble(
 class WindowMemory:
     """Room for the blocks of windows, side by side, so that the rows of all of them are one array.
 
-    Takes address space for as many as there could ever be, and memory for as many as there were at one time.
+    Address space is reserved for the largest number of blocks. Memory is taken only for as many as were used at once.
     """
 
     def __init__(self, slots: int, block_rows: int, layout: SampleLayout) -> None:
-        self.slot_rows = -(-block_rows // 8) * 8  # so that every slot begins a page
+        self.slot_rows = -(-block_rows // 8) * 8  # every slot begins at the start of a page
         self.samples = fresh_pages(slots * self.slot_rows * layout.stride).reshape(-1, layout.stride)
         """uint8 [slots * slot_rows, bytes of a sample]"""
         # What was used last is used next: its pages exist, and the processor's cache may still hold them.
@@ -115,7 +113,7 @@ class WindowReader:
     ) -> None:
         """The rank's sample number i is at position ``start + i * stride`` of the order.
 
-        ``damaged`` collects damaged blocks, which others then stand in for; without it they are errors.
+        ``damaged`` collects damaged blocks, and other blocks replace them; if None, a damaged block is an error.
         """
         store = store if damaged is None else replace(store, same_answers=SAME_ANSWERS)
         self.damaged = damaged
@@ -128,11 +126,11 @@ class WindowReader:
         self.most_ahead = 2 * fetch_threads
         self.requests: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         block_rows = max(block.count for block in manifest.blocks)
-        # Open before a batch: one window of each lane; opened for a batch: one for each of its images, at the most.
+        # Before a batch one window of each lane is open. A batch opens at most one more for each of its images.
         slots = order.lanes + batch_images + self.most_ahead + 1
         self.memory = WindowMemory(slots, block_rows, self.layout)
-        # Item i modulo the length is about the rank's sample number i. Long enough for the last row of a window that
-        # was just opened, and a multiple of the batches, so that none of them is cut in two.
+        # A ring: the rank's sample number i is at index i modulo the length. The ring is long enough for the last row
+        # of a window that was just opened, and a multiple of the batch, so that no batch is cut in two.
         reach = batch_images + block_rows * order.lanes // stride + order.lanes
         self.length = (reach // batch_images + 1) * batch_images
         self.rows, self.labels = np.empty(self.length, np.int64), np.empty(self.length, np.int64)
@@ -146,7 +144,7 @@ class WindowReader:
     def next_samples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the images of the next samples are in the memory, and their labels; both int64 [count].
 
-        Waits for their blocks, and raises what a failed read ended in. ``let_go`` when the images are copied.
+        Waits for their blocks, and raises the error of a read that failed. Call ``let_go`` when the images are copied.
         """
         begin = self.taken % self.length
         self.taken += count
@@ -161,7 +159,7 @@ class WindowReader:
         return self.rows[begin : begin + count], self.labels[begin : begin + count].copy()
 
     def let_go(self) -> None:
-        """Use the memory of windows for others whose samples have all been taken."""
+        """Free the memory of windows whose samples have all been taken."""
         while self.closing and self.closing[0][0] < self.taken:
             self.memory.free.append(heapq.heappop(self.closing)[1])
 
@@ -193,13 +191,13 @@ class WindowReader:
     def _fetch(self, window: Window) -> ReadWindow:
         slot = self.memory.free.pop()
         count = self.manifest.blocks[self._fill_slot(slot, window.block)].count
-        rows = self.order.rows(window) % count  # another block may have fewer
+        rows = self.order.rows(window) % count  # a block that replaces another may have fewer rows
         begin = slot * self.memory.slot_rows
         samples = self.memory.samples[begin : begin + count]
         return ReadWindow(slot, rows, self.layout.labels(samples)[rows])
 
     def _fill_slot(self, slot: int, number: int) -> int:
-        """Read a block, or the next good one if it is damaged and may be replaced; returns which one it was."""
+        """Read a block, or the next good one if it is damaged and may be replaced; returns the number of that block."""
         if self.damaged is None:
             self._read_samples(slot, self.manifest.blocks[number])
             return number
@@ -237,7 +235,7 @@ class WindowReader:
 
 
 def result_of(future: "Future[ReadWindow]", stop: threading.Event) -> ReadWindow:
-    """The window, or the error that fetching it ended in; CancelledError as soon as a stop is requested."""
+    """Wait for a window. Raises the error of its read, or CancelledError as soon as a stop is requested."""
     while True:
         try:
             return future.result(timeout=0.2)
@@ -247,10 +245,10 @@ def result_of(future: "Future[ReadWindow]", stop: threading.Event) -> ReadWindow
 
 
 def fresh_pages(size: int) -> np.ndarray:
-    """uint8 [size] that begins a page and takes memory only where it is written, in huge pages if there are any.
+    """uint8 [size] that starts with a page. Memory is taken only where it is written, in huge pages if there are any.
 
-    numpy's own arrays begin 16 bytes into a page. Copying between places that are 16 bytes apart within their pages
-    takes AMD's current processors ten times as long, which is what reading a file's pages into such an array does.
+    numpy's own arrays start 16 bytes after a page does. A file that is read into such an array is copied between places
+    that lie 16 bytes apart within their pages. That takes ten times as long on AMD's current processors.
     """
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     with contextlib.suppress(OSError):  # a kernel without huge pages
@@ -259,14 +257,14 @@ def fresh_pages(size: int) -> np.ndarray:
 
 
 class BatchMemory:
-    """Tensors of one shape whose memory is used again when nobody holds it any more.
+    """Tensors of one shape. Their memory is used again when nobody holds them any more.
 
-    Pinned tensors come from torch, which keeps their memory itself.
+    Pinned tensors come from torch, which reuses their memory itself.
     """
 
     def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
         self.shape, self.pinned = shape, pinned
-        # How many references an array has that only this list holds, as counted by ``_counts``.
+        # The number of references that ``_counts`` finds for an array that only this list holds.
         self.arrays = [np.empty(0, np.uint8)]
         self.unused = next(self._counts())[1]
         self.arrays.clear()

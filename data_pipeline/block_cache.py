@@ -1,8 +1,8 @@
 """How do the processes of a node keep blocks on a local disk, so that each is read from the store only once?
 
-Files are named by content, so data sets and jobs share them; they appear whole or not at all, are checked on every
-read, and never take more room than allowed, however many processes write. Losing or damaging the folder costs time,
-not data.
+Files are named by content, so data sets and jobs share them. A file appears whole or not at all and is checked at every
+read. However many processes write, the files never take more room than allowed. Losing or damaging the folder costs
+time, not data.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 NUM_LOCKS = 256
 POLL_SECONDS = 0.02
 TOUCH_SECONDS = 60.0  # how stale the time of last use may be
-TORN_SECONDS = 3600.0  # after which a file that never became whole is taken for that of a process that died
+TORN_SECONDS = 3600.0  # an unfinished file that is older was left by a process that died
 
 
 class BlockCache:
@@ -75,8 +75,8 @@ class BlockCache:
                 total = self._total() + len(data)
                 if total > self.limit_bytes:
                     total = self._evict(len(data)) + len(data)
-                # Counted before it is there: a process that dies in between leaves too large a number behind,
-                # which the next eviction puts right.
+                # The file is counted before it is there. If the process dies in between, the number is too large, and
+                # the next eviction corrects it.
                 (self.folder / "total").write_text(str(total))
                 with atomic_file(str(path), durable=False) as file:
                     file.write(data)

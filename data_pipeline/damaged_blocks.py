@@ -1,8 +1,8 @@
 """Which blocks of the training data turned out to be damaged, and how many of them may be replaced by others?
 
 Only a run that asks for it (``data.max_damaged_blocks``) goes on with other images in the place of damaged ones. Which
-ones depends on the manifest and on what is damaged alone, so that all other samples keep their places and a run on any
-number of ranks sees the same.
+images these are depends only on the manifest and on which blocks are damaged. So all other samples keep their places,
+and a run on any number of ranks sees the same.
 """
 
 import logging
@@ -13,7 +13,7 @@ from data_pipeline.storage import EXIT_CORRUPT, DataError
 
 log = logging.getLogger(__name__)
 
-SAME_ANSWERS = 5  # the same wrong bytes so often in a row are what the store holds; passing faults differ each time
+SAME_ANSWERS = 5  # so many in a row are what the store holds; a passing fault gives other bytes each time
 
 
 class DamagedBlocks:
@@ -23,7 +23,7 @@ class DamagedBlocks:
         """``most``: how many there may be."""
         self.most = most
         self.causes: dict[int, str] = {}
-        """For each damaged block, by its number in the manifest, the sentence that its reading ended with."""
+        """Why each damaged block could not be read, one sentence, by its number in the manifest."""
         self._merged: set[int] = set()
         self._lock = threading.Lock()
 
@@ -49,10 +49,10 @@ class DamagedBlocks:
             return dict(self.causes)
 
     def merge(self, causes_of_ranks: Iterable[Mapping[int, str]]) -> dict[int, str]:
-        """Take over what other ranks have met, and return what no earlier call had.
+        """Add the damaged blocks of all ranks, and return those that no earlier call had.
 
-        Raises DataError (exit code 65) when all together have met more than there may be; given the same, every rank
-        raises.
+        Raises DataError (exit code 65) when the ranks together have met more than there may be. All ranks pass the same
+        causes, so all of them raise.
         """
         found = {number: cause for causes in causes_of_ranks for number, cause in causes.items()}
         with self._lock:

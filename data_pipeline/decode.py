@@ -1,7 +1,7 @@
 """How do the bytes of an image file become an RGB image, and what was odd about them?
 
-Nothing is rotated and nothing repaired, as in the published small versions of ImageNet; what is unusual is
-counted, so that the manifest can say how often it happened.
+Nothing is rotated and nothing is repaired, as in the published small versions of ImageNet. What is unusual is counted,
+so that the manifest can say how often it happened.
 """
 
 import io
@@ -28,13 +28,13 @@ SUFFIXES = {"JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": 
 def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
     """The RGB image in a file of any format of ``SUFFIXES``, and notes on what was odd about the file.
 
-    ``edge``: what width and height have to be, if that is known.
+    ``edge``: width and height that the image must have, if that is known.
     DataError (exit code 65) names the file when it is damaged, absurdly large, or of a kind without an obvious
     conversion to 8-bit RGB.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF that does not parse: a few files of ImageNet have such
+            warnings.simplefilter("ignore")  # about EXIF that does not parse, which a few files of ImageNet have
             image = Image.open(io.BytesIO(data), formats=tuple(SUFFIXES))
             if image.width * image.height > LARGEST_IMAGE_PIXELS:
                 raise DataError(f"{name} has {image.width} x {image.height} pixels: remove it", EXIT_CORRUPT)
@@ -54,8 +54,8 @@ def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image
 
 
 def oddities(image: Image.Image, name: str) -> list[str]:
-    """What is worth counting about an opened file; DataError for what has no obvious 8-bit RGB."""
-    # Pillow would clip 16-bit gray, and cut off the lower half of other 16-bit values; either without a word.
+    """What is worth counting about an opened file; raises DataError for one that has no obvious 8-bit RGB."""
+    # Pillow would clip 16-bit gray and cut off the lower half of other 16-bit values, both without a warning.
     raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
     if image.mode.startswith(("I", "F")) or any("16" in mode for mode in raw_modes):
         raise DataError(

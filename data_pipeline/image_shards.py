@@ -12,6 +12,7 @@ from data_pipeline.archives import HEADER_BYTES, Member, tar_members
 from data_pipeline.decode import SUFFIXES, decode_image
 from data_pipeline.shard_format import LABEL_DIGITS
 from data_pipeline.storage import EXIT_CORRUPT, DataError
+from data_pipeline.wording import counted
 
 IMAGE_EXTENSIONS = tuple(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 LARGEST_IMAGE_BYTES = 64 << 20
@@ -65,8 +66,8 @@ def sample_of(key: str, members: list[Member], where: str) -> ImageSample:
     labels = [m for m, extension in zip(members, extensions, strict=True) if extension == "cls"]
     if len(images) != 1 or len(labels) > 1:
         raise DataError(
-            f"{where}: sample {key!r} has {len(images)} images and {len(labels)} labels (members: "
-            f"{', '.join(extensions)}); one image and at most one .cls are expected",
+            f"{where}: sample {key!r} has {counted(len(images), 'image')} and {counted(len(labels), 'label')} "
+            f"(members: {', '.join(extensions)}); one image and at most one .cls are expected",
             EXIT_CORRUPT,
         )
     known = {*IMAGE_EXTENSIONS, "cls"}

@@ -2,8 +2,8 @@
 
     python -m data_pipeline.index s3://bucket/prefix
 
-Reads and decodes everything once, then writes a manifest beside the shards. They are streamed with the same order,
-checks and exactness as packed ones, only slower, because every image file is decoded each time it is used.
+Reads and decodes everything once, then writes a manifest beside the shards. They are streamed in the same order and
+with the same checks as packed ones, but more slowly, because every image file is decoded each time it is used.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.packing.tasks import BLOCK_IMAGES, Staged
 from data_pipeline.packing.workers import count_progress, run_all
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
+from data_pipeline.wording import counted
 
 MOST_CLASSES = 100_000  # each has a name in the manifest
 
@@ -75,7 +76,7 @@ class IndexedShard:
     statistics: Staged
     """Labels (-1 where there is none) and sums over the pixels."""
     ignored: dict[str, int]
-    """How many members of which extension are neither image nor label."""
+    """How many members are neither image nor label, by extension."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"index: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"{options.url}: indexed {manifest.count:,} images of {manifest.name}, {len(manifest.shards)} shards")
+    images, shards = counted(manifest.count, "image"), counted(len(manifest.shards), "shard")
+    print(f"{options.url}: indexed {images} of {manifest.name}, {shards}")
     for extension, count in manifest.source["ignored_members"].items():
         print(f"  ignored .{extension}: {count:,}")
     return 0
@@ -113,14 +115,14 @@ def index(store: Store, split: str, workers: int) -> Manifest:
             found[number] = indexed
     indexed_shards = [found[number] for number in range(len(names)) if found[number].shard.count]
     if not indexed_shards:
-        raise DataError(f"the {len(names)} tar files at {store.url} hold no samples")
+        raise DataError(f"the tar files at {store.url} hold no samples")
     manifest = manifest_of_indexed(store, split, size, indexed_shards)
     write_manifest(store, manifest)
     return manifest
 
 
 def size_of_first(store: Store, names: list[str]) -> int:
-    """Edge of the first image that is found; all others have to agree."""
+    """Edge in pixels of the first image that is found; all others must have the same."""
     for name in names:
         where = store.url_of(name)
         with open_range(where) as file:
@@ -134,7 +136,7 @@ def size_of_first(store: Store, names: list[str]) -> int:
                         EXIT_CORRUPT,
                     )
                 return image.width
-    raise DataError(f"the {len(names)} tar files at {store.url} hold no samples")
+    raise DataError(f"the tar files at {store.url} hold no samples")
 
 
 def manifest_of_indexed(store: Store, split: str, size: int, shards: list[IndexedShard]) -> Manifest:
@@ -168,7 +170,7 @@ def manifest_of_indexed(store: Store, split: str, size: int, shards: list[Indexe
 
 
 def moved_back(sample: ImageSample, begin: int) -> ImageSample:
-    """The sample with offsets in the bytes from ``begin`` on."""
+    """The sample with its offsets counted from ``begin``."""
     label = sample.label and sample.label._replace(offset=sample.label.offset - begin)
     image = sample.image._replace(offset=sample.image.offset - begin)
     return ImageSample(sample.key, image, label, sample.end - begin, sample.ignored)

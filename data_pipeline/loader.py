@@ -1,9 +1,9 @@
 """How do shards at a URL become the batches of one rank?
 
-The stages, in order: the order (order.py) says which windows a rank needs and when; fetch threads read their
-blocks ahead of need, checked and retried (storage.py); one thread copies images out of the open windows into
-finished batches; the training loop takes them from a short queue. Threads, not worker processes: handing a
-batch from a process to the trainer costs several times what making it costs.
+The stages: the order (order.py) says which windows a rank needs and when. Threads read the blocks of these windows
+ahead, check them and retry (storage.py). One thread copies images from the open windows into batches. The training loop
+takes the batches from a short queue. These are threads and not worker processes, because handing a batch from a process
+to the trainer costs several times as much as making it.
 """
 
 import atexit
@@ -78,7 +78,7 @@ class Shards:
     """Where blocks are kept on this node, if anywhere."""
     manifest: Manifest
     digest: str
-    """Identifies the data set with every byte of it; belongs into every checkpoint."""
+    """Identifies the data set, to the last byte; every checkpoint records it."""
 
     @property
     def url(self) -> str:
@@ -102,7 +102,7 @@ class Shards:
 def open_shards(url: str, *, read_deadline_seconds: float = 600.0, cache: BlockCache | None = None) -> Shards:
     """Open the data set at a URL; reads only the manifest.
 
-    Blocks go through ``cache``, if one is given and the data set is not on this machine anyway.
+    Blocks go through ``cache``, if one is given and the data set is not on a disk of this machine.
     Raises DataError: nothing there or nothing in it (exit code 2), damaged (65), storage unreachable (69).
     """
     manifest, digest = read_manifest(open_store(url, min(read_deadline_seconds, OPENING_DEADLINE_SECONDS)))
@@ -129,8 +129,8 @@ def train_batches(
     A step covers the next ``global_batch_images`` positions of the order; rank r takes every world_size-th of
     them, from the r-th on, in order, cut into micro-batches. So the samples of a step do not depend on the number
     of ranks, and ``consumed_samples`` is all there is to remember. Reading starts at the first ``next``; the
-    threads end when the iterator is closed or forgotten. ``damaged`` allows some blocks to be damaged and collects
-    which were; images of the next good block in the manifest then take the place of those of such a block.
+    threads end when the iterator is closed or forgotten. ``damaged`` allows some damaged blocks and
+    collects them; images of the next good block in the manifest then replace those of a damaged one.
 
     Raises DataError when the data set is smaller than one global batch, and from ``next`` when reading fails.
     """
@@ -262,7 +262,7 @@ def stream(
                 if not hand_over(batch):
                     return
             hand_over(None)
-        # Whatever it is, the training loop has to raise it: this thread has nobody to tell.
+        # Whatever it is, the training loop raises it; in this thread it would be lost.
         except BaseException as error:  # noqa: BLE001
             hand_over(error)
         finally:

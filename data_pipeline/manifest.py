@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipeline.shard_format import SampleLayout
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, parse_json
+from data_pipeline.wording import counted
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -56,7 +57,7 @@ class Manifest:
     """The description of one packed split."""
 
     name: str
-    """The data set with resolution and protocol: the words a bits/dim figure should be quoted with."""
+    """Data set, resolution and protocol. A bits/dim figure should be quoted with these words."""
     split: str
     count: int
     image_size: int
@@ -64,7 +65,7 @@ class Manifest:
     encoding: str
     """What a sample is: ``npy`` for this project's raw members of one size, ``files`` for image files of others."""
     protocol: Mapping[str, Any]
-    """How images were brought to that size, with the versions of what did it."""
+    """How images were brought to that size, and by which version of which library."""
     source: Mapping[str, Any]
     """What was packed: form, digests and counts of oddities."""
     classes: tuple[str, ...]
@@ -145,7 +146,7 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
         shards = [name for name in store.names() if name.endswith(".tar")]
         if shards and not pattern:
             raise DataError(
-                f"{store.url} holds {len(shards)} shards but no {MANIFEST_NAME}, so it is not complete: "
+                f"{store.url} holds {counted(len(shards), 'shard')} but no {MANIFEST_NAME}, so it is not complete: "
                 "let the packing command that makes it finish"
             )
         missing = store.missing_part() or f"there is no {MANIFEST_NAME}"
@@ -180,7 +181,7 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
 
 
 def read_document(store: Store) -> tuple[Any, bool]:
-    """The stored document, and whether it matches its digest; a wrong one is read again, until the same comes twice.
+    """The stored document, and whether it matches its digest. A wrong one is read again until it comes twice.
 
     Raises DataError when what is stored is not JSON.
     """

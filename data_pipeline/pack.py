@@ -5,8 +5,8 @@
     python -m data_pipeline.pack --source imagenet-train --input s3://raw/ILSVRC2012_img_train.tar \\
         --dest s3://bucket/imagenet64/train --size 64 --split train
 
-Interrupted at any point, the same command goes on, and the result is the same to the last byte. Run again on a
-finished set it writes shards that are missing, or says that there is nothing to do; ``--rewrite`` names shards that
+After an interruption at any point, the same command goes on, and the result is the same to the last byte. On a finished
+set it writes the shards that are missing, or says that there is nothing to do. ``--rewrite`` names shards that
 ``data_pipeline.verify`` found damaged.
 """
 
@@ -32,6 +32,7 @@ from data_pipeline.packing.sources_parquet import imagenet_parquet
 from data_pipeline.packing.sources_photographs import photographs
 from data_pipeline.packing.steps import Workforce, pack
 from data_pipeline.storage import DataError
+from data_pipeline.wording import counted
 
 SHARD_IMAGES = 8192
 
@@ -46,9 +47,9 @@ several machines:
   Give each the same command with --task-count N and its own --task-index 0 to N - 1, for example those of a Slurm
   array (cluster/pack.sbatch does all of this):
       python -m data_pipeline.pack ... --scratch /shared/scratch --task-index $SLURM_ARRAY_TASK_ID --task-count 16
-  A task that did its share while shares of others are missing ends with 75: run it again when they are done. In one
-  round all decode, in the next they write shards, and the task that finds the last one written writes the manifest
-  and ends with 0. Killed tasks are run again; nothing is done twice, and the bytes are those of a single machine.
+  A task ends with 75 when its share is done and shares of other tasks are missing: run it again when they are done. In
+  the first round all tasks decode, in the second they write shards. The task that finds all shards written writes the
+  manifest and ends with 0. Run killed tasks again: nothing is done twice, and the bytes are those of a single machine.
 
 exit codes:
   0 complete  2 wrong option, or no such input  65 damaged input  69 storage away for 10 minutes
@@ -102,8 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(
-        f"{options.dest}: {'packed' if fresh else 'already packed with these settings,'} {manifest.count:,} images "
-        f"of {manifest.name} ({manifest.split}), {len(manifest.shards)} shards, {megabytes:,.0f} MB"
+        f"{options.dest}: {'packed' if fresh else 'already packed with these settings,'} "
+        f"{counted(manifest.count, 'image')} of {manifest.name} ({manifest.split}), "
+        f"{counted(len(manifest.shards), 'shard')}, {megabytes:,.0f} MB"
     )
     for oddity, count in manifest.source["oddities"].items():
         print(f"  {oddity}: {count:,}")
@@ -129,18 +131,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", required=True, type=int, help="edge of the packed images in pixels")
     parser.add_argument("--split", required=True, help="train or validation")
     parser.add_argument("--images", type=int, help="photographs only: how many crops to take")
-    parser.add_argument("--seed", type=int, default=0, help="of the crops and of the shuffle (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the crops and of the shuffle (default 0)")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help="how images are resized (default chrabaszcz)")
-    parser.add_argument("--shard-images", type=int, default=SHARD_IMAGES, help="per shard, at most (default 8192)")
-    parser.add_argument("--max-skipped", type=int, default=0, help="undecodable images to leave out (default 0)")
+    parser.add_argument("--shard-images", type=int, default=SHARD_IMAGES, help="most images of a shard (default 8192)")
+    parser.add_argument("--max-skipped", type=int, default=0, help="images that may be left out if damaged (default 0)")
     parser.add_argument(
         "--rewrite", nargs="+", default=[], metavar="SHARD", help="shards of a finished set to write again, by name"
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     parser.add_argument(
         "--scratch",
-        help="where a folder for unfinished work is made, as large as the result; several machines need one that all "
-        "see (default: inside a local destination, else below /tmp)",
+        help="folder for unfinished work, which needs as much room as the result; several machines need one that all "
+        "of them see (default: inside a local destination, else below /tmp)",
     )
     parser.add_argument("--task-index", type=int, default=0, help="which share of the work to do, from 0 (default 0)")
     parser.add_argument("--task-count", type=int, default=1, help="how many shares there are (default 1: all of it)")
@@ -148,7 +150,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def open_source(options: argparse.Namespace) -> Source:
-    """The source that the command line names; DataError when options do not belong to it, or are missing."""
+    """The source that the command line names; raises DataError when one of its options is missing or does not apply."""
     needed = EXTRA_OPTIONS.get(options.source, {"input"})
     for option in ("input", "labels", "images"):
         given = getattr(options, option) is not None

@@ -64,9 +64,9 @@ def encode_samples(
 ) -> np.ndarray:
     """The bytes of samples, uint8 [n, stride], exactly as ``webdataset.TarWriter`` writes them.
 
-    keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. ``out`` takes the result, if given. The headers of one
-    sample are made by Python's tarfile, their keys, labels and checksums then replaced for all samples at once; this
-    way writing costs a hundredth of decoding, and no process needs to import webdataset, which brings torch.
+    keys, labels: int64 [n]; images: uint8 [n, S, S, 3]. ``out`` takes the result, if given. Python's tarfile makes the
+    headers of one sample. Their keys, labels and checksums are then replaced for all samples at once. So writing costs
+    a hundredth of decoding, and no process needs to import webdataset, which would import torch.
     """
     layout = SampleLayout(images.shape[1])
     samples = np.empty((len(images), layout.stride), np.uint8) if out is None else out

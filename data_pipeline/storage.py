@@ -23,6 +23,8 @@ import xxhash
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
+from data_pipeline.wording import counted
+
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -35,8 +37,8 @@ EXIT_REFUSED = 77
 
 SCHEMES = ("file", "s3", "s3a", "gs", "gcs", "az", "abfs", "http", "https", "memory")
 
-# One attempt of one request; our own loop below retries on top of it until the deadline, with every block
-# checked. s3fs multiplies its own two loops, so its defaults would hang for half an hour on a stalled server.
+# These settings hold for one request. The loop below retries it until the deadline and checks every block. s3fs has two
+# loops of its own, one inside the other, so its defaults would hang for half an hour on a stalled server.
 S3_SETTINGS: dict[str, Any] = {
     "use_listings_cache": False,
     "config_kwargs": {
@@ -47,7 +49,7 @@ S3_SETTINGS: dict[str, Any] = {
     },
 }
 
-# Answers of S3 that stay the same, and that s3fs gives no type of its own.
+# Errors of S3 that another try does not change, and for which s3fs has no exception type.
 PERMANENT_S3_CODES = ("InvalidBucketName", "InvalidToken", "AuthorizationHeaderMalformed")
 
 PIECE_BYTES = 1 << 20
@@ -82,8 +84,8 @@ class Store:
     url: str
     deadline_seconds: float
     same_answers: int | None = None
-    """How often in a row a block's same wrong bytes have to come until they are taken for what the store holds, before
-    the deadline; None asks until then."""
+    """After so many equal wrong answers in a row for a block, the store is taken to hold these bytes, and reading ends
+    before the deadline. None retries until the deadline."""
 
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
@@ -116,7 +118,7 @@ class Store:
     def read_block(self, name: str, begin: int, into: memoryview, xxh3: str, stop: threading.Event) -> None:
         """Fill ``into`` with the bytes of an object from ``begin`` on, checked against their XXH3-64."""
         path, where = self._path(name), f"{self.url_of(name)} (bytes {begin}-{begin + len(into)})"
-        wrong: list[str] = []  # checksums of what came, as long as it was the same
+        wrong: list[str] = []  # checksums of the last wrong answers, as long as they were equal
 
         def attempt() -> None:
             size, found = read_into(open_filesystem(self.url), path, begin, into)
@@ -139,7 +141,7 @@ class Store:
             raise
 
     def write(self, name: str, data: bytes) -> None:
-        """Put an object in one piece: it appears whole or not at all, also when the writer is killed."""
+        """Write an object in one piece. It appears whole or not at all, even when the writer is killed."""
         filesystem, path = open_filesystem(self.url), self._path(name)
 
         def attempt() -> None:
@@ -190,7 +192,7 @@ class Store:
         return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
 
     def files(self) -> dict[str, int]:
-        """As ``walk``, for a folder that has to be there and to hold something; DataError says what is wrong."""
+        """As ``walk``, but raises DataError when there is no such folder, or nothing in it."""
         found = self.walk()
         if "" in found:
             raise DataError(f"{self.url} is a file, and a folder is expected")
@@ -235,7 +237,7 @@ class Store:
 
 
 class CorruptRead(Exception):
-    """A read returned the wrong bytes; worth another try, and an error of the data when it stays so."""
+    """A read returned the wrong bytes. That is worth another try; if it stays so, the data is damaged."""
 
 
 def scheme_of(url: str) -> str:
@@ -298,7 +300,7 @@ def filesystem_of(scheme: str, process: int) -> Any:
 def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> bytes:
     """One read of fsspec; a single request on object stores when the range is given."""
     if filesystem.async_impl:
-        # A socket's read timeout never strikes while a dying server trickles bytes; this limit does.
+        # A dying server may send a byte now and then, which a socket's read timeout never ends; this limit does.
         read = filesystem._cat_file
         try:
             return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
@@ -314,7 +316,7 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
 
 
 def read_into(filesystem: Any, path: str, begin: int, into: memoryview) -> tuple[int, str]:
-    """Like ``bytes_of``, into memory of the caller's; returns how many bytes came, and their XXH3-64."""
+    """Like ``bytes_of``, but into the memory of the caller. Returns how many bytes came, and their XXH3-64."""
     if type(filesystem) is LocalFileSystem:
         with open(path, "rb", buffering=0) as file:
             file.seek(begin)
@@ -325,9 +327,9 @@ def read_into(filesystem: Any, path: str, begin: int, into: memoryview) -> tuple
 
 
 def fill(into: memoryview, file: io.FileIO) -> tuple[int, str]:
-    """Read from a file until the memory is full; returns how many bytes came, and their XXH3-64.
+    """Read from a file until the memory is full. Returns how many bytes came, and their XXH3-64.
 
-    In pieces that are still in the processor's cache when the checksum looks at them.
+    The pieces are so small that each is still in the processor's cache when its checksum is computed.
     """
     checksum, filled = xxhash.xxh3_64(), 0
     while filled < len(into) and (count := file.readinto(into[filled : filled + PIECE_BYTES])):
@@ -338,9 +340,9 @@ def fill(into: memoryview, file: io.FileIO) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def atomic_file(path: str, *, durable: bool = True) -> Iterator[BinaryIO]:
-    """A local file to write that appears whole when the block ends, or not at all when it fails.
+    """A local file to write. It appears whole when the block ends, or not at all if the block fails.
 
-    ``durable`` waits until it would also survive the loss of power.
+    ``durable`` waits until the file would survive a loss of power.
     """
     temporary = f"{path}{TORN_FILE}{random.getrandbits(64):016x}"
     try:
@@ -378,12 +380,11 @@ def with_retries(
                 raise DataError(f"cannot {what}: {final[0]}", final[1]) from error
             if elapsed >= deadline_seconds or (stop is not None and stop.is_set()):
                 code = EXIT_CORRUPT if isinstance(error, CorruptRead) else EXIT_UNREACHABLE
-                raise DataError(
-                    f"cannot {what}: gave up after {elapsed:.0f} s and {tries} tries; last: {reason_of(error)}", code
-                ) from error
+                effort = f"{elapsed:.0f} s and {counted(tries, 'try', 'tries')}"
+                raise DataError(f"cannot {what}: gave up after {effort}; last: {reason_of(error)}", code) from error
             ceiling = min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(tries, 10))
             delay = min(random.uniform(0, ceiling), max(0.0, deadline_seconds - elapsed))
-            if final is None:  # the other kind is reported in a moment, unless it was a slip
+            if final is None:  # the other kind gets one more try and is then raised
                 log.warning("cannot %s (%s); trying again in %.1f s", what, reason_of(error), delay)
         if stop is None:
             time.sleep(delay)
@@ -392,7 +393,7 @@ def with_retries(
 
 
 def classify(error: Exception) -> tuple[str, int] | None:
-    """Why asking again is pointless and the exit code for it, or None when the failure may pass."""
+    """Why another try cannot help, with the exit code; None when the failure may pass."""
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket, folder or object", EXIT_USAGE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

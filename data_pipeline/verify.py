@@ -26,6 +26,7 @@ from data_pipeline.pack import EXTRA_OPTIONS
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.shard_format import KEY_DIGITS, decode_samples, encode_samples, end_of_shard
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
+from data_pipeline.wording import counted
 
 READ_DEADLINE_SECONDS = 60.0
 STRANGE = "does not belong to the data set"
@@ -49,7 +50,7 @@ class Findings:
     problems: list[Problem]
     images: int
     keys: np.ndarray
-    """int64 [n]; empty for shards of others, whose keys indexing compared."""
+    """int64 [n]; empty for shards that others made, whose keys ``data_pipeline.index`` has compared."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problems:
         for problem in problems:
             print(problem)
-        print(f"{shards.url}: {len(problems)} problems. {repair(shards, problems)}")
+        print(f"{shards.url}: {counted(len(problems), 'problem')}. {repair(shards, problems)}")
         return EXIT_CORRUPT
     megabytes = sum(shard.bytes for shard in manifest.shards) / 1e6
     print(
-        f"{shards.url}: all is well with {manifest.count:,} images of {manifest.name} ({manifest.split}), "
-        f"{len(manifest.shards)} shards, {megabytes:,.0f} MB, digest {shards.digest[:16]}"
+        f"{shards.url}: all is well with {counted(manifest.count, 'image')} of {manifest.name} ({manifest.split}), "
+        f"{counted(len(manifest.shards), 'shard')}, {megabytes:,.0f} MB, digest {shards.digest[:16]}"
     )
     return 0
 
@@ -166,7 +167,7 @@ def check_shard(shards: Shards, number: int) -> Findings:
 
 
 def check_end(store: Store, shard: Shard, before: "hashlib._Hash", end: int, encoding: str) -> str | None:
-    """What is wrong behind the blocks of a shard, given the SHA-256 of what is ``before``; is read again if need be."""
+    """What is wrong after the blocks of a shard, whose SHA-256 is ``before``, or None. Wrong bytes are read again."""
     text = None
     for _attempt in range(SAME_ANSWERS):
         whole, tail = before.copy(), store.read(shard.name, end, shard.bytes)

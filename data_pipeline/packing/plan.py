@@ -50,7 +50,7 @@ def plan_of(source: Source, settings: Settings) -> dict[str, Any]:
 
 
 def protocol_of(source: Source, settings: Settings) -> dict[str, Any]:
-    """How the images come to their size; DataError for a combination that has no name."""
+    """How the images come to their size; raises DataError for a protocol that the source does not have."""
     name = source.protocol or settings.protocol
     imagenet = source.form == "imagenet"
     known = IMAGENET_VERSIONS if imagenet else PROTOCOLS

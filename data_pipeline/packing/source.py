@@ -51,7 +51,7 @@ class Source:
     protocol: str | None = None
     """How the images came to their size, when the source holds them at that size; None when they are resized here."""
     options: tuple[str, ...] = ()
-    """What names this source on the command line, without the places where it lies; for the command of a repair."""
+    """The options that name this source on the command line, without its URLs. The command of a repair repeats them."""
 
 
 def listing_digest(listing: Iterable[tuple[str, object]]) -> str:

@@ -22,6 +22,7 @@ from data_pipeline.packing.archive_groups import open_zip, read_member, tar_grou
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 from data_pipeline.packing.source import GROUP_IMAGES, Group, Item, Source, listing_digest
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, split_url
+from data_pipeline.wording import counted
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
@@ -57,11 +58,11 @@ class PlanarBatch:
             images = chunk.reshape(-1, 3, self.size, self.size).transpose(0, 2, 3, 1)
             for image in images:
                 if number >= len(labels):
-                    raise DataError(f"{where} has more images than its {len(labels)} labels", EXIT_CORRUPT)
+                    raise DataError(f"{where} has more images than labels ({len(labels)})", EXIT_CORRUPT)
                 yield Item(f"{where} row {number}", self._label(labels[number], where), np.ascontiguousarray(image))
                 number += 1
         if number != len(labels):
-            raise DataError(f"{where} has {number} images and {len(labels)} labels", EXIT_CORRUPT)
+            raise DataError(f"{where} has {counted(number, 'image')} and {counted(len(labels), 'label')}", EXIT_CORRUPT)
 
     def _label(self, stored: int, where: str) -> int:
         index = stored - self.first_label
@@ -181,7 +182,7 @@ def check_size(data: bytes, name: str, size: int) -> None:
 
 
 def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]:
-    """Rows and labels of a npz batch; the pixels are inflated a few megabytes at a time."""
+    """Rows and labels of an npz batch. The pixels are decompressed a few megabytes at a time."""
     archive = open_zip(url)
     try:
         with archive.open("labels.npy") as file:
@@ -222,7 +223,7 @@ def npy_shape(file: Any, url: str) -> tuple[tuple[int, ...], int]:
 
 
 def pickled_batch(url: str, member: str | None, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]:
-    """Rows and labels of a pickled batch; nothing but the known types is ever constructed."""
+    """Rows and labels of a pickled batch. Only objects of the known types are ever made."""
     where = url if member is None else f"{url}:{member}"
     folder, name = split_url(url)
     data = Store(folder, READ_DEADLINE_SECONDS).read_whole(name, LARGEST_BATCH_BYTES)
@@ -259,8 +260,8 @@ def gzipped_member(data: bytes, member: str, url: str) -> bytes:
 class BatchUnpickler(pickle._Unpickler):
     """Builds arrays of plain numbers, lists, strings and dictionaries, and refuses every other name.
 
-    The implementation in Python, because the one in C makes room for all numbers below one that a pickle gives to an
-    object: ten bytes could ask for sixty gigabytes.
+    This is pickle's implementation in Python. The one in C makes a table as long as the largest number that the pickle
+    gives to an object: ten bytes could ask for sixty gigabytes.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -276,7 +277,7 @@ class BatchUnpickler(pickle._Unpickler):
 
 
 def empty_array(kind: type, shape: tuple[int, ...], letter: object) -> np.ndarray:
-    """What numpy's pickles start from; the pixels follow as bytes that must be there."""
+    """The empty array that numpy's pickles begin with. The pixels follow as bytes."""
     if kind is not np.ndarray or shape != (0,):
         raise pickle.UnpicklingError("it is not an array as numpy pickles it")
     return np.ndarray((0,), np.uint8)

@@ -124,7 +124,7 @@ def celeba(url: str, split: str) -> Source:
 
 
 def validation_wnids(url: str) -> dict[str, str]:
-    """WordNet id of each validation image by its file name, from any of the files that say so."""
+    """WordNet id of each validation image by its file name, from any of the files that hold the labels."""
     folder_url, name = split_url(url)
     data = Store(folder_url, TABLE_DEADLINE_SECONDS).read_whole(name, LARGEST_TABLE_BYTES)
     if name.endswith(".csv"):
@@ -171,7 +171,8 @@ def classes_of(wnids: Iterable[str], url: str) -> tuple[str, ...]:
     classes = tuple(sorted(wnids))
     strange = [wnid for wnid in classes if not WNID.fullmatch(wnid)]
     if strange or not classes:
-        raise DataError(f"{url} has {strange[0] if strange else 'no'} folders where WordNet ids like n01440764 belong")
+        found = f"a folder {strange[0]}" if strange else "no folders"
+        raise DataError(f"{url} has {found}; its folders must have the names of WordNet ids like n01440764")
     if len(set(classes)) != len(classes):
         raise DataError(f"{url} holds a class twice", EXIT_CORRUPT)
     return classes

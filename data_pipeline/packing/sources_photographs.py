@@ -33,7 +33,7 @@ PHOTOGRAPHS = {
     "tissue": ("skimage", "data/ihc.png", "train"),  # no known copyright restrictions
 }
 PACKAGE_NAMES = {"skimage": "scikit-image", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
-# Crops of these many tenths of the target size are taken, then reduced: details and whole objects.
+# A crop is so many tenths of the target size, then reduced to it: small ones show details, large ones whole objects.
 CROP_TENTHS = (10, 15, 20, 30, 40)
 
 

@@ -40,9 +40,10 @@ from data_pipeline.storage import (
     Store,
     read_json,
 )
+from data_pipeline.wording import counted
 
 EXIT_COME_AGAIN = 75
-GROUPS_PER_WORKER = 4  # fewer are done sooner than another process starts
+GROUPS_PER_WORKER = 4  # with fewer groups, starting another process takes longer than they do
 SHARDS_PER_WORKER = 2
 WRITE_DEADLINE_SECONDS = 600.0
 
@@ -71,6 +72,7 @@ class Workforce:
             raise ValueError(f"--max-skipped {self.max_skipped}: must not be negative")
 
     def owns(self, number: int) -> bool:
+        """Whether this command does the group or shard with this number."""
         return number % self.task_count == self.task_index
 
 
@@ -79,8 +81,8 @@ def pack(
 ) -> tuple[Manifest, bool]:
     """Make ``dest`` a complete set of shards; returns its manifest, and False if it was complete already.
 
-    Shards that are missing from a finished set, or have another size than they should, are written again, and those
-    named in ``rewrite`` whatever they hold.
+    In a finished set these shards are written again: those that are missing, those of a wrong size, and those named in
+    ``rewrite``.
     Raises DataError when ``dest`` holds something else, an image cannot be read, storage fails, or the parts of
     other tasks are not there yet (exit code 75).
     """
@@ -99,7 +101,7 @@ def pack(
     try:
         return pack_missing(source, settings, store, workforce, digest, finished, damaged)
     except DataError:
-        # Records and scratch space vanish under the hands of a task while another one, the last, cleans up.
+        # The last task cleans up: it removes records and scratch space, which this one may still be reading.
         if workforce.task_count > 1 and finished is None and (manifest := find_finished(store, digest)):
             return manifest, False
         raise
@@ -129,7 +131,7 @@ def pack_missing(
         try:
             write_shards(settings, staged, store, workspace, workforce, {n: finished.shards[n].sha256 for n in damaged})
         except DataError as error:
-            if error.exit_code == EXIT_CORRUPT:  # the pixels of a source that has changed must not be found again
+            if error.exit_code == EXIT_CORRUPT:  # the source has changed: its staged pixels must not be used again
                 clean_up(store, workspace)
             raise
     clean_up(store, workspace)
@@ -137,9 +139,9 @@ def pack_missing(
 
 
 def workspace_of(store: Store, digest: str, workforce: Workforce) -> Path:
-    """Where the unfinished work of this data set lies; nothing else does, so that all of it can be removed.
+    """The folder for the unfinished work of this data set. It holds nothing else, so that it can be removed as a whole.
 
-    Beside the shards when they are local; otherwise where the same command finds it again.
+    It lies beside the shards when they are local, otherwise where the same command finds it again.
     """
     if workforce.scratch:
         return Path(workforce.scratch) / f"pack-{digest[:16]}"
@@ -182,7 +184,7 @@ def stage(source: Source, settings: Settings, workspace: Path, workforce: Workfo
     limit_skipped(records, workforce)
     if unfinished := records.count(None):
         raise DataError(
-            f"this task's share is decoded, {unfinished} groups of others are not yet; when they are, run this again",
+            f"this task's share is decoded, {counted(unfinished, 'group')} of others not yet: run this again later",
             EXIT_COME_AGAIN,
         )
     return [record for record in records if record is not None]
@@ -240,14 +242,14 @@ def write_shards(
             records[number] = ShardRecord(**read_json(store, record_name(number), 1 << 24))
     if unfinished := len(wanted) - len(records):
         raise DataError(
-            f"this task's share is written, {unfinished} shards of others are not yet; when they are, run this again",
+            f"this task's share is written, {counted(unfinished, 'shard')} of others not yet: run this again later",
             EXIT_COME_AGAIN,
         )
     return [records[number] for number in sorted(records)]
 
 
 def shard_bounds(count: int, shard_images: int) -> list[tuple[int, int]]:
-    """First and last sample of each shard: whole blocks, dealt out so that shards are about equally long."""
+    """Where each shard begins and ends, in samples: at whole blocks, and so that all shards are about equally long."""
     blocks = -(-count // BLOCK_IMAGES)
     shards = -(-count // max(BLOCK_IMAGES, shard_images))
     edges = [min(count, BLOCK_IMAGES * (blocks * number // shards)) for number in range(shards + 1)]

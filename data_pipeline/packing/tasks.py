@@ -1,7 +1,7 @@
 """What does one packing process do: decode a group of images into scratch space, then write a shard from it?
 
-Both steps depend on their arguments alone and leave a small record when they are done, so that any process on
-any machine can do any of them, again or for the first time, with the same bytes as the result.
+Both steps depend only on their arguments and leave a small record when they are done. So any process on any machine can
+do any of them, for the first time or again, and the bytes are the same.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ class Staged:
     sums: list[int]
     squares: list[int]
     notes: dict[str, int]
-    """How many files were odd in which way."""
+    """How many files had each oddity."""
     skipped: list[str]
     """Names of the images that were left out."""
 
@@ -121,7 +121,7 @@ class ShardTask:
     group_starts: np.ndarray
     """int64: number of the first sample of every group, and the total."""
     sha256: str | None
-    """What the shard has to come out as, when it is written again for a manifest that exists."""
+    """The checksum that the shard must have when it is written again for a manifest that exists; otherwise None."""
 
     def run(self) -> "ShardRecord":
         stride = SampleLayout(self.size).stride

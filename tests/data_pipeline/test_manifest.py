@@ -154,5 +154,5 @@ def test_what_is_missing_is_said(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no shards at .*: there is no manifest.json; pack them first"):
         open_shards(str(tmp_path))
     (tmp_path / "train-000000.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="holds 1 shards but no manifest.json, so it is not complete"):
+    with pytest.raises(DataError, match="holds 1 shard but no manifest.json, so it is not complete"):
         open_shards(str(tmp_path))

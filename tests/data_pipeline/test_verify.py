@@ -177,7 +177,7 @@ def test_a_strange_file_is_reported(dest: Path, capsys: pytest.CaptureFixture[st
     assert main([str(dest)]) == 65
     assert capsys.readouterr().out.splitlines() == [
         "train-000009.tar: does not belong to the data set",
-        f"{dest}: 1 problems. Remove {dest}/train-000009.tar.",
+        f"{dest}: 1 problem. Remove {dest}/train-000009.tar.",
     ]
 
 

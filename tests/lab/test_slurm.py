@@ -302,7 +302,7 @@ def test_a_job_array_packs_one_data_set_and_submits_again_what_failed(slurm: Lab
     rounds = Path(result.stdout.split("rounds: ")[1].strip())
     wait_for(lambda: rounds.exists() and "complete" in rounds.read_text(), "the data set", 400)
     text = rounds.read_text()
-    assert "round 1: 2 tasks did their share, failed: 1, hopeless: none" in text
+    assert "round 1: tasks that did their share: 2, failed: 1, hopeless: none" in text
     assert (rounds.parent / "round-2").read_text() == "1\n"
     subprocess.run(
         [sys.executable, "-m", "data_pipeline.pack", *program[:-1], f"{data}/alone"], check=True, capture_output=True

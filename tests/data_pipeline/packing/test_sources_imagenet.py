@@ -114,7 +114,7 @@ def test_the_wrong_archive_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="LOC_synset_mapping.txt"):
         imagenet_kaggle(str(tmp_path), "train")
     put(tmp_path / "tree" / "cats" / "a.png", VALIDATION["ILSVRC2012_val_00000001.JPEG"])
-    with pytest.raises(DataError, match="has cats folders where WordNet ids"):
+    with pytest.raises(DataError, match="has a folder cats; its folders must have the names of WordNet ids"):
         imagenet_folder(str(tmp_path / "tree"))
 
 
