@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, BinaryIO, TypeVar
@@ -156,6 +156,27 @@ class Store:
                     raise CorruptRead(f"the store kept {size} of {len(data)} bytes")
 
         with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)
+
+    def write_pieces(self, name: str, pieces: Callable[[], Iterable[memoryview]]) -> int:
+        """As ``write``, for content that is not in memory as a whole; returns its bytes.
+
+        ``pieces`` is called for each try and yields the content from its beginning, in pieces of a megabyte or so.
+        """
+        filesystem, path = open_filesystem(self.url), self._path(name)
+
+        def attempt() -> int:
+            if self.is_local:
+                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+                with atomic_file(path) as file:
+                    return sum(file.write(piece) for piece in pieces())
+            with upload(filesystem, path) as file:
+                size = sum(file.write(piece) for piece in pieces())
+            kept = filesystem.info(path)["size"]
+            if kept != size:
+                raise CorruptRead(f"the store kept {kept} of {size} bytes")
+            return size
+
+        return with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)
 
     def exists(self, name: str) -> bool:
         filesystem, path = open_filesystem(self.url), self._path(name)
@@ -355,6 +376,20 @@ def atomic_file(path: str, *, durable: bool = True) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def upload(filesystem: Any, path: str) -> Iterator[BinaryIO]:
+    """An object of an object store to write, which appears when the block ends, and not at all when it fails."""
+    file = filesystem.open(path, "wb")
+    try:
+        yield file
+    except BaseException:
+        # Closing it would make an object of what has been written so far, and so would Python when it drops the file.
+        file.discard()
+        file.closed = True
+        raise
+    file.close()
 
 
 def with_retries(

@@ -6,7 +6,6 @@ of them, so it loads at any world size and ZeRO stage, and nothing in it can exe
 manifest, or whose files differ from it, is not a checkpoint. There is no pointer to the newest one that could lie.
 """
 
-import hashlib
 import itertools
 import json
 import logging
@@ -15,11 +14,8 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -29,7 +25,8 @@ from trainer.engine import Engine, State
 from trainer.errors import CheckpointError, UsageError
 from trainer.faults.replicas import check_replicas
 from trainer.options import CheckpointConfig
-from trainer.ranks import Ranks, all_sum, from_all_ranks, from_rank_0
+from trainer.ranks import Ranks, from_all_ranks, from_rank, from_rank_0
+from trainer.tensor_file import FileEntry, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +53,7 @@ class Checkpoint:
     config: dict[str, Any]
     """The run's resolved config, by section."""
     data_digest: str
-    files: list[dict[str, Any]]
+    files: list[FileEntry]
 
     @property
     def name(self) -> str:
@@ -101,8 +98,8 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         for index, (parameter, state) in enumerate(engine.state()):
             if index % self._ranks.world_size == self._ranks.rank:
-                # Contiguous copies on the host: the gathered tensors are gone at the next step of the iterator.
-                tensors |= {f"{parameter}|{key}": v.float().cpu().clone() for key, v in state.items()}
+                # Copies: the gathered tensors are gone at the next step of the iterator.
+                tensors |= {f"{parameter}|{kind}": _copy_on_host(tensor) for kind, tensor in state.items()}
             alive()
         checkpoint = Checkpoint(step, updates, samples, bits_per_dim, config, data_digest, files=[])
         name = f"rank-{self._ranks.rank:05d}-of-{self._ranks.world_size:05d}.attempt-{self._attempt}.safetensors"
@@ -144,25 +141,40 @@ class Checkpoints:
             log.warning("%s; training goes on, and the checkpoints before it stay", text)
         return None
 
-    def newest(self, note: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is right, agreed by all ranks; damaged ones are passed over with
-        one call of `note`. Collective."""
+    def newest(self, note: Callable[[str], None]) -> "LoadedCheckpoint | None":
+        """Read the newest checkpoint whose every byte is right: each file once, by one rank. Collective.
+
+        Damaged ones are passed over with one call of `note`. What goes wrong on one rank is raised on all: DataError if
+        the store cannot be read, CheckpointError for a file that is as it was written and holds no tensors of ours.
+        """
         candidates = from_rank_0(list_complete(self._store) if self._ranks.rank == 0 else None)
         for checkpoint in reversed(candidates):
-            mine = checkpoint.files[self._ranks.rank :: self._ranks.world_size]
-            wrong = [file["name"] for file in mine if not _is_intact(self._store, checkpoint, file)]
-            count = int(all_sum(torch.tensor([float(len(wrong))], device=self._device)).item())
-            if count == 0:
-                return checkpoint
-            note(
-                f"checkpoint {checkpoint.name} is damaged ({count} of {len(checkpoint.files)} files); "
-                "trying an older one"
-            )
+            mine, problem = self._read_share(checkpoint)
+            shapes = {number: tensors and _shapes(tensors) for number, tensors in mine.items()}
+            answers = from_all_ranks((shapes, problem))
+            for _, problem in answers:
+                if problem is not None:
+                    raise problem
+            contents = [answers[number % self._ranks.world_size][0][number] for number in range(len(checkpoint.files))]
+            if damaged := contents.count(None):
+                mine.clear()  # before the next one is read
+                note(
+                    f"checkpoint {checkpoint.name} is damaged ({damaged} of {len(checkpoint.files)} files); "
+                    "trying an older one"
+                )
+            else:
+                return LoadedCheckpoint(checkpoint, self._ranks, self._device, contents, mine)
         return None
 
-    def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
-        """Put a checkpoint's weights and optimizer state into the engine; collective."""
-        engine.load_state(read_states(self._store, checkpoint), checkpoint.updates)
+    def _read_share(self, checkpoint: Checkpoint) -> tuple[dict[int, dict[str, Tensor] | None], Exception | None]:
+        """This rank's files of a checkpoint by their number, None for a damaged one; and what went wrong."""
+        mine: dict[int, dict[str, Tensor] | None] = {}
+        try:
+            for number in range(self._ranks.rank, len(checkpoint.files), self._ranks.world_size):
+                mine[number] = read_tensors(self._store, checkpoint.name, checkpoint.files[number])
+        except (CheckpointError, DataError) as error:
+            return {}, error
+        return mine, None
 
     def _commit(self, checkpoint: Checkpoint) -> str | None:
         """Make a written checkpoint complete, then tidy up; on rank 0. Returns what went wrong."""
@@ -192,25 +204,64 @@ class Checkpoints:
                 remove(self._store, folder)
 
 
+class LoadedCheckpoint:
+    """A checkpoint that has been read and is right: each rank holds the tensors of the files that it read."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ranks: Ranks,
+        device: torch.device,
+        contents: list[dict[str, tuple[int, ...]]],
+        mine: dict[int, dict[str, Tensor] | None],
+    ) -> None:
+        """`contents` are the shapes of each file's tensors by name, and `mine` this rank's files by their number.
+
+        Of n ranks, rank r has the files r, r + n, r + 2 n, and so on.
+        """
+        self.checkpoint = checkpoint
+        self._ranks, self._device, self._contents, self._mine = ranks, device, contents, mine
+
+    def put_into(self, engine: Engine) -> None:
+        """Continue from this checkpoint, as `states`: once, and collective."""
+        engine.load_state(self.states(), self.checkpoint.updates)
+
+    def states(self) -> Iterator[tuple[str, State]]:
+        """Each parameter's name and full state, in the same order on all ranks, on the device. Once, and collective.
+
+        The rank that read a parameter hands it on to the others. So a rank holds its own files and the parameter on its
+        way; a file is let go when all of it has been handed on.
+        """
+        for number, shapes in enumerate(self._contents):
+            source, tensors = number % self._ranks.world_size, self._mine.pop(number, None) or {}
+            for parameter, names in itertools.groupby(sorted(shapes), lambda name: name.partition("|")[0]):
+                state = {}
+                for name in names:
+                    kind = name.partition("|")[2]
+                    if source == self._ranks.rank:
+                        state[kind] = tensors[name].to(self._device, copy=True)
+                    else:
+                        state[kind] = torch.empty(shapes[name], dtype=torch.float32, device=self._device)
+                    from_rank(source, state[kind])
+                yield parameter, state
+
+
 class _Writing(threading.Thread):
     """One rank's file of one checkpoint on its way to the store."""
 
     def __init__(self, store: Store, checkpoint: Checkpoint, name: str, tensors: dict[str, Tensor]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.checkpoint = checkpoint
-        self.result: dict[str, Any] | str = "it was never begun"
+        self.result: FileEntry | str = "it was never begun"
         """The manifest's entry of the file, or what went wrong."""
         self._store, self._name, self._tensors = store, name, tensors
 
     def run(self) -> None:
         try:
-            content = safetensors.torch.save(self._tensors)
-            self._tensors = {}
-            self._store.write(f"{self.checkpoint.name}/{self._name}", content)
-            digest = hashlib.sha256(content).hexdigest()
-            self.result = {"name": self._name, "bytes": len(content), "sha256": digest}
+            self.result = write_tensors(self._store, self.checkpoint.name, self._name, self._tensors)
         except Exception as error:  # noqa: BLE001 (of a thread: told to the others by `complete`)
             self.result = str(error) or type(error).__name__
+        self._tensors = {}
 
 
 def to_keep(complete: list[Checkpoint], settings: CheckpointConfig) -> list[Checkpoint]:
@@ -243,7 +294,7 @@ def list_complete(store: Store) -> list[Checkpoint]:
                     f"trainer reads {FORMAT_VERSION}: use the version that wrote it, or another run.dir"
                 )
             checkpoint = Checkpoint(**manifest)
-            if checkpoint.name == folder and all(_FILE_NAME.fullmatch(file["name"]) for file in checkpoint.files):
+            if checkpoint.name == folder and all(map(_is_entry, checkpoint.files)):
                 found.append(checkpoint)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, DataError):
@@ -252,68 +303,58 @@ def list_complete(store: Store) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
-def intact(url: str, count: int) -> tuple[Store, list[Checkpoint]]:
-    """The newest `count` complete and undamaged checkpoints at a URL, newest first, for tools of one process.
+@dataclass(frozen=True)
+class SavedWeights:
+    """A model's weights as a run's checkpoints hold them."""
 
-    Raises UsageError if there is none, CheckpointError if all of them are damaged.
+    state: dict[str, Tensor]
+    """fp32, by name: what the model's load_state_dict takes."""
+    checkpoints: tuple[Checkpoint, ...]
+    """Where they come from, newest first; more than one for a mean."""
+
+
+def read_weights(url: str, weights: Weights, last: int = 1) -> SavedWeights:
+    """The weights of the newest undamaged checkpoint at a URL, for tools of one process. Each file is read once.
+
+    raw: the weights. ema: their moving average; raises UsageError if none was kept. avg: the mean of the weights of the
+    `last` undamaged checkpoints (the paper's checkpoint averaging), or of all if there are fewer.
+
+    Raises UsageError if there is no checkpoint, CheckpointError if all are damaged.
     """
     store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
-    good = (
-        checkpoint
-        for checkpoint in reversed(list_complete(store))
-        if all(_is_intact(store, checkpoint, file) for file in checkpoint.files)
-    )
-    if found := list(itertools.islice(good, count)):
-        return store, found
+    used: list[Checkpoint] = []
+    sums: dict[str, Tensor] = {}
+    for checkpoint in reversed(list_complete(store)):
+        found = _read_kind(store, checkpoint, "ema" if weights == "ema" else "weight")
+        if found is None:
+            continue
+        used.append(checkpoint)
+        sums = {name: sums[name] + weight for name, weight in found.items()} if sums else found
+        if len(used) == (last if weights == "avg" else 1):
+            break
+    if used:
+        state = {name: total / len(used) for name, total in sums.items()} if weights == "avg" else sums
+        return SavedWeights(state, tuple(used))
     if any(_STEP_FOLDER.fullmatch(folder) and store.exists(f"{folder}/{MANIFEST}") for folder in store.names()):
         raise CheckpointError(f"{url}: every checkpoint is damaged; copy the folder again, or train on")
     raise UsageError(f"{url}: holds no complete checkpoint; is it of the right run (run.dir of its config)?")
 
 
-def read_states(store: Store, checkpoint: Checkpoint) -> Iterator[tuple[str, State]]:
-    """Each parameter's name and full state, in the same order on every rank, one file in memory at a time.
-
-    Raises CheckpointError for a file that is not what its manifest says.
-    """
+def _read_kind(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, Tensor] | None:
+    """One tensor of each parameter, with one file in memory at a time; None if the checkpoint is damaged."""
+    found: dict[str, Tensor] = {}
     for file in checkpoint.files:
-        content = store.read(f"{checkpoint.name}/{file['name']}")
-        if hashlib.sha256(content).hexdigest() != file["sha256"]:
-            raise CheckpointError(f"{store.url_of(checkpoint.name)}/{file['name']} changed while it was read")
-        try:
-            tensors = safetensors.torch.load(content)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{store.url_of(checkpoint.name)}/{file['name']}: {error}") from error
-        states: dict[str, State] = {}
-        for key in sorted(tensors):
-            parameter, _, kind = key.partition("|")
-            states.setdefault(parameter, {})[kind] = tensors[key]
-        yield from states.items()
-
-
-def read_weights(store: Store, checkpoints: list[Checkpoint], weights: Weights) -> dict[str, Tensor]:
-    """A model's `state_dict` from a run's checkpoints, newest first.
-
-    raw: the newest weights. ema: their moving average; raises UsageError if none was kept. avg: the mean of the
-    weights of all checkpoints given (the paper's checkpoint averaging).
-    """
-    if weights == "avg":
-        sums: dict[str, Tensor] = {}
-        for checkpoint in checkpoints:
-            for name, state in read_states(store, checkpoint):
-                sums[name] = sums[name] + state["weight"] if name in sums else state["weight"]
-        return {name: total / len(checkpoints) for name, total in sums.items()}
-    kind = "ema" if weights == "ema" else "weight"
-    states = dict(read_states(store, checkpoints[0]))
-    if any(kind not in state for state in states.values()):
-        raise UsageError(
-            f"{store.url_of(checkpoints[0].name)}: holds no average of the weights (optimizer.ema_decay was 0)"
-        )
-    return {name: state[kind] for name, state in states.items()}
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that is not part of a checkpoint. Raises OSError."""
-    path.write_bytes(safetensors.torch.save(tensors))
+        tensors = read_tensors(store, checkpoint.name, file)
+        if tensors is None:
+            return None
+        parameters = dict.fromkeys(name.partition("|")[0] for name in tensors)
+        if any(f"{parameter}|{kind}" not in tensors for parameter in parameters):
+            raise UsageError(
+                f"{store.url_of(checkpoint.name)}: holds no average of the weights (optimizer.ema_decay was 0)"
+            )
+        # Copies: the rest of the file is let go.
+        found |= {parameter: tensors[f"{parameter}|{kind}"].clone() for parameter in parameters}
+    return found
 
 
 def remove(store: Store, folder: str) -> None:
@@ -326,8 +367,15 @@ _STEP_FOLDER = re.compile(r"step-[0-9]{9}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*\.safetensors")  # no way out of the folder
 
 
-def _is_intact(store: Store, checkpoint: Checkpoint, file: dict[str, Any]) -> bool:
-    if not store.exists(f"{checkpoint.name}/{file['name']}"):
-        return False
-    content = store.read(f"{checkpoint.name}/{file['name']}")
-    return len(content) == file["bytes"] and hashlib.sha256(content).hexdigest() == file["sha256"]
+def _is_entry(file: FileEntry) -> bool:
+    """Whether a manifest's entry may be followed. Raises KeyError or TypeError for one that is no entry at all."""
+    return bool(_FILE_NAME.fullmatch(file["name"])) and file["bytes"] >= 0 and len(file["sha256"]) == 64
+
+
+def _copy_on_host(tensor: Tensor) -> Tensor:
+    """A contiguous fp32 copy."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -9,9 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from trainer.checkpoint import Weights, checkpoints_url, intact
+from trainer.checkpoint import Weights
 from trainer.command_line import run_tool
-from trainer.config import load_written
 from trainer.errors import UsageError
 from trainer.exported_model import Origin, is_exported, write_exported
 from trainer.record.run_folder import Journal, RunFiles
@@ -34,18 +33,13 @@ def export(run_dir: str, weights: Weights, last: int, to: Path) -> None:
     if is_exported(Path(run_dir)):
         raise UsageError(f"--run {run_dir}: is an exported model already; copy the folder")
     trained = load_trained_model(run_dir, weights, last)
-    _, checkpoints = intact(
-        checkpoints_url(run_dir, load_written(trained.files.config)), last if weights == "avg" else 1
-    )
-    if checkpoints[0].step != trained.step:
-        raise UsageError(f"--run {run_dir}: went on training meanwhile; run the command again")
     origin = Origin(
         run=trained.run,
         mlflow_run_id=trained.files.read_state().get("mlflow_run_id") or "",
         step=trained.step,
         weights=weights,
-        checkpoints=len(checkpoints),
-        data_digest=checkpoints[0].data_digest,
+        checkpoints=len(trained.checkpoints),
+        data_digest=trained.checkpoints[0].data_digest,
         bits_per_dim=_evaluated(trained.files, trained.step, weights),
     )
     write_exported(to, trained.card, origin, trained.model.state_dict())

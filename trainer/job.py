@@ -13,7 +13,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.damaged_blocks import DamagedBlocks
 from data_pipeline.loader import evaluation_batches, train_batches
 from models.image_transformer import ImageTransformer, flops_by_part
-from trainer.checkpoint import Checkpoint, Checkpoints, checkpoints_url
+from trainer.checkpoint import Checkpoints, LoadedCheckpoint, checkpoints_url
 from trainer.config import RunConfig
 from trainer.deepspeed_engine import DeepSpeedEngine, deepspeed_config, init_distributed
 from trainer.errors import FINISHED, HANG, STOPPED, LostRank, NoProgress, Superseded, code_of, is_foreseen
@@ -82,13 +82,15 @@ def open_checkpoints(start: Start, device: torch.device) -> Checkpoints:
     return Checkpoints(url, start.ranks, device, start.config.checkpoint, attempt)
 
 
-def newest_checkpoint(start: Start, files: RunFiles, checkpoints: Checkpoints, progress: Progress) -> Checkpoint | None:
-    """The checkpoint to go on from; None for a new run. Collective.
+def newest_checkpoint(
+    start: Start, files: RunFiles, checkpoints: Checkpoints, progress: Progress
+) -> LoadedCheckpoint | None:
+    """The checkpoint to go on from, read; None for a new run. Collective.
 
     Raises NoProgress if several starts in a row got no further than that.
     """
     newest = checkpoints.newest(progress.note)
-    step = newest.step if newest else 0
+    step = newest.checkpoint.step if newest else 0
     if problem := from_rank_0(count_start(files, start.config, step) if start.ranks.rank == 0 else None):
         raise NoProgress(problem)
     return newest
@@ -127,23 +129,24 @@ def announce_new_run(
         tracker.event(0, "origin", text, origin=origin)
 
 
-def resume(
-    start: Start, newest: Checkpoint, checkpoints: Checkpoints, engine: DeepSpeedEngine, progress: Progress
-) -> TrainingState:
-    """Load a checkpoint into the engine; returns how far the training was. Collective.
+def resume(start: Start, loaded: LoadedCheckpoint, engine: DeepSpeedEngine, progress: Progress) -> TrainingState:
+    """Put a checkpoint into the engine; returns how far the training was. Collective.
 
     Raises CheckpointError if it is of another run.
     """
+    newest = loaded.checkpoint
     check_fits(newest, start.config, start.train_shards, checkpoints_url(start.config.run.dir, start.config))
-    checkpoints.load(engine, newest)
+    loaded.put_into(engine)
     instead = f", not from {start.source}, as it began" if start.source else ""
     progress.note(f"going on from {newest.name}{instead}")
     return TrainingState(newest.step, newest.updates, newest.samples)
 
 
-def is_finished(newest: Checkpoint | None, config: RunConfig) -> bool:
+def is_finished(newest: LoadedCheckpoint | None, config: RunConfig) -> bool:
     """Whether an earlier attempt has made all steps and scored the result, so that there is nothing left to do."""
-    return newest is not None and newest.step >= config.train.steps and newest.bits_per_dim is not None
+    if newest is None:
+        return False
+    return newest.checkpoint.step >= config.train.steps and newest.checkpoint.bits_per_dim is not None
 
 
 def build_job(

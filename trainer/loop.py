@@ -14,7 +14,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.damaged_blocks import DamagedBlocks
 from data_pipeline.wording import counted
 from models.likelihood import nats
-from trainer.checkpoint import Checkpoints, write_tensors
+from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
 from trainer.engine import Engine, Update
 from trainer.errors import Diverged, Superseded
@@ -30,6 +30,7 @@ from trainer.progress import Progress
 from trainer.ranks import Ranks, from_all_ranks
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker
+from trainer.tensor_file import write_small_file
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +183,11 @@ def _count_update(
     job.tracker.event(state.step, "skipped_update", text, first_sample=first, end_sample=state.samples, ranks=blamed)
     if skips.total < SAVED_SKIPPED_BATCHES:
         _keep_batches(job, state.step, [b for i, (b, _) in enumerate(micro_batches) if i in bad or not blamed])
-    newest = job.checkpoints.newest(job.progress.note) if skips.in_a_row + 1 >= skips.limit else None
-    match skips.skipped(can_roll_back=newest is not None):
+    loaded = None
+    if skips.in_a_row + 1 >= skips.limit:
+        job.watchdog.phase("checkpoint")
+        loaded = job.checkpoints.newest(job.progress.note)
+    match skips.skipped(can_roll_back=loaded is not None):
         case "give up":
             raise Diverged(
                 f"{counted(skips.limit, 'update')} in a row, up to step {state.step}, had a loss or a gradient that is "
@@ -191,9 +195,9 @@ def _count_update(
                 "optimizer.schedule.warmup_steps"
             )
         case "roll back":
-            assert newest is not None
-            job.watchdog.phase("checkpoint")
-            job.checkpoints.load(job.engine, newest)
+            assert loaded is not None
+            newest = loaded.checkpoint
+            loaded.put_into(job.engine)
             state.updates = newest.updates
             skipped = counted(skips.limit, "skipped update")
             text = (
@@ -212,7 +216,7 @@ def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
         name = f"step-{step:09d}-rank-{job.ranks.rank:05d}-{index}.safetensors"
         try:
             folder.mkdir(exist_ok=True)
-            write_tensors(folder / name, tensors)
+            write_small_file(folder / name, tensors)
         except OSError as error:
             log.warning("%s: cannot be written (%s); training goes on without it", folder / name, error.strerror)
 

@@ -136,6 +136,13 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def from_rank(source: int, tensor: torch.Tensor) -> torch.Tensor:
+    """Fill a tensor with the one of another rank, of the same shape and type; collective."""
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast(tensor, source)
+    return tensor
+
+
 def from_rank_0(value: Any) -> Any:
     """Rank 0's value on every rank; collective. The value must be picklable and small."""
     if not torch.distributed.is_initialized():

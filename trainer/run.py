@@ -107,7 +107,7 @@ def run(start: Start) -> int:
         if newest is None:
             announce_new_run(start, files, tracker, progress, origin)
         else:
-            state = resume(start, newest, checkpoints, engine, progress)
+            state = resume(start, newest, engine, progress)
         job = build_job(start, state, engine, checkpoints, files, tracker, progress, watchdog)
         finished = is_finished(newest, config) or train(job, state)
     except Exception as error:

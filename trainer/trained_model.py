@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.image_transformer import ImageTransformer
-from trainer.checkpoint import Weights, checkpoints_url, intact, read_weights
+from trainer.checkpoint import Checkpoint, Weights, checkpoints_url, read_weights
 from trainer.config import load_written
 from trainer.errors import UsageError
 from trainer.exported_model import is_exported, load_exported
@@ -30,6 +30,8 @@ class TrainedModel:
     """What the weights are, whatever was asked for: an exported model has those that it was exported with."""
     files: RunFiles
     device: torch.device
+    checkpoints: tuple[Checkpoint, ...] = ()
+    """Those of the run that the weights come from, newest first; none for an exported model."""
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,17 +64,23 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
     if not files.config.exists():
         raise UsageError(f"{run_dir}: holds no run (no config.yaml); give the run.dir of a config")
     config = load_written(files.config)
-    store, checkpoints = intact(checkpoints_url(run_dir, config), last if weights == "avg" else 1)
-    weights_by_name = read_weights(store, checkpoints, weights)
-    return _on_device(card_of(config), config.run.name, weights_by_name, checkpoints[0].step, weights, files)
+    saved = read_weights(checkpoints_url(run_dir, config), weights, last)
+    step, checkpoints = saved.checkpoints[0].step, saved.checkpoints
+    return _on_device(card_of(config), config.run.name, saved.state, step, weights, files, checkpoints)
 
 
 def _on_device(
-    card: ModelCard, run: str, state: dict[str, Tensor], step: int, weights: Weights, files: RunFiles
+    card: ModelCard,
+    run: str,
+    state: dict[str, Tensor],
+    step: int,
+    weights: Weights,
+    files: RunFiles,
+    checkpoints: tuple[Checkpoint, ...] = (),
 ) -> TrainedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
     model = ImageTransformer(card.model)
     model.load_state_dict(state)
-    return TrainedModel(model.to(device).eval(), card, run, step, weights, files, device)
+    return TrainedModel(model.to(device).eval(), card, run, step, weights, files, device, checkpoints)

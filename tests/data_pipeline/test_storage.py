@@ -1,6 +1,8 @@
 """Do reads and writes survive what storage does, and do failures name the URL, the range and the reason?"""
 
+import gc
 import pickle
+import random
 import re
 import threading
 import time
@@ -145,6 +147,20 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
+def pieces_that_fail(first: bytes) -> Iterator[memoryview]:
+    yield memoryview(first)
+    raise DataError("no more")
+
+
+def test_pieces_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    store = Store(f"{tmp_path}/new", 0.0)
+    assert store.write_pieces("deep/x", lambda: map(memoryview, (b"123", b"", b"45"))) == 5
+    assert store.read("deep/x") == b"12345"
+    with pytest.raises(DataError, match="no more"):
+        store.write_pieces("deep/y", lambda: pieces_that_fail(b"123"))
+    assert store.walk() == {"deep/x": 5}
+
+
 def test_errors_cross_processes_unharmed() -> None:
     error = pickle.loads(pickle.dumps(DataError("sentence", 65)))
     assert (str(error), error.exit_code) == ("sentence", 65)
@@ -175,6 +191,21 @@ def test_s3_objects_are_written_read_by_range_listed_and_removed(s3_bucket: str)
     store.remove("empty")
     store.remove("deep")
     assert store.names() == []
+
+
+@pytest.mark.parametrize("size", [0, 5, 11 * 2**20], ids=["nothing", "one request", "several requests"])
+def test_pieces_are_written_to_s3_whole_or_not_at_all(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    monkeypatch.setattr(open_filesystem("s3://x"), "default_block_size", 5 * 2**20)
+    store, content = Store(f"s3://{s3_bucket}/prefix", 30.0), random.Random(0).randbytes(size)
+    pieces = [memoryview(content)[begin : begin + 2**20] for begin in range(0, size, 2**20)]
+    assert store.write_pieces("deep/x", lambda: iter(pieces)) == size
+    assert store.read("deep/x") == content
+    with pytest.raises(DataError, match="no more"):
+        store.write_pieces("deep/y", lambda: pieces_that_fail(content))
+    gc.collect()  # a file that Python drops must not write what it holds
+    assert store.walk() == {"deep/x": size}
 
 
 def test_a_name_that_no_bucket_can_have_is_refused_at_once(s3_bucket: str) -> None:

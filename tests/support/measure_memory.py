@@ -4,7 +4,6 @@ The C library is asked, after every operator, for the bytes of its large allocat
 torch's profiler would not do: buffers whose last owner is a thread of gloo are freed there, where it does not look.
 """
 
-import ctypes
 import gc
 import json
 import os
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.image_transformer import ImageTransformer
 from models.likelihood import nats
 from tests.support.launch import QUICKSTART
+from tests.support.mapped_memory import mapped_bytes
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, init_distributed
 from trainer.ranks import ranks_from_environment
@@ -38,8 +38,6 @@ SIZES = {
 CASES = [(stage, "fp32", every) for stage, every in ((0, 0), (1, 1), (2, 2), (3, 0), (3, 1))]
 CASES += [(stage, "bf16", every) for stage, every in ((1, 0), (2, 1), (2, 2), (3, 2))]
 UPDATES = 2  # in the second one the optimizer's state is there
-LARGE_BYTES = "16384"
-"""For the environment's MALLOC_MMAP_THRESHOLD_: allocations from here on are mapped, which the C library counts."""
 
 
 def config_of(stage: int, precision: str, every: int) -> RunConfig:
@@ -95,27 +93,14 @@ class _PeakOfMapped(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes, self._before = 0, _mapped_bytes()
+        self.bytes, self._before = 0, mapped_bytes()
 
     def __torch_dispatch__(
         self, operator: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = operator(*args, **(kwargs or {}))
-        self.bytes = max(self.bytes, _mapped_bytes() - self._before)
+        self.bytes = max(self.bytes, mapped_bytes() - self._before)
         return result
-
-
-class _Mallinfo2(ctypes.Structure):
-    """glibc's struct of that name, of which `hblkhd` is the bytes in mapped allocations."""
-
-    _fields_ = [*((f"_{index}", ctypes.c_size_t) for index in range(4)), ("hblkhd", ctypes.c_size_t)]
-    _fields_ += [(f"_{index}", ctypes.c_size_t) for index in range(5, 10)]
-
-
-def _mapped_bytes() -> int:
-    mallinfo2 = ctypes.CDLL(None).mallinfo2
-    mallinfo2.restype = _Mallinfo2
-    return int(mallinfo2().hblkhd)
 
 
 if __name__ == "__main__":

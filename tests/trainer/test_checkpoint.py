@@ -21,10 +21,11 @@ from models.image_transformer import ImageTransformer
 from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.support.s3_server import S3Server
 from trainer import checkpoint, export
-from trainer.checkpoint import Checkpoint, Checkpoints, intact, list_complete, read_weights, to_keep
+from trainer.checkpoint import Checkpoint, Checkpoints, list_complete, read_weights, to_keep
 from trainer.config import CheckpointConfig, RunConfig, as_yaml, load_config
 from trainer.engine import TorchEngine
 from trainer.errors import CheckpointError, UsageError
+from trainer.exported_model import load_exported
 from trainer.ranks import Ranks
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -81,10 +82,11 @@ def silent(text: str) -> None:
 
 def test_what_was_saved_is_what_is_read(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 3)
-    store, (checkpoint,) = intact(url_in(tmp_path), 1)
+    saved = read_weights(url_in(tmp_path), "raw")
+    (checkpoint,) = saved.checkpoints
     assert (checkpoint.step, checkpoint.updates, checkpoint.samples, checkpoint.data_digest) == (3, 2, 24, "d")
     assert checkpoint.config["model"]["layers"] == config.model.layers
-    weights = read_weights(store, [checkpoint], "raw")
+    weights = saved.state
     expected = engine._model.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -121,8 +123,8 @@ def test_a_damaged_checkpoint_is_passed_over(
             data.write_bytes(content)
     said: list[str] = []
     newest = checkpoints.newest(said.append)
-    assert newest is not None and newest.step == 1
-    assert intact(url_in(tmp_path), 1)[1][0].step == 1
+    assert newest is not None and newest.checkpoint.step == 1
+    assert read_weights(url_in(tmp_path), "raw").checkpoints[0].step == 1
     assert ("step-000000002 is damaged" in "".join(said)) == (damage not in ("no manifest", "half a manifest"))
 
 
@@ -146,7 +148,7 @@ def test_written_in_the_background_it_holds_the_weights_of_the_moment_of_saving(
     assert list_complete(Store(url_in(tmp_path), 1.0)) == []  # nothing is offered before all ranks agree
     complete = checkpoints.complete()
     assert complete is not None and complete.step == 1 and checkpoints.is_written()
-    weights = read_weights(*intact(url_in(tmp_path), 1), "raw")
+    weights = read_weights(url_in(tmp_path), "raw").state
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
@@ -156,9 +158,9 @@ def test_two_attempts_at_one_step_leave_a_complete_checkpoint_whichever_is_last(
     old, new = checkpoints_in(tmp_path, attempt=1), checkpoints_in(tmp_path, attempt=2)
     begin(old, engine, config, 5)
     save(new, engine, config, 5)
-    assert intact(url_in(tmp_path), 1)[1][0].files[0]["name"].endswith("attempt-2.safetensors")
+    assert read_weights(url_in(tmp_path), "raw").checkpoints[0].files[0]["name"].endswith("attempt-2.safetensors")
     old.complete()
-    assert intact(url_in(tmp_path), 1)[1][0].files[0]["name"].endswith("attempt-1.safetensors")
+    assert read_weights(url_in(tmp_path), "raw").checkpoints[0].files[0]["name"].endswith("attempt-1.safetensors")
 
 
 def test_what_killed_attempts_left_is_cleared_away(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
@@ -185,7 +187,7 @@ def test_a_full_disk_costs_checkpoints_and_keeps_the_last_good_one(
         assert "step-000000002 was not written" in caplog.text and "disk is full" in caplog.text
         with pytest.raises(CheckpointError, match="3 checkpoints in a row have failed"):
             save(checkpoints, engine, config, 4)
-        assert intact(url_in(small), 1)[1][0].step == 1
+        assert read_weights(url_in(small), "raw").checkpoints[0].step == 1
         (small / "filler").unlink()
         assert save(checkpoints, engine, config, 5) is not None
     finally:
@@ -207,7 +209,7 @@ def test_a_disk_that_fails_costs_a_checkpoint_and_keeps_the_last_good_one(
             patch.setattr(os, "fsync", failing)
             assert save(checkpoints, engine, config, step) is None
         assert f"step-{step:09d} was not written" in caplog.text and os.strerror(code) in caplog.text
-        assert intact(url_in(tmp_path), 1)[1][0].step == 1
+        assert read_weights(url_in(tmp_path), "raw").checkpoints[0].step == 1
     assert save(checkpoints, engine, config, 4) is not None
     left = sorted(path.name for path in (tmp_path / "checkpoints").rglob("*") if path.is_file())
     assert left == 2 * ["manifest.json"] + 2 * ["rank-00000-of-00001.attempt-1.safetensors"]
@@ -228,7 +230,7 @@ def test_a_disk_that_becomes_read_only_costs_a_checkpoint(
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert save(checkpoints, engine, config, 2) is None
         assert "Read-only file system" in caplog.text
-        assert intact(url_in(disk), 1)[1][0].step == 1
+        assert read_weights(url_in(disk), "raw").checkpoints[0].step == 1
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -237,15 +239,15 @@ def test_a_checkpoint_that_is_due_while_another_is_written_waits_for_it(
     tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writing = []
-    write = Store.write
+    write = Store.write_pieces
 
-    def slowly(self: Store, name: str, data: bytes) -> None:
+    def slowly(self: Store, name: str, pieces: Any) -> int:
         writing.append(name)
         time.sleep(0.2)
         assert writing[-1] == name, "two writers"
-        write(self, name, data)
+        return write(self, name, pieces)
 
-    monkeypatch.setattr(Store, "write", slowly)
+    monkeypatch.setattr(Store, "write_pieces", slowly)
     checkpoints = checkpoints_in(tmp_path, background=True, keep_last=3)
     for step in (1, 2, 3):
         begin(checkpoints, engine, config, step)
@@ -267,7 +269,7 @@ def test_a_checkpoint_on_s3_that_is_incomplete_is_passed_over(
     store.remove("step-000000003/manifest.json")
     store.remove("step-000000002/rank-00000-of-00001.attempt-1.safetensors")
     newest = checkpoints.newest(said.append)
-    assert newest is not None and newest.step == 1
+    assert newest is not None and newest.checkpoint.step == 1
     assert said == ["checkpoint step-000000002 is damaged (1 of 1 files); trying an older one"]
 
 
@@ -280,10 +282,10 @@ def test_checkpoints_on_s3(
     checkpoints = checkpoints_in(url, background=True, keep_last=1)
     for step in (1, 2):
         assert save(checkpoints, engine, config, step) is not None
-    store, (newest,) = intact(url, 2)
-    assert newest.step == 2 and read_weights(store, [newest], "raw")
+    saved = read_weights(url, "avg", last=2)
+    assert [checkpoint.step for checkpoint in saved.checkpoints] == [2] and saved.state
     with pytest.raises(UsageError, match="s3://not-there/checkpoints: holds no complete checkpoint"):
-        intact("s3://not-there/checkpoints", 1)
+        read_weights("s3://not-there/checkpoints", "raw")
 
 
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
@@ -293,7 +295,7 @@ def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, engine: TorchEng
     manifest["files"][0]["name"] = "../../secret.safetensors"
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
-        intact(url_in(tmp_path), 1)
+        read_weights(url_in(tmp_path), "raw")
 
 
 def test_a_tampered_file_with_a_matching_manifest_is_refused_without_running_it(
@@ -313,7 +315,7 @@ def test_a_tampered_file_with_a_matching_manifest_is_refused_without_running_it(
         (folder / entry["name"]).write_bytes(content)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(CheckpointError, match="attempt-1.safetensors"):
-            read_weights(*intact(url_in(tmp_path), 1), "raw")
+            read_weights(url_in(tmp_path), "raw")
     assert not executed.exists()
 
 
@@ -330,7 +332,7 @@ class Payload:
 def test_a_run_without_checkpoints_is_told_so(tmp_path: Path) -> None:
     assert checkpoints_in(tmp_path).newest(silent) is None
     with pytest.raises(UsageError, match="holds no complete checkpoint"):
-        intact(url_in(tmp_path), 1)
+        read_weights(url_in(tmp_path), "raw")
 
 
 @pytest.mark.parametrize(
@@ -363,12 +365,37 @@ def test_a_tool_ends_with_74_for_damage_and_with_2_for_a_folder_without_a_checkp
     assert words in capsys.readouterr().err
 
 
+def test_an_export_reads_each_file_once_and_says_where_it_comes_from(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = checkpoints_in(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        save(checkpoints, engine, config, step)
+    (tmp_path / "config.yaml").write_text(as_yaml(config))
+    requested: dict[str, int] = {}
+    read = Store.read
+
+    def counting(self: Store, name: str, begin: int | None = None, end: int | None = None) -> bytes:
+        data = read(self, name, begin, end)
+        requested[name] = requested.get(name, 0) + len(data)
+        return data
+
+    monkeypatch.setattr(Store, "read", counting)
+    arguments = ["--run", str(tmp_path), "--weights", "avg", "--last", "2", "--to", str(tmp_path / "exported")]
+    assert export.main(arguments) == 0
+    origin = load_exported(tmp_path / "exported").origin
+    assert (origin.step, origin.checkpoints, origin.data_digest) == (3, 2, "d")
+    files = {name: size for name, size in Store(url_in(tmp_path), 1.0).walk().items() if name.endswith(".safetensors")}
+    found = {name: size for name, size in requested.items() if name.endswith(".safetensors")}
+    assert found == {name: size for name, size in files.items() if not name.startswith("step-000000001")}
+
+
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     path = tmp_path / "checkpoints/step-000000001/manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
     with pytest.raises(CheckpointError, match="checkpoint format 7 and this version of the trainer reads 2"):
-        intact(url_in(tmp_path), 1)
+        read_weights(url_in(tmp_path), "raw")
 
 
 def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
@@ -381,14 +408,14 @@ def test_the_mean_of_the_last_checkpoints_is_that_of_their_weights(
             parameter.fill_(value)
         save(checkpoints, engine, config, step)
     for count, mean in ((1, 3.0), (2, 2.0), (5, 13 / 3)):
-        weights = read_weights(*intact(url_in(tmp_path), count), "avg")
+        weights = read_weights(url_in(tmp_path), "avg", last=count).state
         torch.testing.assert_close(weights[name], torch.full_like(parameter, mean).detach())
 
 
 def test_an_average_that_was_not_kept_is_refused(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     with pytest.raises(UsageError, match=r"optimizer.ema_decay was 0"):
-        read_weights(*intact(url_in(tmp_path), 1), "ema")
+        read_weights(url_in(tmp_path), "ema")
 
 
 def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Path) -> None:
@@ -413,11 +440,10 @@ def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Pa
     for wait in range(20):
         time.sleep(0.003 * wait)
         process.send_signal(signal.SIGSTOP)  # as if killed here: what is on the disk now is what a restart finds
-        store, (checkpoint,) = intact(url_in(tmp_path), 1)
-        assert read_weights(store, [checkpoint], "raw")
-        assert len(list_complete(store)) >= 1
+        assert read_weights(url_in(tmp_path), "raw").state
+        assert len(list_complete(Store(url_in(tmp_path), 1.0))) >= 1
         process.send_signal(signal.SIGCONT)
     process.kill()
     process.wait()
     os.sync()
-    assert intact(url_in(tmp_path), 1)[1][0].step >= 1
+    assert read_weights(url_in(tmp_path), "raw").checkpoints[0].step >= 1

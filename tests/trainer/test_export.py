@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from models.likelihood import MixtureOutput, nats
 from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.support.tiny_model import random_images
 from trainer import export as export_tool
+from trainer.checkpoint import Checkpoint, Weights
 from trainer.config import RunConfig, as_yaml, load_config
 from trainer.engine import TorchEngine
 from trainer.errors import CheckpointError, UsageError
@@ -224,10 +224,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files.folder.mkdir()
     files.write_state(mlflow_run_id="0123")
     files.config.write_text(as_yaml(config_of()))
-    trained = TrainedModel(new_model(), card_of(config_of()), "quickstart", 7, "raw", files, torch.device("cpu"))
-    checkpoint = SimpleNamespace(step=7, data_digest="digest of the data")
-    monkeypatch.setattr(export_tool, "load_trained_model", lambda *_: trained)
-    monkeypatch.setattr(export_tool, "intact", lambda url, count: (None, [checkpoint] * count))
+    checkpoint = Checkpoint(7, 7, 56, None, {}, "digest of the data", [])
+
+    def load(run_dir: str, weights: Weights, last: int) -> TrainedModel:
+        used = (checkpoint,) * (last if weights == "avg" else 1)
+        card = card_of(config_of())
+        return TrainedModel(new_model(), card, "quickstart", 7, weights, files, torch.device("cpu"), used)
+
+    monkeypatch.setattr(export_tool, "load_trained_model", load)
     return files.folder
 
 

@@ -13,7 +13,8 @@ import torch
 from models.image_transformer import ImageTransformer, num_parameters
 from models.likelihood import nats
 from tests.support.launch import QUICKSTART, ROOT, free_port
-from tests.support.measure_memory import CASES, LARGE_BYTES, config_of
+from tests.support.mapped_memory import LARGE_BYTES
+from tests.support.measure_memory import CASES, config_of
 from tests.support.tiny_model import BLOCKS, CONDITIONS, HEADS, PATTERNS, random_conditions, random_images, tiny_config
 from trainer.config import RunConfig, load_config
 from trainer.memory import _traced_peak, activation_bytes, reduce_bucket_elements, state_bytes

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import sabotage
 from tests.support.launch import curve, finish, settings, start, train
-from trainer.checkpoint import intact
+from trainer.checkpoint import read_weights
 from trainer.faults.replicas import _describe
 
 HOST = os.uname().nodename
@@ -27,7 +27,7 @@ def test_one_flipped_bit_of_one_rank_ends_the_run_with_its_name_before_the_next_
     state = json.loads((tmp_path / "run/run_state.json").read_text())
     assert (state["state"], state["code"], state["step"]) == ("failed", 79, 8)
     assert os.listdir(tmp_path / "run/checkpoints") == ["step-000000004"]
-    assert intact(str(tmp_path / "run/checkpoints"), 1)[1][0].step == 4
+    assert read_weights(str(tmp_path / "run/checkpoints"), "raw").checkpoints[0].step == 4
     assert "going on from step-000000004" in train(arguments)
     assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 13))
 
@@ -38,7 +38,7 @@ def test_a_stuck_bit_is_found_although_every_update_writes_over_it(tmp_path: Pat
     assert code == 79, text
     assert f"error: rank 0 on {HOST} and rank 1 on {HOST} hold different values of {sabotage.TENSOR}" in text
     assert "no majority says which are right" in text
-    assert intact(str(tmp_path / "run/checkpoints"), 1)[1][0].step == 4
+    assert read_weights(str(tmp_path / "run/checkpoints"), "raw").checkpoints[0].step == 4
 
 
 @pytest.mark.parametrize(

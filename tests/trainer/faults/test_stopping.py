@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.launch import finish, settings, start, train, wait_for_step
 from tests.support.s3_server import S3Server
-from trainer.checkpoint import intact
+from trainer.checkpoint import read_weights
 from trainer.faults.preemption import SAME_REQUEST_SECONDS
 
 LONG = 100_000
@@ -35,7 +35,7 @@ def test_a_signal_to_all_ranks_in_the_middle_of_anything_ends_with_one_checkpoin
     assert "Traceback" not in text
     state = json.loads((run_dir / "run_state.json").read_text())
     assert (state["state"], state["reason"]) == ("stopped", "received a signal")
-    assert intact(str(run_dir / "checkpoints"), 1)[1][0].step == state["step"]
+    assert read_weights(str(run_dir / "checkpoints"), "raw").checkpoints[0].step == state["step"]
 
 
 def test_a_second_signal_ends_a_save_that_takes_too_long_and_the_last_checkpoint_is_good(

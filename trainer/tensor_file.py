@@ -1,0 +1,129 @@
+"""How do tensors get into a safetensors file and out of it, in one pass over its bytes, with their checksum?
+
+The safetensors library makes a file's content as one object in memory, and copies each tensor out of such an object
+when it reads. A rank's share of a checkpoint is too large for that. Here tensors are written from where they lie, and
+what was read is not copied again. The bytes are the library's: any reader takes them, and nothing in them can execute.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: for each name the type, the shape and
+where its bytes begin and end behind the header; spaces up to a multiple of 8), and the tensors in the order of their
+names.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypedDict
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from data_pipeline.storage import PIECE_BYTES, Store
+from trainer.errors import CheckpointError
+
+REQUEST_BYTES = 16 * PIECE_BYTES
+"""How much is asked of the store at once: beside the tensors, a reader holds this much in memory."""
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+def write_tensors(store: Store, folder: str, name: str, tensors: dict[str, Tensor]) -> FileEntry:
+    """Write contiguous fp32 tensors of the host as one file of a folder. Raises DataError.
+
+    No second copy of them is made.
+    """
+    checksum = hashlib.sha256()
+
+    def pieces() -> Iterator[memoryview]:
+        nonlocal checksum
+        checksum = hashlib.sha256()  # the store may begin again
+        for piece in _pieces(tensors):
+            checksum.update(piece)
+            yield piece
+
+    size = store.write_pieces(f"{folder}/{name}", pieces)
+    return {"name": name, "bytes": size, "sha256": checksum.hexdigest()}
+
+
+def read_tensors(store: Store, folder: str, entry: FileEntry) -> dict[str, Tensor] | None:
+    """The fp32 tensors of a file by name, in the file's order; None if it is missing or not the file of that entry.
+
+    They share one memory, of the file's size. Raises DataError, and CheckpointError for a file that is the right one
+    and holds something else than fp32 tensors.
+    """
+    path, size = f"{folder}/{entry['name']}", entry["bytes"]
+    if not store.exists(path) or store.size(path) != size:
+        return None
+    content, checksum = bytearray(size), hashlib.sha256()
+    for begin in range(0, size, REQUEST_BYTES):
+        end = min(begin + REQUEST_BYTES, size)
+        content[begin:end] = store.read(path, begin, end)
+        checksum.update(memoryview(content)[begin:end])
+    if checksum.hexdigest() != entry["sha256"]:
+        return None
+    try:
+        return dict(_views(content))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{store.url_of(path)}: is not a safetensors file of fp32 tensors ({error})") from error
+
+
+def write_small_file(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A file of tensors of any type that is not part of a checkpoint. Raises OSError."""
+    path.write_bytes(safetensors.torch.save(tensors))
+
+
+def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
+    """A file's content, in pieces small enough that a checksum finds them in the processor's cache."""
+    header: dict[str, Any] = {}
+    begin = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous() and tensor.device.type == "cpu", name
+        end = begin + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in sorted(tensors):
+        raw = tensors[name].detach().view(-1).view(torch.uint8).numpy()
+        for offset in range(0, len(raw), PIECE_BYTES):
+            yield raw[offset : offset + PIECE_BYTES].data
+
+
+def _views(content: bytearray) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor in a file's content, without a copy. Raises ValueError, TypeError, KeyError or RecursionError."""
+    if len(content) < 8:
+        raise ValueError("it is too short")
+    data = 8 + int.from_bytes(content[:8], "little")
+    if data > len(content):
+        raise ValueError("its header is longer than the file")
+    header = json.loads(content[8:data])
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    expected = 0
+    for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (begin, end), shape = about["data_offsets"], about["shape"]
+        sizes = [begin, end, *shape]
+        if about["dtype"] != "F32" or not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError(f"{name} is not an fp32 tensor")
+        count = math.prod(shape)
+        # Each byte belongs to one tensor, so that a file holds what it seems to hold and no more.
+        if begin != expected or end != begin + 4 * count or data + end > len(content):
+            raise ValueError(f"{name} is not where it should be")
+        expected = end
+        flat = torch.empty(0)  # what frombuffer does not make
+        if count:
+            flat = torch.frombuffer(content, dtype=torch.float32, count=count, offset=data + begin)
+        yield name, flat.view(shape)
+    if data + expected != len(content):
+        raise ValueError("it holds more than its tensors")
