@@ -192,6 +192,7 @@ def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path
         splits,
         train__steps=LONG,
         optimizer__schedule__kind="wsd",
+        optimizer__schedule__decay_steps=0,
         optimizer__schedule__warmup_steps=0,
         optimizer__peak_lr=1e30,
         limits__skipped_updates=3,
