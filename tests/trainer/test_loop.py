@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.support.training_job import VALIDATION_IMAGES, BrokenEngine, config_of, job_of, new_model, pictures
-from trainer.checkpoint import intact
+from trainer.checkpoint import Checkpoint, read_weights
 from trainer.config import RunConfig
 from trainer.engine import TorchEngine
 from trainer.errors import Diverged, Superseded
@@ -52,6 +52,11 @@ def same(some: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     return some.keys() == others.keys() and all(torch.equal(some[name], others[name]) for name in some)
 
 
+def saved_in(folder: Path, last: int = 1) -> tuple[Checkpoint, ...]:
+    """The undamaged checkpoints of a run, newest first, so many at most."""
+    return read_weights(str(folder / "checkpoints"), "avg", last).checkpoints
+
+
 def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/manifest.json"))
 
@@ -70,7 +75,7 @@ def test_twenty_steps_give_the_losses_that_were_recorded(tmp_path: Path) -> None
     assert rates[:5] == pytest.approx([0.0008, 0.0016, 0.0024, 0.0032, 0.004])
     assert rates[-1] == pytest.approx(0.05 * 0.004)
     assert not recorded.events
-    checkpoint = intact(str(tmp_path / "checkpoints"), 1)[1][0]
+    checkpoint = saved_in(tmp_path)[0]
     assert (checkpoint.step, checkpoint.updates, checkpoint.samples) == (20, 20, 160)
     assert checkpoint.bits_per_dim == recorded.curve("val/bits_per_dim")[-1][1]
 
@@ -93,7 +98,7 @@ def test_a_gradient_that_is_not_finite_skips_one_update_and_training_goes_on(tmp
         "step-000000003-rank-00000-0.safetensors", "step-000000003-rank-00000-1.safetensors"
     ]  # fmt: skip
     assert checkpoint_steps(tmp_path) == [5]  # that of step 3 is left out: the last ones stay for going back
-    assert intact(str(tmp_path / "checkpoints"), 1)[1][0].updates == 4
+    assert saved_in(tmp_path)[0].updates == 4
 
 
 def test_a_loss_that_is_not_finite_names_the_rank_and_keeps_the_batch(tmp_path: Path) -> None:
@@ -114,14 +119,16 @@ def test_a_requested_stop_leaves_a_checkpoint_from_which_the_same_losses_follow(
     job, _ = job_of(config, stop=lambda: state.step == 7)
     assert not train(job, state)
     assert (state.step, state.samples) == (7, 56)
-    (checkpoint,) = intact(str(tmp_path / "checkpoints"), 1)[1]
+    (checkpoint,) = saved_in(tmp_path)
     assert (checkpoint.step, checkpoint.updates, checkpoint.samples) == (7, 7, 56)
     assert checkpoint.bits_per_dim is None
 
     torch.manual_seed(99)  # other first weights, which loading must replace
     engine = TorchEngine(new_model(config), config)
     job, recorded = job_of(config, engine, consumed=checkpoint.samples)
-    job.checkpoints.load(engine, checkpoint)
+    loaded = job.checkpoints.newest(print)
+    assert loaded is not None
+    loaded.put_into(engine)
     assert train(job, TrainingState(checkpoint.step, checkpoint.updates, checkpoint.samples))
     assert [value for _, value in recorded.curve("train/bits_per_dim")] == pytest.approx(LOSSES[7:], abs=1e-5)
     assert [step for step, _ in recorded.curve("val/bits_per_dim")] == [20]  # no first evaluation once more
@@ -131,12 +138,12 @@ def test_a_stop_in_the_last_evaluation_leaves_the_score_to_the_next_attempt(tmp_
     config, state = config_of(tmp_path, train__steps=3), TrainingState()
     job, _ = job_of(config, stop=lambda: state.step == 3)
     assert not train(job, state)
-    (checkpoint,) = intact(str(tmp_path / "checkpoints"), 1)[1]
+    (checkpoint,) = saved_in(tmp_path)
     assert (checkpoint.step, checkpoint.bits_per_dim) == (3, None)
     job, recorded = job_of(config, job.engine, consumed=24)
     assert train(job, state)
     assert not recorded.curve("train/bits_per_dim")
-    (checkpoint,) = intact(str(tmp_path / "checkpoints"), 1)[1]
+    (checkpoint,) = saved_in(tmp_path)
     assert recorded.curve("val/bits_per_dim") == [(3, checkpoint.bits_per_dim)]
 
 
@@ -203,7 +210,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_leaves_a_checkpoint_without_a_sco
     assert state.step == 5
     assert next(asked, None) is None
     assert recorded.curve("val/bits_per_dim") == [(0, pytest.approx(VALIDATION[0][1], abs=1e-5))]
-    (checkpoint,) = intact(str(tmp_path / "checkpoints"), 5)[1]
+    (checkpoint,) = saved_in(tmp_path, 5)
     assert (checkpoint.step, checkpoint.bits_per_dim) == (5, None)
 
 
