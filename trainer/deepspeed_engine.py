@@ -1,4 +1,4 @@
-"""How does our config become a DeepSpeed engine, and which of DeepSpeed's traps are worked round?"""
+"""How does our config become a DeepSpeed engine, and how are DeepSpeed's traps avoided?"""
 
 import importlib
 import logging
@@ -50,7 +50,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_optimization": {
             "stage": train.zero_stage,
             "overlap_comm": on_gpu and train.zero_stage >= 2,
-            # DeepSpeed's default allocates gigabytes for a small model, too.
+            # DeepSpeed's default allocates gigabytes even for a small model.
             "reduce_bucket_size": reduce_bucket_elements(num_parameters(config.model)),
         },
     }
@@ -61,12 +61,12 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
                 {"nvme_path": where.dir} if isinstance(where, NvmeOffload) else {}
             )
             if what == "offload_optimizer" and where.kind == "nvme":
-                # Of a tensor there are its weights, its gradient, two moments and the average, where one is kept.
+                # One buffer each for the weights, the gradient, two moments and, if one is kept, the average.
                 dictionary["zero_optimization"][what]["buffer_count"] = 5 if config.optimizer.ema_decay else 4
-            # torch's fused AdamW, as everywhere; DeepSpeed's own one is compiled at the first start.
+            # We use torch's fused AdamW, as everywhere; DeepSpeed would compile its own one at the first start.
             dictionary["zero_force_ds_cpu_optimizer"] = False
     if isinstance(config.optimizer, Muon):
-        dictionary["zero_optimization"]["reduce_scatter"] = False  # stage 3 wants it so: matrices are reduced whole
+        dictionary["zero_optimization"]["reduce_scatter"] = False  # stage 3 requires this: matrices are reduced whole
     if train.precision == "bf16":
         # Micro-batch gradients are added in fp32: in bf16, 8 bits of mantissa lose the small ones.
         dictionary |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -90,7 +90,7 @@ def accumulation_steps(config: RunConfig, world_size: int) -> int:
 
 
 def check_offloading(config: RunConfig) -> None:
-    """Raise ConfigError where something is offloaded to NVMe and DeepSpeed cannot build its code for that."""
+    """Raise ConfigError if something is offloaded to NVMe and DeepSpeed cannot build its code for that here."""
     train = config.train
     offloaded = {"offload_optimizer": train.offload_optimizer, "offload_parameters": train.offload_parameters}
     where = [f"train.{name}" for name, place in offloaded.items() if place.kind == "nvme"]
@@ -115,21 +115,21 @@ def check_offloading(config: RunConfig) -> None:
 def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
     """Join the other ranks and return this rank's device; after `timeout_seconds` without an answer, raise.
 
-    Works round three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given, so a lost rank would
-    be noticed after 30 minutes. On CPU it compiles an inference operator at start, which takes minutes, which
-    training never uses, and which waits for ever on the lock of a build that was killed. And it logs each step of it.
+    Avoids three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given: a lost rank would be
+    noticed only after 30 minutes. On a CPU it compiles an inference operator at start. That takes minutes, training
+    never uses it, and it waits for ever on the lock of a build that was killed. And all of this is logged.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # torch's own deprecations inside DeepSpeed's collectives: nothing that a user of the trainer can act on.
+    # DeepSpeed's collectives use deprecated parts of torch. A user of the trainer can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
-    # By its full name: `import deepspeed.comm.torch as ...` yields torch itself, which that package re-exports.
+    # Not `import deepspeed.comm.torch as ...`: that yields torch itself, which the package re-exports.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     timeout = timedelta(seconds=timeout_seconds)
     backend.TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
     get_accelerator().set_device(local_rank)
     if get_accelerator().device_name() == "cpu":
         backend.build_shm_op = lambda: None
-        # What Muon computes: compiled, the first step of a small model takes a minute.
+        # Muon's arithmetic is not compiled: that would take a minute in the first step even of a small model.
         compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
         compiler.compile = lambda: lambda function: function
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
@@ -139,10 +139,10 @@ def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
 def build_muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
     """DeepSpeed's Muon on the matrices of the layers and AdamW on the rest, both with decoupled weight decay.
 
-    A plain optimizer would see ZeRO's flat shards. DeepSpeed puts matrices together, orthogonalises, and hands the
-    optimizer its share of the update, for parameters that have the attribute `use_muon`.
+    A plain optimizer would see ZeRO's flat shards. For parameters with the attribute `use_muon` DeepSpeed puts the
+    matrices together, orthogonalises their updates, and hands the optimizer its share of each.
     """
-    # By its full name, when it is needed: with it, DeepSpeed loads torch's compiler.
+    # Imported only when it is needed, because it loads torch's compiler.
     muon: Any = importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     orthogonalised: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -172,7 +172,7 @@ def build_muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
 
 
 class DeepSpeedEngine:
-    """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: it fits any stage and world size."""
+    """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: they fit any stage and world size."""
 
     def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
         """Collective. Raises ConfigError for a precision that this kind of device does not compute."""
@@ -223,7 +223,7 @@ class DeepSpeedEngine:
         return Update("rescaled" if searching else "skipped", norm)
 
     def _update_unsharded(self) -> Update:
-        """Stage 0, where DeepSpeed neither tells the norm nor leaves out an update that would destroy the weights."""
+        """Stage 0: DeepSpeed does not tell the norm and does not skip an update that would destroy the weights."""
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
@@ -258,7 +258,7 @@ class DeepSpeedEngine:
             parameter = parameters[name]
             state = {key: value.to(self.device) for key, value in state.items()}
             weight = state.pop("weight")
-            # The weights that the model computes with; `safe_set_full_fp32_param` touches the master copy alone.
+            # These are the weights that the model computes with; `safe_set_full_fp32_param` sets only the master copy.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                 parameter.copy_(weight)
             if self._sharded:
@@ -273,11 +273,11 @@ class DeepSpeedEngine:
                 stored["step"].fill_(updates)
 
     def _moments(self, name: str) -> list[str]:
-        """Names of the optimizer's tensors of a parameter; there are none before the first update."""
+        """Names of the optimizer's tensors of a parameter; none before the first update."""
         return self._state_names[name] if any(self._optimizer.state.values()) else []
 
     def _create_optimizer_state(self) -> None:
-        """One update on a blank image at learning rate 0: DeepSpeed makes optimizer state in its first update only."""
+        """Update once on a blank image at learning rate 0: DeepSpeed creates optimizer state only then."""
         for _ in range(self.accumulation_steps):
             self.backward(self.forward(*self._blank).sum() * 0.0)
         self.update(0.0)
@@ -286,7 +286,7 @@ class DeepSpeedEngine:
     def _link_optimizer_state(self) -> None:
         """Let the `safe_*` functions find the optimizer state of every parameter group.
 
-        DeepSpeed 0.19 maps all groups after the update of the first one, when the others have no state yet.
+        DeepSpeed 0.19 links all groups right after the first group's update, when the others have no state yet.
         """
         zero = self._engine.optimizer
         if hasattr(zero, "_hp_optimizer_states_linked"):

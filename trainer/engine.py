@@ -61,11 +61,11 @@ class Engine(Protocol):
         ...
 
     def replicas(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights of which every rank computes with a full copy of its own; none under ZeRO-3."""
+        """The weights of which every rank holds and uses a full copy; none under ZeRO-3."""
         ...
 
     def state(self) -> Iterator[tuple[str, State]]:
-        """Every parameter's name and full state, gathered one at a time; collective."""
+        """The name and full state of every parameter, gathered one at a time; collective."""
         ...
 
     def load_state(self, states: Iterable[tuple[str, State]], updates: int) -> None:

@@ -31,7 +31,7 @@ from trainer.startup import Start, check_fits, count_start
 from trainer.training_samples import draw_grid
 
 COLLECTIVE_TIMEOUT_SECONDS = 600.0
-"""The last resort, behind the watchdog's shorter limits: a rank that does not join a collective for so long is lost."""
+"""A rank that does not join a collective for so long is lost. A last resort: the watchdog's limits are shorter."""
 
 
 def share_cores(ranks: Ranks) -> None:
@@ -41,7 +41,7 @@ def share_cores(ranks: Ranks) -> None:
 
 
 def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
-    """Meet the other ranks; returns what watches over all of them from now on, and this rank's device.
+    """Meet the other ranks; returns the watchdog over all of them and this rank's device.
 
     Raises LostRank, naming those that did not come.
     """
@@ -52,7 +52,7 @@ def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
     ranks, limits = start.ranks, start.config.limits
     stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
     watchdog = Watchdog(limits, ranks, stacks, record_hang)
-    # Half of the limit: the rest of the start needs time, too.
+    # Half of the limit, because the rest of the start needs time as well.
     with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, limits.startup_seconds / 2)) as absent:
         if absent:
             watchdog.close()
@@ -97,14 +97,14 @@ def newest_checkpoint(
 
 
 def begin_from(source: Path, engine: DeepSpeedEngine, config: RunConfig) -> dict[str, str]:
-    """Give the engine exported weights in place of its first ones; returns what is recorded of them."""
+    """Give the engine exported weights in place of its first ones; returns what is recorded about them."""
     exported = load_first_weights(source, config)
     engine.load_state(first_states(exported, config), updates=0)
     return origin_tags(source, exported)
 
 
 def start_tracker(start: Start, origin: dict[str, str]) -> Tracker | NoTracker:
-    """What records the run, in its folder and in MLflow; `origin` is what is recorded of its first weights."""
+    """Begin to record the run in its folder and in MLflow; `origin` is what is recorded about its first weights."""
     config, ranks = start.config, start.ranks
     return open_tracker(
         config,
@@ -204,7 +204,7 @@ def training_batches(start: Start, consumed_samples: int, damaged: DamagedBlocks
 
 
 def step_profiler(start: Start, files: RunFiles, device: torch.device) -> StepProfiler:
-    """What writes the trace that was asked for, and counts operations in it."""
+    """The profiler that writes the trace asked for with `--profile`; without that it does nothing."""
     config = start.config
     flops = flops_by_part(
         config.model,
@@ -224,7 +224,7 @@ def step_profiler(start: Start, files: RunFiles, device: torch.device) -> StepPr
 def validate(
     start: Start, engine: DeepSpeedEngine, stop: StopRequest, watchdog: Watchdog, images: int | None
 ) -> dict[str, float]:
-    """Score so many validation images (None: all) with the engine's weights; raises Interrupted. Collective."""
+    """Score this many validation images (None: all) with the engine's weights. Collective. Raises Interrupted."""
     config, ranks, count = start.config, start.ranks, start.validation_shards.count
     engine.train(False)
     batches = evaluation_batches(
@@ -243,14 +243,14 @@ def validate(
 def draw_samples(
     start: Start, engine: DeepSpeedEngine, tracker: Tracker | NoTracker, watchdog: Watchdog, step: int
 ) -> None:
-    """Draw a grid of images after so many steps and record it; collective."""
+    """Draw a grid of images and record it at this step; collective."""
     grid = draw_grid(engine, start.config, start.ranks, engine.device, start.validation_shards, watchdog.alive)
     if grid is not None:
         tracker.log_image(step, "samples", grid)
 
 
 def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
-    """The error, or the failure of another rank that caused it; tells the other ranks of an error of this one."""
+    """The error, or the failure of another rank that caused it. An error of this rank's own is told to the others."""
     code = code_of(error)
     # An unclassified RuntimeError usually means that a peer left a collective.
     collective = isinstance(error, RuntimeError) and not is_foreseen(error)
@@ -264,7 +264,7 @@ def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
 def record_failure(
     error: Exception, start: Start, files: RunFiles, tracker: Tracker | NoTracker | None, state: TrainingState
 ) -> None:
-    """Record why the attempt failed. One that was superseded writes nothing: the folder is another's now."""
+    """Record why the attempt failed. If it was superseded, write nothing: the folder belongs to the newer attempt."""
     if isinstance(error, Superseded):
         return
     if tracker is not None:

@@ -35,7 +35,7 @@ from trainer.tensor_file import write_small_file
 log = logging.getLogger(__name__)
 
 SAVED_SKIPPED_BATCHES = 10
-"""Batches of skipped updates that an attempt keeps for a look at them."""
+"""So many skipped updates of an attempt leave their batches in the run's folder, where somebody can look at them."""
 
 
 class Interrupted(Exception):
@@ -63,13 +63,13 @@ class Job:
     engine: Engine
     batches: Iterator[Batch]
     damaged_blocks: DamagedBlocks | None
-    """Those of the training data that were replaced; None when the config allows none. The same on every rank."""
+    """Damaged blocks of the training data that were replaced, the same on every rank; None if none are allowed."""
     images_per_epoch: int
     data_digest: str
     evaluate: Callable[[int | None], dict[str, float]]
-    """Scores so many validation images (None: all); raises Interrupted. Collective."""
+    """Scores this many validation images (None: all). Collective. Raises Interrupted."""
     draw_samples: Callable[[int], None]
-    """Draws a grid of images after so many steps and records it. Collective."""
+    """Draws a grid of images and records it at the given step. Collective."""
     checkpoints: Checkpoints
     files: RunFiles
     tracker: Tracker | NoTracker
@@ -82,7 +82,7 @@ class Job:
 
 
 def train(job: Job, state: TrainingState) -> bool:
-    """Train on from `state`, which is kept current. True at the end, False after a requested stop.
+    """Train from `state` on and keep it current. Returns True at the end, False after a requested stop.
 
     Raises DataError when training data cannot be read, Diverged when gradients stay non-finite, Superseded when a newer
     attempt has taken over, CheckpointError when checkpoints cannot be written any more.
@@ -139,7 +139,10 @@ def train(job: Job, state: TrainingState) -> bool:
 
 
 def interruptible(batches: Iterator[Batch], stop: StopRequest, watchdog: Watchdog) -> Iterator[Batch]:
-    """The batches of an evaluation, of which every rank has the same number; raises Interrupted when all shall stop."""
+    """Yield the batches of an evaluation; raises Interrupted when all ranks shall stop.
+
+    Every rank must have the same number of batches: before each one the ranks agree whether to stop.
+    """
     watchdog.phase("step")
     for batch in batches:
         if stop.agreed().stop:
@@ -149,7 +152,7 @@ def interruptible(batches: Iterator[Batch], stop: StopRequest, watchdog: Watchdo
 
 
 def micro_step(engine: Engine, config: RunConfig, batch: Batch, meter: Meter) -> Tensor:
-    """One micro-batch forward and backward; its mean loss in nats per sub-pixel."""
+    """Run one micro-batch forward and backward; returns its mean loss in nats per sub-pixel."""
     with meter.section("data"):
         batch = batch.to(engine.device)  # uint8 until here: a quarter of the copy
     with meter.section("forward"):
@@ -165,9 +168,9 @@ def micro_step(engine: Engine, config: RunConfig, batch: Batch, meter: Meter) ->
 def _count_update(
     job: Job, state: TrainingState, skips: SkipCounter, update: Update, micro_batches: list[tuple[Batch, Tensor]]
 ) -> None:
-    """Count the update, or say why it was skipped and go back to a checkpoint where that is due.
+    """Count the update. If it was skipped, say why, and go back to a checkpoint if that is due.
 
-    `micro_batches` are this rank's, with their losses. Raises Diverged.
+    `micro_batches` are those of this rank, with their losses. Raises Diverged if skipping does not help.
     """
     if update.outcome == "applied":
         state.updates += 1
@@ -209,7 +212,7 @@ def _count_update(
 
 
 def _keep_batches(job: Job, step: int, batches: list[Batch]) -> None:
-    """Put suspicious micro-batches of this rank into the run's folder, for a look at them."""
+    """Write suspicious micro-batches of this rank into the run's folder, where somebody can look at them."""
     folder = job.files.folder / "skipped"
     for index, batch in enumerate(batches):
         tensors = {"images": batch.images.cpu()} | ({} if batch.labels is None else {"labels": batch.labels.cpu()})
@@ -252,7 +255,7 @@ def _log(
 
 
 def _count_damaged_blocks(job: Job, state: TrainingState, damaged: DamagedBlocks) -> int:
-    """How many different blocks all ranks have met; what is new becomes an event. Collective.
+    """How many different damaged blocks all ranks have met. Each new one becomes an event. Collective.
 
     Raises DataError on all ranks when there are more than the config allows.
     """
@@ -264,7 +267,7 @@ def _count_damaged_blocks(job: Job, state: TrainingState, damaged: DamagedBlocks
 
 
 def _name_stragglers(job: Job, state: TrainingState, slow: dict[int, float], hosts: list[str]) -> None:
-    """Say which ranks hold the others up; `slow` says how many times the median each takes."""
+    """Report the ranks that hold the others up. `slow` holds the time of each as a multiple of the median."""
     for rank, ratio in slow.items():
         text = (
             f"step {state.step}: rank {rank} on {hosts[rank]} holds the others up: for {SLOW_POINTS} points of the "
@@ -296,7 +299,7 @@ def _save(job: Job, state: TrainingState, bits_per_dim: float | None) -> None:
 
 
 def _agree(job: Job, state: TrainingState, skips: SkipCounter) -> bool:
-    """Finish a checkpoint that all ranks have written; whether all of them shall stop. Raises Superseded."""
+    """Complete a checkpoint that all ranks have written. Returns whether all ranks shall stop. Raises Superseded."""
     agreed = job.stop.agreed(superseded=job.superseded(), checkpoint_written=job.checkpoints.is_written())
     if agreed.superseded:
         raise Superseded(f"{job.files.folder}: a newer attempt at this run has taken over; this one ends unsaved")

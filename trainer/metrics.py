@@ -75,13 +75,13 @@ def work_of(config: RunConfig, world_size: int, device: torch.device) -> Work:
 
 
 class Meter:
-    """Averages over the steps since the last point; the only synchronisation with the device is in `reduce`."""
+    """Takes means over the steps since the last point. Only `reduce` waits for the device."""
 
     def __init__(self, device: torch.device, work: Work | None = None) -> None:
         self._device, self._work = device, work
         self._loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum of losses, micro-batches
         self.own_seconds_of_rank: list[float] = []
-        """What each rank spent on its own before the last point: waiting for data, and in forward passes."""
+        """Seconds that each rank spent on its own before the last point: waiting for data, and in forward passes."""
         self._started = time.perf_counter()
         self._begin_interval()
 
@@ -103,10 +103,6 @@ class Meter:
             yield
             self._section_seconds[name] += time.perf_counter() - began
 
-    def waited(self, since: float) -> None:
-        """Count the time since `since` (perf_counter) as waiting for data."""
-        self._section_seconds["data"] += time.perf_counter() - since
-
     def add(self, loss: Tensor) -> None:
         """Add one micro-batch's mean loss, in nats per sub-pixel."""
         self._loss += torch.stack([loss.detach().double(), torch.ones_like(loss, dtype=torch.float64)])
@@ -118,7 +114,7 @@ class Meter:
         self._seconds += time.perf_counter() - self._started
 
     def reduce(self) -> dict[str, float]:
-        """The means since the last call, and start anew; collective."""
+        """Return the means since the last call and begin a new interval; collective."""
         if self._events:
             self._events[-1][2].synchronize()
         for name, begin, end in self._events:
@@ -148,7 +144,7 @@ class Meter:
     def _agree(self) -> tuple[float, float, float]:
         """Sum of losses, number of micro-batches and largest memory of all ranks, in one reduction.
 
-        Brings `own_seconds_of_rank` along.
+        The same reduction brings `own_seconds_of_rank`.
         """
         initialized = torch.distributed.is_initialized()
         rank, world_size = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if initialized else (0, 1)

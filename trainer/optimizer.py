@@ -32,13 +32,15 @@ def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
 
 
 def is_orthogonalised(name: str, parameter: nn.Parameter) -> bool:
-    """Whether `optimizer.name: muon` updates a parameter of this name by Muon: the matrices of layers, not embeddings
-    and the head, whose rows are vectors of their own."""
+    """Whether `optimizer.name: muon` uses Muon for a parameter of this name: for the matrices of layers.
+
+    Not for embeddings and the head: their rows are separate vectors.
+    """
     return "layers." in name and parameter.ndim == 2
 
 
 def state_names(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> list[str]:
-    """Names of the optimizer's tensors of a parameter that has its full shape."""
+    """Names of the optimizer's tensors that have the full shape of a parameter."""
     orthogonalised = isinstance(config, Muon) and is_orthogonalised(name, parameter)
     moments = ["momentum_buffer"] if orthogonalised else ["exp_avg", "exp_avg_sq"]
     return moments + (["ema"] if config.ema_decay else [])
@@ -71,9 +73,9 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
 def keep_ema(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Keep an exponential moving average of every weight beside Adam's moments, as the state `ema`.
 
-    ZeRO hands the optimizer its fp32 shards, so the average is fp32 and sharded like them, at every stage, and is
-    updated exactly when the weights are (an update that DeepSpeed skips does not reach the optimizer). Starts at the
-    weights after the first update, as torch's AveragedModel does.
+    ZeRO hands the optimizer its fp32 shards, so at every stage the average is fp32 and sharded like them. It is updated
+    exactly when the weights are: an update that DeepSpeed skips does not reach the optimizer. It starts at the weights
+    after the first update, as torch's AveragedModel does.
     """
 
     def update(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:

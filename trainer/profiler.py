@@ -4,8 +4,8 @@
 chrome://tracing or ui.perfetto.dev, a table of the operators that took longest, and one of the floating-point
 operations of each part of the model with what was achieved of them in a second.
 
-The operations are the model's own exact count: counters that watch operators, such as DeepSpeed's flops profiler, take
-local attention for dense, or miss it in a fused kernel.
+The operations are the model's own exact count. Counters that watch operators, such as DeepSpeed's flops profiler, count
+local attention as dense, or do not see it in a fused kernel.
 """
 
 import time
@@ -54,7 +54,7 @@ class StepProfiler:
         flops: Mapping[str, Flops],
         images_per_update: float,
     ) -> None:
-        """`flops` are those of the model's parts for one image, `images_per_update` those of this rank."""
+        """`flops` are those of each part of the model for one image; `images_per_update` are those of this rank."""
         self._window = window if rank == 0 else None
         self._folder = folder
         self._on_gpu = device.type == "cuda"
@@ -66,7 +66,7 @@ class StepProfiler:
         """What was written: the trace and the tables."""
 
     def step(self, done: int) -> dict[str, float]:
-        """Call before every update with the number of updates done; metrics of the window where it has just ended."""
+        """Call before every update, with the number of updates done. Returns metrics if a window has just ended."""
         if self._window is None:
             return {}
         first, end = self._window.first, self._window.first + self._window.count
@@ -77,7 +77,7 @@ class StepProfiler:
         return {}
 
     def close(self, done: int) -> dict[str, float]:
-        """Call after the last update; the same as `step` for a window that reaches beyond it."""
+        """Call after the last update: ends a window that reaches beyond it, and returns its metrics."""
         return self._finish(done) if self._running else {}
 
     def _start(self, done: int) -> None:
@@ -91,7 +91,7 @@ class StepProfiler:
         profile, self._running, self._window = self._running, None, None
         assert profile is not None
         if self._on_gpu:
-            torch.cuda.synchronize()  # what the last update has queued belongs to the window
+            torch.cuda.synchronize()  # the window includes what the last update has queued
         seconds = time.perf_counter() - self._started
         profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +107,7 @@ class StepProfiler:
 
 
 def flops_table(parts: Mapping[str, Flops], *, images: float, seconds: float) -> str:
-    """Operations of each part of the model for one image, and what one device did of them in the window."""
+    """A table of the operations of each part of the model for one image, and the rate that one device reached."""
     total = Flops(
         forward=sum(part.forward for part in parts.values()),
         backward=sum(part.backward for part in parts.values()),
@@ -126,7 +126,7 @@ def flops_table(parts: Mapping[str, Flops], *, images: float, seconds: float) ->
 
 
 def communication_metrics(events: Iterable[FunctionEvent], *, updates: int, on_gpu: bool) -> dict[str, float]:
-    """Time per update in which collectives ran and, on a GPU, in which nothing but collectives did."""
+    """Time per update while collectives ran and, on a GPU, while nothing but collectives ran."""
     kernels: list[Interval] = []
     collectives: list[Interval] = []
     for event in events:
@@ -143,7 +143,7 @@ def communication_metrics(events: Iterable[FunctionEvent], *, updates: int, on_g
 
 
 def _covered(intervals: list[Interval]) -> float:
-    """Length of the union."""
+    """Length of the union of the intervals."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         total += max(0.0, end - max(start, reached))

@@ -5,7 +5,7 @@ import time
 
 
 class Progress:
-    """A line rewritten in place on a terminal; elsewhere (a log file) a line of its own every ten seconds."""
+    """On a terminal one line that is rewritten in place; elsewhere (a log file) a new line every ten seconds."""
 
     def __init__(self, *, enabled: bool, total_steps: int) -> None:
         self._enabled = enabled
@@ -20,7 +20,7 @@ class Progress:
         self._last = (time.monotonic(), step)
 
     def update(self, step: int, bits_per_dim: float, images_per_s: float) -> None:
-        """Show the state after `step` updates. Time left counts evaluation and checkpoints, as the clock does."""
+        """Show the state after `step` updates. The time left includes evaluations and checkpoints."""
         now = time.monotonic()
         rate = (now - self._last[0]) / max(1, step - self._last[1])
         # A running mean: responsive, yet calm.

@@ -73,7 +73,7 @@ def occupied_master_port(ranks: Ranks) -> str | None:
 def meeting(ranks: Ranks, patience_seconds: float) -> Iterator[str | None]:
     """Wait until all ranks are there; yields None, or a sentence that names those that did not come in time.
 
-    The rendezvous of torch.distributed, which belongs into the block, would only say how many there are, at its end.
+    Call init_process_group inside this block. Its own rendezvous only says how many ranks came, and only at its end.
     """
     if ranks.world_size == 1:
         yield None

@@ -82,7 +82,7 @@ def main() -> int:
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
         code = code_of(error)
-        # One sentence a machine, not one a rank; the first one may be the one that is lost.
+        # One sentence per machine, not per rank. Rank 1 speaks as well when a rank is lost: that may be rank 0.
         if ranks.local_rank == 0 or code == BUG or (isinstance(error, LostRank) and ranks.local_rank == 1):
             report(error)
         return code

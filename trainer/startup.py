@@ -1,6 +1,7 @@
-"""May this job start: are data, weights to begin from, the run's folder and its earlier attempts what the config says?
+"""May this job start? Do the data, the first weights, the run's folder and earlier attempts fit the config?
 
-All of it is found out before a model is built or another rank is waited for, and refused in one sentence.
+All of this is checked before a model is built and before any rank waits for another. What does not fit is refused in
+one sentence.
 """
 
 import errno
@@ -32,20 +33,20 @@ OPENING_DEADLINE_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A job that may start: what was asked for and what was found, on one rank."""
+    """A job that may start, seen from one rank: what was asked for and what was found."""
 
     config: RunConfig
     ranks: Ranks
     train_shards: Shards
     validation_shards: Shards
     lock: RunLock | None
-    """Of the run's folder; only rank 0 has it."""
+    """The lock of the run's folder; None on ranks other than 0."""
     profile: Window | None
-    """Updates of which a trace is written."""
+    """The updates to write a trace of; None for no trace."""
     source: Path | None
-    """Folder of exported weights that a new run begins from."""
+    """Folder of exported weights that a new run begins from; None for new weights."""
     origin: dict[str, str]
-    """What is recorded of them."""
+    """What is recorded about those weights; empty for new weights."""
 
 
 def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
@@ -90,10 +91,11 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
 
 
 def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:
-    """What is recorded of the exported weights that a run begins from, or began from if it has a checkpoint, which is
-    then not read again; empty for new weights.
+    """What is recorded about the exported weights that a run begins from; empty for new weights.
 
-    Raises UsageError for weights that cannot be used, or where an earlier attempt without a checkpoint began elsewhere.
+    For a run that has a checkpoint this is what was recorded when it began: the export is not read again.
+
+    Raises UsageError if the weights cannot be used, or if an earlier attempt without a checkpoint began from others.
     """
     recorded = RunFiles(Path(config.run.dir)).read_state().get("origin")
     if source is None and not recorded:
@@ -104,8 +106,8 @@ def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:
     if recorded is not None and recorded.get("digest") != origin.get("digest"):
         began = f"from {recorded['folder']}" if recorded else "without --from"
         raise UsageError(
-            f"run.dir: {config.run.dir} holds a run that began {began} and has no checkpoint yet; begin it so again, "
-            "choose another run.dir, or delete that folder"
+            f"run.dir: {config.run.dir} holds a run that began {began} and has no checkpoint yet; "
+            "begin it the same way, choose another run.dir, or delete that folder"
         )
     return origin
 
@@ -120,8 +122,8 @@ def check_machine(config: RunConfig, ranks: Ranks) -> None:
 def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) -> RunLock | None:
     """Make the run's folder, and refuse one that cannot be written, that is in use, or that holds another run.
 
-    Returns the lock on rank 0. What may change between two attempts of a run is everything but the model, the seed and
-    the data. Raises UsageError, RunInUse, RunFolderFull.
+    Returns the lock on rank 0. Between two attempts of a run everything may change but the model, the seed and the
+    data. Raises UsageError, RunInUse, RunFolderFull.
     """
     if problem := occupied_master_port(ranks):
         raise UsageError(problem)
@@ -155,7 +157,7 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
 
 
 def _changed(identity: dict[str, Any] | None, config: RunConfig, train_shards: Shards) -> list[str]:
-    """In what the run that a folder holds is another one than this; `identity` may be of an older version."""
+    """How the run that a folder holds differs from this one, in phrases; `identity` may be of an older version."""
     if identity is None:
         return []
     return _differences(
@@ -164,7 +166,7 @@ def _changed(identity: dict[str, Any] | None, config: RunConfig, train_shards: S
 
 
 def _differences(model: ModelConfig, seed: int, data_digest: str, config: RunConfig, train_shards: Shards) -> list[str]:
-    """How a run of this model, seed and data set differs from that of the config, a phrase each."""
+    """How a run of this model, seed and data set differs from the run of the config, a phrase each."""
     found = [
         f"model.{path} {there} there, {here} here" for path, (there, here) in differences(model, config.model).items()
     ]
@@ -188,7 +190,10 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, 
 
 
 def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:
-    """Remember that this start begins at `step`; a sentence if several in a row with this config got no further."""
+    """Record that this start begins at `step`; returns a sentence if several starts in a row got no further.
+
+    Only starts with the same config count.
+    """
     before = files.read_state()
     digest = hashlib.sha256(as_yaml(config).encode()).hexdigest()[:16]
     repeated = before.get("state") != "finished" and (before.get("start_step"), before.get("start_config")) == (
@@ -207,7 +212,7 @@ def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:
 
 
 def print_check(config: RunConfig, ranks: Ranks) -> None:
-    """What `--check` prints: the resolved config, the job's size and DeepSpeed's configuration, once."""
+    """Print what `--check` shows, on rank 0: the resolved config, the job's size and DeepSpeed's configuration."""
     if ranks.rank == 0:
         print(as_yaml(config))
         print(f"parameters: {num_parameters(config.model):,}")

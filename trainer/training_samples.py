@@ -26,9 +26,8 @@ def draw_grid(
 ) -> Image.Image | None:
     """`tracking.sample_images` images on rank 0, None on the others; collective.
 
-    Drawn from the moving average of the weights where one is kept, as evaluation and sampling do, in fp32. Each rank
-    draws its share, with a whole copy of the weights for as long as that takes. Classes and small images are those of
-    the first validation images.
+    They are drawn in fp32, from the moving average of the weights if one is kept. Each rank draws its share, and holds
+    a whole copy of the weights meanwhile. Classes and small images are those of the first validation images.
     """
     weights: dict[str, torch.Tensor] = {}
     for name, tensors in engine.state():
