@@ -13,6 +13,7 @@ from trainer.config import RunConfig
 from trainer.typed_values import paths
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("trainer", "models", "data_pipeline", "cluster")
 PATHS = re.compile(r"`((?:trainer|models|data_pipeline|cluster|configs|tests|benchmarks)/[\w./]+)`")
 
 
@@ -21,6 +22,25 @@ def test_every_file_that_is_named_exists(document: str) -> None:
     named = PATHS.findall((ROOT / document).read_text())
     assert named
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_index_leads_to_every_source_file() -> None:
+    """By its name, or by that of a room that holds it; the name of a whole package is not enough."""
+    index = set(PATHS.findall((ROOT / "README.md").read_text().partition("## Where is what")[2]))
+    assert {"trainer/loop.py", "data_pipeline/packing/"} <= index
+    rooms = tuple(name for name in index if name.endswith("/") and name.count("/") >= 2)
+    missing = []
+    for path in sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.*")):
+        name, is_source = path.relative_to(ROOT).as_posix(), path.suffix in (".py", ".sbatch", ".html")
+        if is_source and path.name != "__init__.py" and name not in index and not name.startswith(rooms):
+            missing.append(f"| {question_of(path)} | `{name}` |")
+    assert not missing, "add to the table `Where is what` in README.md, in its words:\n" + "\n".join(missing)
+
+
+def question_of(path: Path) -> str:
+    """The first sentence of a source file, which says what it answers."""
+    lines = [line.strip('#" ') for line in path.read_text().splitlines() if not line.startswith("#!")]
+    return next(line for line in lines if line)
 
 
 def test_every_option_in_the_readmes_commands_exists() -> None:
