@@ -6,17 +6,16 @@ twice does no harm: a point has the time at which it was recorded, and MLflow st
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import mlflow
+from filelock import FileLock, Timeout
 from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
@@ -54,7 +53,7 @@ class Mirror:
     def __init__(self, files: RunFiles) -> None:
         self._files = files
         self._metrics, self._events = Journal(files.metrics), Journal(files.events)
-        self._lock: TextIO | None = None
+        self._lock: FileLock | None = None
         self._client: mlflow.MlflowClient | None = None
         self._run_id = ""
         self._attempt: int | None = None
@@ -99,21 +98,21 @@ class Mirror:
     def close(self) -> None:
         """Let another process send."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def _take_lock(self) -> None:
         if self._lock is not None:
             return
-        file = (self._files.folder / "mlflow.lock").open("a")
+        # No soft lock on a filesystem without locks: a killed process would leave it behind.
+        lock = FileLock(self._files.folder / "mlflow.lock", timeout=0, thread_local=False, fallback_to_soft=False)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
+            lock.acquire()
+        except Timeout:
             raise MirrorInUse(f"another process sends {self._files.folder} to MLflow") from None
         except OSError:
             pass  # a filesystem without locks: equal points are stored once anyway
-        self._lock = file
+        self._lock = lock
 
     def _open(self, description: dict[str, Any], sent: dict[str, Any]) -> None:
         """Find or create the run, and describe the attempt there unless that was done. `sent` is brought up to date."""
@@ -273,19 +272,15 @@ def _only_opener(uri: str) -> Iterator[None]:
             "the URL of a tracking server"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f"{path.name}.lock").open("a") as lock:
-        deadline = time.monotonic() + STORE_CREATION_SECONDS
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise OSError(
-                        f"{uri}: another process has been opening it for {STORE_CREATION_SECONDS:.0f} s"
-                    ) from None  # noqa: E501
-                time.sleep(0.1)
+    lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=STORE_CREATION_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise OSError(f"{uri}: another process has been opening it for {STORE_CREATION_SECONDS:.0f} s") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, Any]) -> Run | None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
 from tests.trainer.record.test_tracker import BITS, history, runs_in, tracker_in
 from trainer.record import mlflow_mirror
-from trainer.record.mlflow_mirror import Mirror, on_network_disk, open_client
+from trainer.record.mlflow_mirror import Mirror, MirrorInUse, on_network_disk, open_client
 from trainer.record.run_folder import RunFiles
 
 MOUNTS = """\
@@ -60,6 +61,25 @@ def test_what_was_sent_twice_is_there_once(tmp_path: Path) -> None:
     assert history(tmp_path) == [(step, 1.0 / step) for step in range(1, 201)]
     assert [step for step, _ in history(tmp_path, "nan")] == list(range(1, 201))
     assert len(runs_in(tmp_path)) == 1
+
+
+def test_one_process_sends_at_a_time(tmp_path: Path) -> None:
+    tracker_in(tmp_path).close("finished", code=0, reason="", step=0)
+    first, second = Mirror(RunFiles(tmp_path / "run")), Mirror(RunFiles(tmp_path / "run"))
+    first.catch_up(end=True)
+    with pytest.raises(MirrorInUse, match="another process sends .*/run to MLflow"):
+        second.catch_up(end=True)
+    first.close()
+    second.catch_up(end=True)
+    second.close()
+
+
+def test_a_store_that_another_process_never_finishes_opening_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_mirror, "STORE_CREATION_SECONDS", 0.2)
+    with FileLock(tmp_path / "mlflow.db.lock"), pytest.raises(OSError, match="another process has been opening it"):
+        open_client(f"sqlite:///{tmp_path}/mlflow.db")
 
 
 def test_a_point_that_mlflow_refuses_does_not_hold_up_the_others(
