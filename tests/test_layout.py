@@ -14,7 +14,7 @@ ALLOWED = {
     "data_pipeline": {"torch", "numpy", "PIL", "webdataset", "fsspec", "xxhash", "botocore", "aiohttp", "pyarrow"},
     "trainer": {
         "torch", "numpy", "PIL", "models", "data_pipeline",
-        "deepspeed", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
+        "deepspeed", "filelock", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
         "starlette", "uvicorn", "matplotlib", "plotly", "pillow_jxl",
     },
     "cluster": {"torch", "fsspec"},
@@ -96,14 +96,42 @@ def test_there_are_no_import_cycles() -> None:
     TopologicalSorter(imports_of_ours()).prepare()
 
 
+def test_there_are_no_import_cycles_between_rooms() -> None:
+    rooms: dict[str, set[str]] = {}
+    for module, found in imports_of_ours().items():
+        rooms.setdefault(room_of(module), set()).update({room_of(other) for other in found} - {room_of(module)})
+    assert {"trainer.record", "trainer.faults", "trainer.comparison", "trainer.loop"} <= rooms.keys()
+    TopologicalSorter(rooms).prepare()
+
+
+def room_of(module: str) -> str:
+    """A folder inside a package counts as one; a file beside it is a room of its own."""
+    return ".".join(module.split(".")[:2])
+
+
+def test_the_errors_are_on_the_ground_floor() -> None:
+    assert imported(ast.parse((ROOT / "trainer/errors.py").read_text())) == set()
+
+
+def test_what_records_and_what_watches_know_no_command_line_tool() -> None:
+    inside = {module for module in imports_of_ours() if room_of(module) in ("trainer.record", "trainer.faults")}
+    assert {"trainer.record.tracker", "trainer.faults.watchdog"} <= inside
+    assert not {module for module in reached_from(inside) if is_tool(module)}
+
+
 def test_the_job_imports_no_command_line_tool() -> None:
-    graph = imports_of_ours()
-    reached, ahead = set(), {"trainer.run"}
+    reached = reached_from({"trainer.run"})
+    assert {"trainer.loop", "data_pipeline.order", "models.pattern"} <= reached  # the walk gets everywhere
+    assert {module for module in reached if is_tool(module)} == {"trainer.run"}
+
+
+def reached_from(modules: set[str]) -> set[str]:
+    """These modules and all of ours that they import, directly or not."""
+    graph, reached, ahead = imports_of_ours(), set[str](), modules
     while ahead:
         reached |= ahead
         ahead = set().union(*(graph[module] for module in ahead)) - reached
-    assert {"trainer.loop", "data_pipeline.order", "models.pattern"} <= reached  # the walk gets everywhere
-    assert {module for module in reached if is_tool(module)} == {"trainer.run"}
+    return reached
 
 
 def is_tool(module: str) -> bool:
