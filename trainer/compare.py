@@ -1,10 +1,10 @@
-"""What is the difference between two or more runs, in their settings and in what came of them?
+"""How do two or more runs differ, in their settings and in their results?
 
 python -m trainer.compare runs/small runs/large --html comparison.html
 python -m trainer.compare --experiment imagenet64 --filter "params.`model.width` = '512'" --html comparison.html
 
-A run is the folder of a run, for which no server is needed, or an id of MLflow. Prints a table: the parameters that
-differ, and what came of them. `--html` writes one file with curves and pictures that opens anywhere.
+RUN is the folder of a run, which needs no server, or the id of a run in MLflow. The command prints the parameters that
+differ and the results of each run. `--html` writes one file with curves and pictures, which opens in any browser.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_pipeline.wording import counted
 from trainer.command_line import run_tool
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, data_set_key
@@ -29,21 +30,31 @@ from trainer.errors import UsageError
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 _NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")
-"""Beginnings of parameters that say where things are, not what was trained."""
+"""Parameters that begin like this say where things are, not what was trained."""
 _NONE = "–"
 
 Row = tuple[str, list[str]]
 
 
 def parameters_that_differ(runs: Sequence[RunHistory]) -> list[Row]:
-    """Each parameter of which two runs have different values, with its value in each."""
+    """Each parameter whose value differs between two of the runs, with its value in every run.
+
+    Runs may differ in having a parameter at all: only local attention has a memory. Runs whose parameters are not known
+    differ from none.
+    """
     names = sorted({name for run in runs for name in run.params if not name.startswith(_NOT_COMPARED)})
-    rows = [(name, [run.params.get(name, _NONE) for run in runs]) for name in names]
-    return [(name, values) for name, values in rows if len(set(values) - {_NONE}) > 1]
+    rows = []
+    for name in names:
+        values = [run.params.get(name, _NONE) for run in runs]
+        is_section = any(other.startswith(f"{name}.") for other in names)  # null in some runs: its options say more
+        known = {value for value, run in zip(values, runs, strict=True) if run.params}
+        if len(known) > 1 and not is_section:
+            rows.append((name, values))
+    return rows
 
 
 def results(runs: Sequence[RunHistory]) -> list[Row]:
-    """What came of each run; a line for each measure that at least one of them has."""
+    """The results of each run: a row for each measure that at least one of them has."""
     hours = "GPU-hours" if all(run.gpu for run in runs) else "rank-hours (on GPUs: GPU-hours)"
     measures: list[tuple[str, Callable[[RunHistory], str]]] = [
         ("status", lambda run: run.status),
@@ -70,7 +81,7 @@ def results(runs: Sequence[RunHistory]) -> list[Row]:
 
 
 def warnings(runs: Sequence[RunHistory]) -> list[str]:
-    """Why the figures must not be compared as they stand; a sentence each."""
+    """Why the figures must not be compared as they stand: a sentence for each reason."""
     found = []
     digests = {str(run.data.get("digest", ""))[:32] for run in runs}
     if len(digests - {""}) > 1:
@@ -79,20 +90,22 @@ def warnings(runs: Sequence[RunHistory]) -> list[str]:
         found.append("Some runs do not say which images they score: make sure that they are the same.")
     counts = {run.last("val/images") for run in runs} - {None}
     if len(counts) > 1:
-        found.append("The last evaluations took different numbers of images.")
+        found.append("The last evaluations scored different numbers of images.")
     return found
 
 
 def comparable_key(runs: Sequence[RunHistory]) -> str | None:
-    """The data set whose published figures stand beside these runs: that of all of them, in the very same version."""
+    """The data set whose published figures may stand beside these runs: all of them score the same version of it.
+
+    None where they do not, and where a run starts from a small image, which is another task.
+    """
     keys = {data_set_key(run.data) for run in runs}
-    # With a small image to start from, another question is asked.
     unconditional = not any("model.super_resolution.small_size" in run.params for run in runs)
     return keys.pop() if len(keys) == 1 and unconditional else None
 
 
 def table(runs: Sequence[RunHistory], rows: Sequence[Row], width: int) -> str:
-    """Rows of text, a column for each run; as many side by side as fit into the width."""
+    """The rows as text, a column for each run. Columns that do not fit into the width form another block below."""
     label = max(len(name) for name, _ in rows)
     columns = [[unique_names(runs)[index], *(values[index] for _, values in rows)] for index in range(len(runs))]
     widths = [min(max(map(len, column)), 40) for column in columns]
@@ -112,14 +125,14 @@ def table(runs: Sequence[RunHistory], rows: Sequence[Row], width: int) -> str:
 
 
 def unique_names(runs: Sequence[RunHistory]) -> list[str]:
-    """The runs' names; with their places behind where two have the same."""
+    """The runs' names, each with its place behind it where two runs have the same name."""
     names = [run.name for run in runs]
     places = [run.place[:8] if RUN_ID.fullmatch(run.place) else run.place for run in runs]
     return [name if names.count(name) == 1 else f"{name} ({place})" for name, place in zip(names, places, strict=True)]
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number as a person reads it: about so many digits, thousands apart, no needless zeros."""
+    """A number as a person reads it: about so many digits, a comma at thousands, no needless zeros."""
     if not math.isfinite(value):
         return str(value)
     if value and (abs(value) < 1e-3 or abs(value) >= 1e7):
@@ -131,11 +144,11 @@ def number(value: float, digits: int = 4) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run (run.dir), or an id of MLflow")
-    parser.add_argument("--experiment", help="also the runs of this MLflow experiment, the newest 50")
-    parser.add_argument("--filter", default="", help="of these only those that MLflow's search finds with this")
-    parser.add_argument("--uri", default=DEFAULT_URI, help=f"MLflow store of ids and experiments ({DEFAULT_URI})")
-    parser.add_argument("--html", metavar="FILE", help="write a page with curves and pictures")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run (run.dir), or id of a run in MLflow")
+    parser.add_argument("--experiment", help="also the newest 50 runs of this MLflow experiment")
+    parser.add_argument("--filter", default="", help="of these, only the runs that match this filter of MLflow's")
+    parser.add_argument("--uri", default=DEFAULT_URI, help=f"the MLflow store that has them ({DEFAULT_URI})")
+    parser.add_argument("--html", metavar="FILE", help="write one page with tables, curves and pictures to FILE")
     arguments = parser.parse_args()
     return run_tool(lambda: _compare(arguments))
 
@@ -198,7 +211,7 @@ def _bits(run: RunHistory, *, best: bool) -> str:
     error, images = run.at("val/bits_per_dim_stderr", step), run.at("val/images", step)
     text = f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else "")
     where = [f"step {step:,.0f}"] if best else []
-    where += [f"{images:,.0f} images"] if images is not None else []
+    where += [counted(round(images), "image")] if images is not None else []
     return f"{text} ({', '.join(where)})" if where else text
 
 

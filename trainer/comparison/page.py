@@ -16,7 +16,7 @@ from trainer.comparison.published import PUBLISHED
 from trainer.comparison.run_history import RunHistory
 
 PICTURE_STEPS = 4
-"""Rows of pictures of one kind: the last ones, and others evenly spread before them."""
+"""Rows of pictures of one kind: the last one of each run, and earlier ones, evenly spread."""
 Row = tuple[str, list[str]]
 
 _TEMPLATE = Path(__file__).with_name("page.html")
@@ -140,7 +140,7 @@ def _pictures(runs: Sequence[RunHistory], names: Sequence[str]) -> str:
 
 
 def _earlier_steps(known: Sequence[set[int]]) -> list[int]:
-    """Some steps before the last ones, newest first, evenly spread over those that the most runs have."""
+    """Some steps before the last one of each run, newest first: evenly spread over the steps that most runs have."""
     before = [steps - {max(steps)} for steps in known]
     counts = {step: sum(step in steps for steps in before) for steps in before for step in steps}
     common = sorted(step for step, count in counts.items() if count == max(counts.values()))

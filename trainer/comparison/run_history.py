@@ -1,4 +1,4 @@
-"""What happened in a run, as read from its folder or from MLflow: parameters, curves, pictures, time?"""
+"""What happened in a run? Its parameters, curves, pictures and time, read from its folder or from MLflow."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunHistory:
-    """A run as it is compared with others."""
+    """What a comparison knows of a run."""
 
     name: str
     place: str
@@ -163,7 +163,7 @@ def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
 
 
 def histories_of_experiment(client: mlflow.MlflowClient, name: str, filter_string: str) -> list[RunHistory]:
-    """The newest runs of an experiment that a filter of MLflow's finds. Raises UsageError if there are none."""
+    """The newest runs of an experiment that match a filter of MLflow's. Raises UsageError if there are none."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = ", ".join(sorted(found.name for found in client.search_experiments()))

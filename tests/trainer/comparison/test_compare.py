@@ -40,6 +40,19 @@ def test_the_table_shows_the_parameters_that_differ_and_what_came_of_them(two_ru
     assert compare.warnings(runs) == []
 
 
+def test_parameters_that_only_some_runs_have_differ() -> None:
+    small = {"model.attention.kind": "full", "model.super_resolution": "None", "run.name": "a"}
+    large = {"model.attention.kind": "local_1d", "model.attention.memory": "32", "run.name": "b"}
+    large |= {"model.super_resolution.small_size": "8"}
+    runs = [RunHistory(name="", place="", status="", params=params, curves={}) for params in (small, large, {})]
+    assert compare.parameters_that_differ(runs) == [
+        ("model.attention.kind", ["full", "local_1d", "–"]),
+        ("model.attention.memory", ["–", "32", "–"]),
+        ("model.super_resolution.small_size", ["–", "8", "–"]),
+    ]
+    assert compare.parameters_that_differ(runs[1:]) == []  # the parameters of the last one are not known
+
+
 @pytest.mark.parametrize(
     ("versions", "expected"),
     [
