@@ -35,6 +35,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "tracking.required": False,
     "tracking.sample_every_steps": 0,
     "tracking.sample_images": 16,
+    "tracking.code_changes": True,
     "tracking.system_metrics": False,
     "model.family": "image_transformer",
     "model.label_dropout": 0.0,

@@ -356,6 +356,9 @@ class TrackingConfig:
     """Steps between two grids of images drawn from the model; 0 draws none."""
     sample_images: int = 16
     """Images in such a grid."""
+    code_changes: bool = True
+    """Record in `repro/git.diff`, and in MLflow, how the checkout's files differ from its commit. Whoever may see the
+    run may read these lines; keys of known forms in them are hidden."""
     system_metrics: bool = True
     """Record processor, memory, disk, network and GPU use of the first machine."""
 

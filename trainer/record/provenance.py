@@ -11,11 +11,28 @@ from typing import Any
 
 import torch
 
+from trainer.record.redaction import HIDDEN
+
 ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20.0
 LARGEST_DIFF_CHARACTERS = 4 << 20
 _ENVIRONMENT = ("CUDA_", "DS_", "LD_PRELOAD", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB", "SLURM_N", "TORCH_", "TRITON_")
 """Beginnings of the variables that change how a run computes; no others are recorded."""
+_RECORDED_VALUES = """
+CUDA_DEVICE_MAX_CONNECTIONS CUDA_DEVICE_ORDER CUDA_HOME CUDA_LAUNCH_BLOCKING CUDA_MODULE_LOADING CUDA_VISIBLE_DEVICES
+DS_ACCELERATOR DS_BUILD_OPS DS_SKIP_CUDA_CHECK LD_PRELOAD NCCL_ALGO NCCL_ASYNC_ERROR_HANDLING NCCL_BLOCKING_WAIT
+NCCL_BUFFSIZE NCCL_CHECKS_DISABLE NCCL_COLLNET_ENABLE NCCL_CROSS_NIC NCCL_CUMEM_ENABLE NCCL_DEBUG NCCL_DEBUG_SUBSYS
+NCCL_IB_DISABLE NCCL_IB_GID_INDEX NCCL_IB_HCA NCCL_IB_QPS_PER_CONNECTION NCCL_IB_RETRY_CNT NCCL_IB_SL NCCL_IB_TC
+NCCL_IB_TIMEOUT NCCL_MAX_NCHANNELS NCCL_MIN_NCHANNELS NCCL_NET NCCL_NET_GDR_LEVEL NCCL_NET_PLUGIN NCCL_NVLS_ENABLE
+NCCL_P2P_DISABLE NCCL_P2P_LEVEL NCCL_PROTO NCCL_SHM_DISABLE NCCL_SOCKET_FAMILY NCCL_SOCKET_IFNAME NCCL_TOPO_FILE
+OMP_NUM_THREADS OMP_PLACES OMP_PROC_BIND OMP_WAIT_POLICY PYTORCH_ALLOC_CONF PYTORCH_CUDA_ALLOC_CONF
+PYTORCH_NVML_BASED_CUDA_CHECK SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_JOB_NUM_NODES SLURM_JOB_PARTITION
+SLURM_NNODES SLURM_NODEID SLURM_NODELIST SLURM_NPROCS SLURM_NTASKS SLURM_NTASKS_PER_NODE TORCH_CPP_LOG_LEVEL
+TORCH_CUDA_ARCH_LIST TORCH_DISTRIBUTED_DEBUG TORCH_EXTENSIONS_DIR TORCH_LOGS TORCH_NCCL_ASYNC_ERROR_HANDLING
+TORCH_NCCL_AVOID_RECORD_STREAMS TORCH_NCCL_BLOCKING_WAIT TORCH_NCCL_ENABLE_MONITORING TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC
+TORCH_NCCL_TRACE_BUFFER_SIZE TRITON_CACHE_DIR TRITON_INTERPRET
+"""
+"""Of these, those that are known to hold no secret; of others the name is recorded and the value hidden."""
 
 
 def code_tags() -> dict[str, str]:
@@ -44,8 +61,10 @@ def packages() -> str:
 
 
 def environment() -> str:
-    """The variables of the environment that change how a run computes."""
-    return "".join(f"{name}={value}\n" for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT))
+    """The variables of the environment that change how a run computes, with the values of those that are well known."""
+    recorded = set(_RECORDED_VALUES.split())
+    named = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_ENVIRONMENT)}
+    return "".join(f"{name}={value if name in recorded else HIDDEN}\n" for name, value in named.items())
 
 
 def machine_tags(world_size: int) -> dict[str, str]:

@@ -297,8 +297,9 @@ def metric_name(name: str) -> str:
 
 def one_line(error: BaseException) -> str:
     """An error as part of a sentence: its first line, without secrets, of bearable length."""
-    text = redact(str(error)).strip() or type(error).__name__
-    line = text.splitlines()[0]
+    # Cut first: an answer of a server can be a page of any size.
+    line, *_ = str(error)[:4096].strip().splitlines() or [type(error).__name__]
+    line = redact(line)
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
@@ -315,7 +316,9 @@ def _describe_run(
     text = redact(as_yaml(config))
     files.config.write_text(text)
     files.repro.mkdir(exist_ok=True)
-    repro = {"packages.txt": packages(), "git.diff": code_changes(), "environment.txt": environment(), **artifacts}
+    repro = {"packages.txt": packages(), "environment.txt": environment(), **artifacts}
+    if config.tracking.code_changes:
+        repro["git.diff"] = code_changes()
     for name, content in repro.items():
         (files.repro / name).write_text(redact(content))
     before = read_json(files.description)

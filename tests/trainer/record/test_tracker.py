@@ -414,3 +414,9 @@ def test_a_start_does_not_wait_for_a_frozen_server_and_the_end_only_so_long(
     finally:
         server.thaw()
     assert "1 point and the end of the run not sent to MLflow (no answer in 0 seconds)" in caplog.text
+
+
+def test_changes_of_the_code_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    tracker_in(tmp_path, "tracking.code_changes=false").close("finished", code=0, reason="", step=0)
+    assert not (tmp_path / "run/repro/git.diff").exists()
+    assert (tmp_path / "run/repro/environment.txt").exists()
