@@ -48,7 +48,7 @@ def test_no_command_asks_anybody_for_anything(tmp_path: Path, splits: Path, aske
         ["-m", "trainer.sample", "--run", str(run), "--n", "1"],
         ["-m", "trainer.export", "--run", str(run), "--to", str(tmp_path / "exported")],
         ["-m", "trainer.compare", str(run), "--html", str(tmp_path / "page.html")],
-        ["-m", "trainer.plan", "--config", str(config), "--gpu", "cpu", "--gpus", "2"],
+        ["-m", "trainer.plan", "--config", str(config), "--gpus", "2"],
         ["-m", "trainer.tracking", "sync", str(run)],
         ["-m", "data_pipeline.verify", str(splits / "train")],
     ):
