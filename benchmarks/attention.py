@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks.report import table, write_json, write_section
-from models.local_attention import local_attention
-from models.pattern import Pattern, local_1d, local_2d
+from models.attention.local_attention import local_attention
+from models.attention.pattern import Pattern, local_1d, local_2d
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

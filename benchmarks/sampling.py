@@ -13,8 +13,8 @@ says whether the time of a token grows with what came before it. Rivals:
 - recompute: the whole beginning goes through the model again for each position, as in the original's code;
 - full cache: keys and values of all positions are kept, and a mask says which are seen; not captured as a graph.
 
-How often looking ahead (models/generate.py) guesses right depends on what a model has learnt, so that it is measured
-only on that of a run; the rest is then left out. A categorical one, trained in three minutes:
+How often looking ahead (models/image_transformer/wave_decoder.py) guesses right depends on what a model has learnt, so
+that it is measured only on that of a run; the rest is then left out. A categorical one, trained in three minutes:
 
     python -m data_pipeline.pack --source photographs --dest data/small/train --size 16 --split train --images 12000
     python -m data_pipeline.pack --source photographs --dest data/small/validation --size 16 --split validation \
@@ -49,14 +49,15 @@ from torch import Tensor
 
 from benchmarks.attention import versions
 from benchmarks.report import table, write_json, write_section
-from models.decode_plan import decode_plan
-from models.generate import Decoding, Step
-from models.image_transformer import ImageTransformer
-from models.image_transformer_config import ImageTransformerConfig, Local2D
+from models.attention.local_attention import local_attention
+from models.attention.pattern import Pattern, QueryBlock
+from models.decoding import Decoding, Step
+from models.given import Given
+from models.image_transformer.decode_plan import decode_plan
+from models.image_transformer.family import ImageTransformer, ImageTransformerConfig
+from models.image_transformer.pixel_order import to_positions
+from models.image_transformer.shape import Local2D
 from models.likelihood import CategoricalOutput
-from models.local_attention import local_attention
-from models.pattern import Pattern, QueryBlock
-from models.pixel_order import to_positions
 from trainer.config import load_config
 from trainer.model_inputs import area_downsample
 from trainer.trained_model import load_trained_model
@@ -89,8 +90,10 @@ class Task:
         self.model = model
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
         classes = config.num_classes
-        self.labels = torch.arange(batch_images, device=device) % classes if classes else None
-        self.condition = area_downsample(self.images, config.small_size) if config.small_size else None
+        self.given = Given(
+            labels=torch.arange(batch_images, device=device) % classes if classes else None,
+            small_images=area_downsample(self.images, config.small_size) if config.small_size else None,
+        )
         self.values = to_positions(self.images, config.input)
         self.keys_values: list[Tensor] = []
         """Of each layer, [2, B, N, L, K] in generation order."""
@@ -98,7 +101,7 @@ class Task:
 
     def _forward(self) -> Tensor:
         """The token of every position [B, L, D] in generation order, from the full forward pass."""
-        pattern, slots = self.model.pattern, torch.arange(self.model.pattern.length, device=self.values.device)
+        pattern, slots = self.model.patterns[0], torch.arange(self.model.length, device=self.values.device)
         in_order = pattern.slot_of_rank.to(slots)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,7 +113,8 @@ class Task:
     def tokens(self, slots: Tensor, attends: list[Callable[[Tensor, Tensor, Tensor], Tensor]]) -> Tensor:
         """Tokens [B, T, D] of storage slots, given the images' values."""
         inputs = self.values.index_select(1, self.model.sources[slots].clamp(min=0))
-        return self.model.hidden(inputs, slots, self.labels, self.model.encode(self.condition), attends)
+        encoded = self.model.encode(self.given.small_images)
+        return self.model.hidden(inputs, slots, self.given.labels, encoded, attends)
 
     def check(self, name: str, logits: Tensor, rank: int) -> None:
         """Raise WrongLogits unless these [B, ...] are the model's for the position of that rank."""
@@ -127,8 +131,9 @@ class Task:
 def ours(task: Task, block: QueryBlock) -> Iterator[Step]:
     """Steps from the start of a block; the first one, which captures the graph, is done and checked."""
     decoding = Decoding(
-        task.model, len(task.images), seed=0, labels=task.labels, condition=task.condition,
-        prefix=task.images, keep=block.start, in_waves=False, look_ahead=False,
+        task.model, len(task.images), seed=0, given=task.given, images=task.images,
+        known=torch.arange(task.model.length) < block.start,
+        decoder=partial(task.model.decoder, in_waves=False, look_ahead=False),
     )  # fmt: skip
     steps = iter(decoding)
     next(steps)
@@ -146,7 +151,7 @@ def turn(steps: Iterator[Step], count: int) -> float:
 
 def recompute(task: Task, block: QueryBlock) -> float:
     """Seconds for the position in the middle of a block, from the values before it."""
-    pattern, rank = task.model.pattern, (block.start + block.stop) // 2
+    pattern, rank = task.model.patterns[0], (block.start + block.stop) // 2
     beginning = _beginning(pattern, rank)
     slots = torch.arange(beginning.length, device=task.values.device)
     place = int(pattern.slot_of_rank[rank])
@@ -166,7 +171,7 @@ def recompute(task: Task, block: QueryBlock) -> float:
 
 def full_cache(task: Task, block: QueryBlock) -> float:
     """Seconds a step in the middle of a block."""
-    pattern, rank = task.model.pattern, (block.start + block.stop) // 2
+    pattern, rank = task.model.patterns[0], (block.start + block.stop) // 2
     device = task.values.device
     slot = pattern.slot_of_rank[rank : rank + 1].to(device)
     seen = torch.zeros(pattern.length, dtype=torch.bool)
@@ -211,7 +216,7 @@ def bytes_a_step(model: ImageTransformer, batch_images: int) -> float:
         for name, parameter in model.named_parameters()
         if not name.startswith(("embed_", "encoder.")) and ".encoder_attention.kv." not in name
     )
-    keys = model.pattern.num_pairs / model.pattern.length + 3 * config.small_size**2
+    keys = model.patterns[0].num_pairs / model.length + 3 * config.small_size**2
     width = config.attention_width // config.heads * config.num_key_heads
     return weights + batch_images * config.layers * keys * 2 * width * model.head.weight.element_size()
 
@@ -241,12 +246,12 @@ def wave_steps(image_size: int, device: torch.device) -> dict[str, float]:
         ),
     )
     torch.manual_seed(0)
-    model = ImageTransformer(config).to(device).eval()
+    model = config.build().to(device).eval()
     with torch.no_grad():
         model.head.weight.mul_(10)  # images with structure: some values are much likelier than others
     images, seconds, steps = [], [], []
     for in_waves in (True, False):
-        decoding = Decoding(model, 1, seed=0, in_waves=in_waves, look_ahead=False)
+        decoding = Decoding(model, 1, seed=0, decoder=partial(model.decoder, in_waves=in_waves, look_ahead=False))
         begin = _now()
         steps.append(sum(1 for _ in decoding))
         seconds.append(_now() - begin)
@@ -262,10 +267,11 @@ def fewer_key_heads(config: ImageTransformerConfig, batch_images: int, device: t
     steps, bytes_read = [], []
     for key_heads in (config.heads, config.heads // 4):
         torch.manual_seed(0)
-        model = ImageTransformer(dataclasses.replace(config, key_heads=key_heads)).to(device).eval()
+        model = dataclasses.replace(config, key_heads=key_heads).build().to(device).eval()
         if device.type == "cuda":
             model.bfloat16()
-        steps.append(iter(Decoding(model, batch_images, seed=0, in_waves=False, look_ahead=False)))
+        decoder = partial(model.decoder, in_waves=False, look_ahead=False)
+        steps.append(iter(Decoding(model, batch_images, seed=0, decoder=decoder)))
         turn(steps[-1], 1)
         bytes_read.append(bytes_a_step(model, batch_images))
     turns: list[list[float]] = [[], []]
@@ -284,7 +290,8 @@ def looking_ahead(model: ImageTransformer, weights: str) -> str:
     for seed in range(LOOK_AHEAD_IMAGES):
         images = []
         for look_ahead in (True, False):
-            decoding = Decoding(model, 1, seed=seed, labels=labels, look_ahead=look_ahead)
+            decoder = partial(model.decoder, look_ahead=look_ahead)
+            decoding = Decoding(model, 1, seed=seed, given=Given(labels=labels), decoder=decoder)
             begin = _now()
             steps[look_ahead] += sum(1 for _ in decoding)
             seconds[look_ahead] += _now() - begin
@@ -331,7 +338,7 @@ def measure(task: Task, blocks: list[QueryBlock]) -> Measured:
     rivals = {"recompute": recompute, "full cache": full_cache}
     on_gpu = task.values.device.type == "cuda"
     turns, count = (GPU_TURNS, GPU_STEPS) if on_gpu else (CPU_TURNS, CPU_STEPS)
-    steps_left = task.model.pattern.length - blocks[-1].start - 1
+    steps_left = task.model.length - blocks[-1].start - 1
     turns = min(turns, steps_left // (count * len(blocks)))
     steps = [ours(task, block) for block in blocks]
     measured = Measured([[] for _ in blocks], {name: [] for name in rivals}, [])
@@ -370,12 +377,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     config = load_config(options.config, options.overrides).model
     torch.manual_seed(0)
-    model = ImageTransformer(config).to(device).eval()
+    model = config.build().to(device).eval()
     if on_gpu:
         model.bfloat16()
     with torch.no_grad():
         task = Task(model, options.batch_images)
-    all_blocks = model.pattern.blocks
+    all_blocks = model.patterns[0].blocks
     chosen = {round(index * (len(all_blocks) - 1) / max(options.blocks - 1, 1)) for index in range(options.blocks)}
     measured = measure(task, [all_blocks[index] for index in sorted(chosen)])
     ratios = wave_steps(options.waves_size, device)
@@ -403,7 +410,7 @@ def report(
     json_file: Path | None,
 ) -> None:
     """Means over the blocks, and ratios of them, and medians of ours: a table, RESULTS.md, and the JSON file."""
-    batch, length = len(task.images), task.model.pattern.length
+    batch, length = len(task.images), task.model.length
     on_gpu = task.values.device.type == "cuda"
     mean = {sampler: statistics.mean(times) for sampler, times in measured.means.items()}
     medians = measured.medians
@@ -416,7 +423,7 @@ def report(
         "time_per_token_last_over_first": medians[-1] / medians[0],
         **{f"sampling_{key}": value for key, value in ratios.items()},
     }
-    plan = decode_plan(task.model.pattern, config.shift, in_waves=False)
+    plan = decode_plan(task.model.patterns[0], config.shift, in_waves=False)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     text = (
         f"{date.today()}, {where}, {', '.join(versions())}; {batch} images of {config.image_size} at once, {length} "

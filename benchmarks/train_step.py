@@ -29,10 +29,12 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from benchmarks.attention import Case, Clock, raster_mask, versions
 from benchmarks.report import table, write_json, write_section
 from data_pipeline.batch import Batch
-from models.image_transformer import ImageTransformer, model_flops
+from models.attention.local_attention import local_attention
+from models.image_transformer.family import ImageTransformer
+from models.image_transformer.layer import Attend
+from models.image_transformer.pixel_order import grid_shape
+from models.image_transformer.shape import Local2D
 from models.likelihood import nats
-from models.local_attention import local_attention
-from models.pixel_order import grid_shape
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, init_distributed
 from trainer.engine import Update
@@ -47,16 +49,19 @@ SAME_LOSS, SAME_NORM = 2e-3, 3e-2
 
 def with_flex(model: ImageTransformer) -> None:
     """FlexAttention, compiled, on tokens in our order and with tiles of our plan."""
-    model.attend = lambda q, k, v: local_attention(q, k, v, model.pattern, backend="flex")  # type: ignore[method-assign]
+    pattern = model.patterns[0]
+    attend_by(model, lambda q, k, v: local_attention(q, k, v, pattern, backend="flex"))
 
 
 def with_flex_raster(model: ImageTransformer) -> None:
     """FlexAttention, compiled, on tokens in raster order: what the order of storage is worth."""
-    config, pattern = model.config, model.pattern
+    config, pattern = model.config, model.patterns[0]
     if pattern.stored_in_raster_order:
         raise NotImplementedError("the tokens are in raster order anyway")
+    attention = config.attentions[0]
+    assert isinstance(attention, Local2D), "the tokens of the others are in raster order"
     case = Case(
-        "raster", pattern, config.query_block, config.memory, grid_shape(config.image_size, config.input),
+        "raster", pattern, attention.query_block, attention.memory, grid_shape(config.image_size, config.input),
         batch=1, heads=config.heads, width=config.attention_width // config.heads, dtype=torch.bfloat16,
     )  # fmt: skip
     device, length = str(model.positions.device), pattern.length
@@ -64,28 +69,33 @@ def with_flex_raster(model: ImageTransformer) -> None:
     compiled = torch.compile(flex_attention, dynamic=False)
     in_raster_order(model)
     shared = config.num_key_heads != config.heads
-    model.attend = lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=shared)  # type: ignore[method-assign]
+    attend_by(model, lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=shared))
 
 
 def with_dense_mask(model: ImageTransformer) -> None:
     """SDPA with the whole mask."""
-    mask = model.pattern.mask_in_storage_order().to(model.positions.device)
+    mask = model.patterns[0].mask_in_storage_order().to(model.positions.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shared = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.device), enable_gqa=shared)
 
-    model.attend = attend  # type: ignore[method-assign]
+    attend_by(model, attend)
+
+
+def attend_by(model: ImageTransformer, attend: Attend) -> None:
+    """Let all layers of the decoder attend so."""
+    model.attends = [attend] * len(model.attends)
 
 
 def in_raster_order(model: ImageTransformer) -> None:
     """Let the model keep its tokens in raster order; generation order and results stay."""
-    pattern, slots = model.pattern, model.slot_of_position
+    pattern, slots = model.patterns[0], model.slot_of_position
     model.sources.copy_(model.sources[slots])
     raster = torch.arange(pattern.length)
     model.positions.copy_(raster)
     model.slot_of_position.copy_(raster)
-    model.pattern = dataclasses.replace(pattern, storage_order=raster, rank=pattern.rank[slots.cpu()])
+    model.stored_in_raster_order = True
 
 
 VARIANTS: dict[str, Callable[[ImageTransformer], None]] = {
@@ -101,11 +111,7 @@ class Step:
 
     def __init__(self, config: RunConfig, ranks: Ranks, device: torch.device, change: Callable[..., None]) -> None:
         torch.manual_seed(0)
-        model = ImageTransformer(
-            config.model,
-            checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-            checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-        )
+        model = config.model.build(config.train.recompute)
         change(model.to(device))
         self.config = config
         self.engine = DeepSpeedEngine(model, config, ranks, device)
@@ -215,7 +221,7 @@ def report(
 ) -> None:
     """Medians, shares and ratios of the same turn: a table, RESULTS.md, and the JSON file."""
     images = config.train.micro_batch_images
-    flops = model_flops(config.model).training * images
+    flops = config.model.account().flops.training * images
     metrics: dict[str, float] = {}
     rows = []
     for variant, times in seconds.items():

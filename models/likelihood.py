@@ -1,6 +1,6 @@
 """How probable are the pixels under the model's output?
 
-Two output distributions (section 3.4 of the paper); models/draw.py draws from them:
+Two output distributions (section 3.4 of the paper); models/drawing/draw.py draws from them:
 - "categorical": 256 logits for each sub-pixel, parameters [B, H, W, 3, 256];
 - "mixture": a discretised mixture of K logistics for each pixel (PixelCNN++), parameters [B, H, W, 10 K].
 

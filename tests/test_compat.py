@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from data_pipeline.loader import DataConfig
-from models.image_transformer_config import ImageTransformerConfig
+from models.given import Given
+from models.image_transformer.family import ImageTransformerConfig
 from tests.support.launch import QUICKSTART, mlflow_store, train
 from trainer import evaluate, sample
 from trainer.comparison.run_history import history_of_folder
@@ -66,10 +67,12 @@ def test_the_first_exports_of_every_kind_compute_what_they_did(name: str, tmp_pa
     shutil.copytree(EXPORTS / name, tmp_path / name)
     trained = load_trained_model(str(tmp_path / name), "raw")
     images = torch.from_numpy(np.load(EXPORTS / "images.npy"))
-    labels = torch.tensor([1, 2]) if trained.card.model.num_classes else None
-    condition = images[:, ::2, ::2] if trained.card.model.small_size else None
+    given = Given(
+        labels=torch.tensor([1, 2]) if trained.card.model.num_classes else None,
+        small_images=images[:, ::2, ::2] if trained.card.model.small_size else None,
+    )
     with torch.no_grad():
-        outputs = trained.model(images, labels, condition)[:, ::4, ::4]
+        outputs = trained.model(images, given)[:, ::4, ::4]
     np.testing.assert_allclose(outputs.numpy(), np.load(EXPORTS / name / "outputs.npy"), rtol=1e-5, atol=1e-5)
 
 

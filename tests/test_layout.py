@@ -121,7 +121,7 @@ def test_what_records_and_what_watches_know_no_command_line_tool() -> None:
 
 def test_the_job_imports_no_command_line_tool() -> None:
     reached = reached_from({"trainer.run"})
-    assert {"trainer.loop", "data_pipeline.order", "models.pattern"} <= reached  # the walk gets everywhere
+    assert {"trainer.loop", "data_pipeline.order", "models.attention.pattern"} <= reached  # the walk gets everywhere
     assert {module for module in reached if is_tool(module)} == {"trainer.run"}
 
 
@@ -138,3 +138,13 @@ def is_tool(module: str) -> bool:
     """Whether users call the module: it has a `main`."""
     tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text())
     return any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body)
+
+
+def test_the_trainer_asks_the_interface_of_models_and_knows_the_families_in_its_config_alone() -> None:
+    families = ("models.image_transformer",)
+    knowing = {
+        name
+        for name, modules in imports_of_ours().items()
+        if name.startswith("trainer") and any(module.startswith(families) for module in modules)
+    }
+    assert knowing == {"trainer.config"}

@@ -19,7 +19,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from data_pipeline.loader import DataConfig
-from models.image_transformer_config import ImageTransformerConfig
+from models.image_transformer.family import ImageTransformerConfig
 from trainer.errors import ConfigError
 from trainer.older_configs import BEFORE_IT_EXISTED, modernised, moved
 from trainer.options import (
@@ -80,10 +80,10 @@ class RunConfig:
                 found.append("optimizer.name: muon needs train.offload_optimizer and train.offload_parameters none")
             if train.zero_stage == 3 and self.optimizer.clip_grad_norm:
                 found.append("optimizer.clip_grad_norm: must be 0 for muon with train.zero_stage 3")
-        if train.activation_checkpoint_every_layers > self.model.layers:
+        if train.activation_checkpoint_every_layers > self.model.num_units:
             found.append(
                 f"train.activation_checkpoint_every_layers: {train.activation_checkpoint_every_layers} "
-                f"is more than model.layers {self.model.layers}"
+                f"is more than model.layers {self.model.num_units}"
             )
         return found
 

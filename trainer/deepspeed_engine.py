@@ -23,14 +23,14 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from data_pipeline.wording import counted
-from models.image_transformer import num_parameters
-from models.layer import Layer
+from models.given import Given
+from models.model import Model
 from trainer.config import RunConfig
 from trainer.engine import State, Update
 from trainer.errors import ConfigError
 from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
-from trainer.optimizer import build_optimizer, is_orthogonalised, keep_ema, state_names
+from trainer.optimizer import build_optimizer, keep_ema, orthogonalised_names, state_names
 from trainer.options import Muon, NvmeOffload
 from trainer.ranks import Ranks
 
@@ -51,7 +51,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             "stage": train.zero_stage,
             "overlap_comm": on_gpu and train.zero_stage >= 2,
             # DeepSpeed's default allocates gigabytes even for a small model.
-            "reduce_bucket_size": reduce_bucket_elements(num_parameters(config.model)),
+            "reduce_bucket_size": reduce_bucket_elements(config.model.account().parameters),
         },
     }
     for what, where in (("offload_optimizer", train.offload_optimizer), ("offload_param", train.offload_parameters)):
@@ -136,25 +136,26 @@ def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
     return torch.device(get_accelerator().device_name(local_rank))
 
 
-def build_muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon on the matrices of the layers and AdamW on the rest, both with decoupled weight decay.
+def build_muon(model: Model, config: Muon) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon on the matrices of the model's units and AdamW on the rest, both with decoupled weight decay.
 
     A plain optimizer would see ZeRO's flat shards. For parameters with the attribute `use_muon` DeepSpeed puts the
     matrices together, orthogonalises their updates, and hands the optimizer its share of each.
     """
     # Imported only when it is needed, because it loads torch's compiler.
     muon: Any = importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    orthogonalised: list[nn.Parameter] = []
+    names = orthogonalised_names(model, config)
+    muons: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        is_muons = is_orthogonalised(name, parameter)
+        is_muons = name in names
         parameter.use_muon, parameter.muon_num_heads = is_muons, None  # type: ignore[attr-defined]
-        (orthogonalised if is_muons else matrices if parameter.ndim >= 2 else vectors).append(parameter)
+        (muons if is_muons else matrices if parameter.ndim >= 2 else vectors).append(parameter)
     adam = {"use_muon": False, "lr": config.peak_lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     groups = [
         {
-            "params": orthogonalised,
+            "params": muons,
             "use_muon": True,
             "lr": config.muon_peak_lr,
             "momentum": MUON_MOMENTUM,
@@ -174,17 +175,17 @@ def build_muon(model: nn.Module, config: Muon) -> torch.optim.Optimizer:
 class DeepSpeedEngine:
     """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: they fit any stage and world size."""
 
-    def __init__(self, model: nn.Module, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, model: Model, config: RunConfig, ranks: Ranks, device: torch.device) -> None:
         """Collective. Raises ConfigError for a precision that this kind of device does not compute."""
         if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
             raise ConfigError("train.precision: fp16 is not computed by this machine; take bf16 or fp32")
         self.device = device
         self.accumulation_steps = accumulation_steps(config, ranks.world_size)
         if config.train.compile:
-            for module in model.modules():
-                if isinstance(module, Layer):
-                    module.compile()
-        self._state_names = {name: state_names(name, p, config.optimizer) for name, p in model.named_parameters()}
+            for unit in model.units():
+                unit.compile()
+        muons = orthogonalised_names(model, config.optimizer)
+        self._state_names = {name: state_names(name in muons, config.optimizer) for name, _ in model.named_parameters()}
         self._optimizer: torch.optim.Optimizer
         if isinstance(config.optimizer, Muon):
             self._optimizer = build_muon(model, config.optimizer)
@@ -200,8 +201,8 @@ class DeepSpeedEngine:
         self._fp16 = config.train.precision == "fp16"
         self._blank = blank_inputs(config.model, device)
 
-    def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
-        parameters: Tensor = self._engine(images, labels, condition)
+    def forward(self, images: Tensor, given: Given) -> Tensor:
+        parameters: Tensor = self._engine(images, given)
         return parameters
 
     def backward(self, loss: Tensor) -> None:

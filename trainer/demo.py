@@ -34,8 +34,9 @@ from torch import Tensor
 
 from data_pipeline.loader import evaluation_batches, open_shards
 from data_pipeline.storage import DataError
-from models.draw import Sampling
-from models.generate import Decoding
+from models.decoding import Decoding
+from models.drawing.draw import Sampling
+from models.given import Given
 from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import area_downsample
@@ -103,7 +104,7 @@ class Demo:
         return HTMLResponse(PAGE.read_text(), headers=SECURITY)
 
     async def model(self, request: Request) -> Response:
-        config, order = self.trained.card.model, self.trained.model.pattern.generation_order
+        config, order = self.trained.card.model, self.trained.model.generation_order
         return JSONResponse(
             {
                 "run": self.trained.run,
@@ -181,31 +182,31 @@ class _Drawing:
 
     def __init__(self, trained: TrainedModel, wish: Wish, original: Tensor | None) -> None:
         model, config = trained.model, trained.card.model
-        size, length = config.image_size, model.pattern.length
+        size, length = config.image_size, len(model.generation_order)
         self.original = None if original is None else original[None].to(trained.device)
-        condition = None
+        self.small = None
         if config.small_size:
             assert self.original is not None, "such a model draws nothing without an image"
-            condition = area_downsample(self.original, config.small_size)
-        self.small = condition
+            self.small = area_downsample(self.original, config.small_size)
+        labels = torch.tensor([wish.label], device=trained.device) if config.num_classes else None
         completes = wish.mode == "complete"
-        self.keep = round(wish.keep * length) if completes else 0
+        keep = round(wish.keep * length) if completes else 0
+        known = torch.arange(length) < keep
         self.decoding = Decoding(
             model,
             1,
             seed=wish.seed,
-            labels=torch.tensor([wish.label], device=trained.device) if config.num_classes else None,
-            condition=condition,
-            prefix=self.original if completes else None,
-            keep=self.keep,
+            given=Given(labels=labels, small_images=self.small),
+            images=self.original if completes else None,
+            known=known,
             sampling=wish.sampling,
         )
         self.steps = iter(self.decoding)
-        self.done, self.total, self.size = self.keep, length, size
+        self.done, self.total, self.size = keep, length, size
         self.positions_a_pixel = length // size**2
         self.started = time.monotonic()
         self.known = torch.zeros(length, 1, dtype=torch.bool)
-        self.known[model.pattern.generation_order[: self.keep]] = True
+        self.known[model.generation_order, 0] = known
 
     def given(self) -> dict[str, Any]:
         """The first message: the image so far as RGBA (transparent where nothing is known), and what it comes from."""

@@ -8,6 +8,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from models.given import Given
 from trainer.config import RunConfig
 from trainer.optimizer import build_optimizer
 from trainer.options import AdamW
@@ -41,7 +42,7 @@ class Engine(Protocol):
     accumulation_steps: int
     """Micro-batches per rank and update."""
 
-    def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+    def forward(self, images: Tensor, given: Given) -> Tensor:
         """Parameters of the output distribution (collective under ZeRO-3)."""
         ...
 
@@ -84,8 +85,8 @@ class TorchEngine:
         self._optimizer = build_optimizer(model, config.optimizer)
         self._clip = config.optimizer.clip_grad_norm
 
-    def forward(self, images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
-        parameters: Tensor = self._model(images, labels, condition)
+    def forward(self, images: Tensor, given: Given) -> Tensor:
+        parameters: Tensor = self._model(images, given)
         return parameters
 
     def backward(self, loss: Tensor) -> None:

@@ -23,7 +23,6 @@ import torch.distributed
 
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Shards, evaluation_batches, open_shards
-from models.image_transformer import ImageTransformer
 from trainer.command_line import run_tool
 from trainer.errors import code_of
 from trainer.heat_map import heat_map
@@ -100,7 +99,7 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
     if trained is None:
         card, run, step, weights, files = told
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = ImageTransformer(card.model).to(device).eval()
+        model = card.model.build().to(device).eval()
         trained = TrainedModel(model, card, run, step, weights, files, device)
     if trained.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.local_world_size))

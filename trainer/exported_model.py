@@ -17,15 +17,14 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.image_transformer import ImageTransformer
 from trainer.checkpoint import Weights
 from trainer.config import ModelConfig, RunConfig
 from trainer.engine import State
 from trainer.errors import CheckpointError, ConfigError, UsageError
 from trainer.model_card import ModelCard, card_from, card_from_config
-from trainer.optimizer import state_names
+from trainer.optimizer import orthogonalised_names, state_names
 from trainer.record.run_folder import write_json
 from trainer.typed_values import differences, plain
 
@@ -170,8 +169,10 @@ def origin_tags(folder: Path, exported: ExportedModel) -> dict[str, str]:
 def first_states(exported: ExportedModel, config: RunConfig) -> Iterator[tuple[str, State]]:
     """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: the optimizer starts
     anew, and so does the average of the weights, from them."""
+    with torch.device("meta"):
+        muons = orthogonalised_names(config.model.build(), config.optimizer)
     for name, weight in exported.state.items():
-        names = state_names(name, nn.Parameter(weight, requires_grad=False), config.optimizer)
+        names = state_names(name in muons, config.optimizer)
         states = {key: weight.clone() if key == "ema" else torch.zeros_like(weight) for key in names}
         yield name, {"weight": weight, **states}
 
@@ -190,7 +191,7 @@ def _description(folder: Path) -> dict[str, Any]:
 
 def _misfit(model: ModelConfig, state: dict[str, Tensor]) -> str | None:
     with torch.device("meta"):
-        expected = ImageTransformer(model).state_dict()
+        expected = model.build().state_dict()
     if odd := sorted(expected.keys() ^ state.keys()):
         return f"{odd[0]} is {'missing' if odd[0] in expected else 'not part of it'}"
     for name, tensor in state.items():

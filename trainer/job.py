@@ -12,7 +12,6 @@ import torch.distributed
 from data_pipeline.batch import Batch
 from data_pipeline.damaged_blocks import DamagedBlocks
 from data_pipeline.loader import evaluation_batches, train_batches
-from models.image_transformer import ImageTransformer, flops_by_part
 from trainer.checkpoint import Checkpoints, LoadedCheckpoint, checkpoints_url
 from trainer.config import RunConfig
 from trainer.deepspeed_engine import DeepSpeedEngine, deepspeed_config, init_distributed
@@ -67,12 +66,7 @@ def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
 def build_engine(config: RunConfig, ranks: Ranks, device: torch.device) -> DeepSpeedEngine:
     """The model with its first weights, the same on every rank, and its optimizer."""
     torch.manual_seed(config.run.seed)
-    model = ImageTransformer(
-        config.model,
-        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-    )
-    return DeepSpeedEngine(model, config, ranks, device)
+    return DeepSpeedEngine(config.model.build(config.train.recompute), config, ranks, device)
 
 
 def open_checkpoints(start: Start, device: torch.device) -> Checkpoints:
@@ -206,17 +200,12 @@ def training_batches(start: Start, consumed_samples: int, damaged: DamagedBlocks
 def step_profiler(start: Start, files: RunFiles, device: torch.device) -> StepProfiler:
     """The profiler that writes the trace asked for with `--profile`; without that it does nothing."""
     config = start.config
-    flops = flops_by_part(
-        config.model,
-        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-    )
     return StepProfiler(
         start.profile,
         files.folder / "profile",
         rank=start.ranks.rank,
         device=device,
-        flops=flops,
+        flops=config.model.account(config.train.recompute).parts,
         images_per_update=config.train.global_batch_images / start.ranks.world_size,
     )
 

@@ -9,8 +9,9 @@ Not modelled: the CUDA context, NCCL's buffers, and fragmentation of the allocat
 
 import contextlib
 import dataclasses
+import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,13 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import image_transformer, layer
-from models.image_transformer import ImageTransformer, is_checkpointed, num_positions
 from models.likelihood import nats
-from models.local_attention import local_attention
+from models.model import Recompute
 from trainer.config import RunConfig
-from trainer.optimizer import is_orthogonalised
-from trainer.options import Muon
+from trainer.model_inputs import blank_inputs
+from trainer.optimizer import orthogonalised_names
 
 MAX_REDUCE_BUCKET_ELEMENTS = 50_000_000
 STAGE_3_GATHERED = 1.6
@@ -69,11 +68,10 @@ def reduce_bucket_elements(num_parameters: int) -> int:
 
 def num_orthogonalised(config: RunConfig) -> int:
     """Of the model's parameters, those that are updated by Muon."""
-    if not isinstance(config.optimizer, Muon):
-        return 0
     with torch.device("meta"):
-        parameters = ImageTransformer(config.model).named_parameters()
-    return sum(parameter.numel() for name, parameter in parameters if is_orthogonalised(name, parameter))
+        model = config.model.build()
+    names = orthogonalised_names(model, config.optimizer)
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if name in names)
 
 
 def state_bytes(
@@ -116,54 +114,35 @@ def state_bytes(
     )
 
 
-def activation_bytes(
-    config: RunConfig, target: Target, *, checkpoint_every_layers: int, checkpoint_keeps_attention: bool = False
-) -> int:
+def activation_bytes(config: RunConfig, target: Target, recompute: Recompute) -> int:
     """Most memory that one micro-batch's forward and backward pass and loss need at a time, besides weights and
     gradients that stay."""
-    layers, every = config.model.layers, checkpoint_every_layers
-    # Every further period of layers adds the same to what is kept at the peak, which lies at the end of the model.
-    period = max(1, every)
-    few, more = 2 * period + layers % period, 3 * period + layers % period
-    if layers <= more:
-        peak = _traced_peak(config, target, every)
-    else:
-        low, high = (
-            _traced_peak(dataclasses.replace(config, model=dataclasses.replace(config.model, layers=n)), target, every)
-            for n in (few, more)
-        )
-        peak = low + (layers - few) // period * (high - low)
-    if checkpoint_keeps_attention:
-        tokens = config.train.micro_batch_images * num_positions(config.model)
-        results = tokens * (config.model.attention_width * _DTYPES[config.train.precision].itemsize)
-        results += tokens * 4 * config.model.heads  # and the logarithm of each sum of exponentials
-        results *= 2 if config.model.small_size else 1  # to itself, and to the small image
-        peak += results * sum(is_checkpointed(layer, every) for layer in range(layers))
-    return peak
+    units = config.model.num_units
+    # Every further period of units adds the same to what is kept at the peak, which lies at the end of the model.
+    period = math.lcm(max(1, recompute.every), config.model.unit_period)
+    few, more = 2 * period + units % period, 3 * period + units % period
+    if units <= more:
+        return _traced_peak(config, target, recompute)
+    low, high = (
+        _traced_peak(dataclasses.replace(config, model=config.model.with_units(count)), target, recompute)
+        for count in (few, more)
+    )
+    return low + (units - few) // period * (high - low)
 
 
-def _traced_peak(config: RunConfig, target: Target, checkpoint_every_layers: int) -> int:
-    model_config, dtype = config.model, _DTYPES[config.train.precision]
-    device = "cpu" if target == "cpu" else "meta"
+def _traced_peak(config: RunConfig, target: Target, recompute: Recompute) -> int:
+    device = torch.device("cpu" if target == "cpu" else "meta")
     with torch.device("meta"):
-        model = ImageTransformer(model_config, checkpoint_every_layers=checkpoint_every_layers)
-    pattern = model.pattern
-    mode: contextlib.AbstractContextManager[Any]
-    if target == "cpu":
-        # Computed from values and kept: fake tensors have none.
-        one = torch.zeros(1, 1, pattern.length, 1)
-        local_attention(one, one, one, pattern)
-        assert pattern.stored_in_raster_order is not None and len(pattern.slot_of_position) == pattern.length
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-    else:
-        mode = _all_attention_fused(model)
-    with mode:
-        _put_on(model, torch.device(device), dtype)
-        images, labels, condition = _inputs(config, torch.device(device))
+        model = config.model.build(recompute)
+    # On the meta device, attention allocates what the fused kernels of a GPU do.
+    without_values = FakeTensorMode(allow_non_fake_inputs=True) if target == "cpu" else contextlib.nullcontext()
+    with without_values:
+        _put_on(model, device, _DTYPES[config.train.precision])
+        images, given = blank_inputs(config.model, device, config.train.micro_batch_images)
         storages = _LiveStorages(model)
         with storages:
-            parameters = model(images, labels, condition)
-            loss = nats(model_config.output, parameters, images).sum() / images.numel()
+            parameters = model(images, given)
+            loss = nats(config.model.output, parameters, images).sum() / images.numel()
             del parameters
             loss.backward()
     return storages.peak
@@ -198,46 +177,6 @@ class _LiveStorages(TorchDispatchMode):
         self._live -= num_bytes
 
 
-class _FusedKernel(torch.autograd.Function):
-    """What a fused attention kernel allocates and keeps (models/local_attention_triton.py), without computing."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, log_sum = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, log_sum)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, _, log_sum = ctx.saved_tensors
-        delta, summed = torch.empty_like(log_sum), torch.empty_like(q, dtype=torch.float32)
-        results = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        del delta, summed
-        return results
-
-
-def _as_fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    result: Tensor = _FusedKernel.apply(q, k, v)
-    return result
-
-
-@contextlib.contextmanager
-def _all_attention_fused(model: ImageTransformer) -> Iterator[None]:
-    """Also attention without a pattern, which torch fuses on a GPU and on the meta device makes matrices of scores of.
-
-    By replacing the function: recomputation in the backward pass calls it outside of any mode of torch.
-    """
-    model.attend = _as_fused  # type: ignore[method-assign]
-    users, original = (layer, image_transformer), layer.attend_to_all
-    for module in users:
-        module.attend_to_all = _as_fused  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        for module in users:
-            module.attend_to_all = original  # type: ignore[attr-defined]
-
-
 def _put_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Parameters and buffers of the same shapes there, whose gradients are dropped as soon as they are complete."""
 
@@ -251,11 +190,3 @@ def _put_on(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
             setattr(module, name, moved)
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
-
-
-def _inputs(config: RunConfig, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    batch, size, small = config.train.micro_batch_images, config.model.image_size, config.model.small_size
-    images = torch.empty(batch, size, size, 3, dtype=torch.uint8, device=device)
-    labels = torch.empty(batch, dtype=torch.int64, device=device) if config.model.num_classes else None
-    condition = torch.empty(batch, small, small, 3, dtype=torch.uint8, device=device) if small else None
-    return images, labels, condition

@@ -10,7 +10,7 @@
 | `perf/images_per_s` | images / s | all ranks, since the last point, without evaluation and checkpoints |
 | `perf/images_per_s_per_gpu` | images / s | the same for one rank |
 | `perf/tokens_per_s` | tokens / s | all ranks; a token is a position of the sequence (a sub-pixel or a pixel) |
-| `perf/tflops_per_gpu` | 10^12 FLOP / s | products of forward and backward passes, exact (`models/image_transformer.py`); recomputation is not counted |
+| `perf/tflops_per_gpu` | 10^12 FLOP / s | products of forward and backward passes, exact (the model's `account`); recomputation is not counted |
 | `perf/mfu` | | model FLOPs utilisation: that, as a share of the GPU's dense peak in the precision of the run; left out where the peak is not known (a CPU, a GPU that `trainer/gpus.py` does not list) |
 | `perf/step_ms` | ms | mean wall time of an update, all of the following |
 | `perf/data_ms` | ms | of it, rank 0: waiting for the data stream and copying to the device |
@@ -43,7 +43,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from models.image_transformer import model_flops, num_positions
 from trainer.config import RunConfig
 from trainer.gpus import find_gpu
 from trainer.ranks import all_sum
@@ -66,9 +65,10 @@ class Work:
 def work_of(config: RunConfig, world_size: int, device: torch.device) -> Work:
     """The work of a run's model on this kind of device."""
     gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    account = config.model.account()
     return Work(
-        tokens_per_image=num_positions(config.model),
-        flops_per_image=model_flops(config.model).training,
+        tokens_per_image=account.positions,
+        flops_per_image=account.flops.training,
         devices=world_size,
         peak_tflops=gpu.peak_tflops(config.train.precision) if gpu else None,
     )

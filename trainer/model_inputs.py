@@ -5,26 +5,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from models.image_transformer_config import ImageTransformerConfig
+from models.given import Given
+from models.model import ModelShape
 
-Inputs = tuple[Tensor, Tensor | None, Tensor | None]
-"""images uint8 [B, H, W, 3], labels int64 [B] or None, condition uint8 [B, h, w, 3] or None."""
+Inputs = tuple[Tensor, Given]
+"""images uint8 [B, H, W, 3], and what is given of them."""
 
 
-def model_inputs(batch: Batch, model: ImageTransformerConfig) -> Inputs:
+def model_inputs(batch: Batch, model: ModelShape) -> Inputs:
     """The model's arguments for a batch that is on its device."""
-    labels = batch.labels if model.num_classes else None
-    condition = area_downsample(batch.images, model.small_size) if model.small_size else None
-    return batch.images, labels, condition
+    return batch.images, Given(
+        labels=batch.labels if model.num_classes else None,
+        small_images=area_downsample(batch.images, model.small_size) if model.small_size else None,
+    )
 
 
-def blank_inputs(model: ImageTransformerConfig, device: torch.device) -> Inputs:
-    """One black image of class 0, for a forward pass whose result does not matter."""
+def blank_inputs(model: ModelShape, device: torch.device, num_images: int = 1) -> Inputs:
+    """Black images of class 0, for a forward pass whose result does not matter."""
     size, small = model.image_size, model.small_size
-    images = torch.zeros(1, size, size, 3, dtype=torch.uint8, device=device)
-    labels = torch.zeros(1, dtype=torch.int64, device=device) if model.num_classes else None
-    condition = torch.zeros(1, small, small, 3, dtype=torch.uint8, device=device) if small else None
-    return images, labels, condition
+    images = torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device)
+    labels = torch.zeros(num_images, dtype=torch.int64, device=device) if model.num_classes else None
+    small_images = torch.zeros(num_images, small, small, 3, dtype=torch.uint8, device=device) if small else None
+    return images, Given(labels=labels, small_images=small_images)
 
 
 def area_downsample(images: Tensor, size: int) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 
+from models.model import Model
 from trainer.options import AdamW, Cosine, Muon, Noam, OptimizerConfig, Rsqrt, WarmupStableDecay
 
 
@@ -31,18 +32,20 @@ def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
     return optimizer
 
 
-def is_orthogonalised(name: str, parameter: nn.Parameter) -> bool:
-    """Whether `optimizer.name: muon` uses Muon for a parameter of this name: for the matrices of layers.
+def orthogonalised_names(model: Model, config: OptimizerConfig) -> set[str]:
+    """Names of the parameters that Muon updates: the matrices of the model's units. None under another optimizer.
 
-    Not for embeddings and the head: their rows are separate vectors.
+    Not embeddings and the head: their rows are separate vectors. Ask while the parameters have their shapes.
     """
-    return "layers." in name and parameter.ndim == 2
+    if not isinstance(config, Muon):
+        return set()
+    matrices = {id(p) for unit in model.units() for p in unit.parameters() if p.ndim == 2}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
 
 
-def state_names(name: str, parameter: nn.Parameter, config: OptimizerConfig) -> list[str]:
+def state_names(is_orthogonalised: bool, config: OptimizerConfig) -> list[str]:
     """Names of the optimizer's tensors that have the full shape of a parameter."""
-    orthogonalised = isinstance(config, Muon) and is_orthogonalised(name, parameter)
-    moments = ["momentum_buffer"] if orthogonalised else ["exp_avg", "exp_avg_sq"]
+    moments = ["momentum_buffer"] if is_orthogonalised else ["exp_avg", "exp_avg_sq"]
     return moments + (["ema"] if config.ema_decay else [])
 
 

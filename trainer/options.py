@@ -9,6 +9,8 @@ import dataclasses
 import math
 from typing import Literal
 
+from models.model import Recompute
+
 
 def require(section: object, *rules: tuple[bool, str]) -> None:
     """Raise one ValueError that lists every rule that does not hold; a rule's text begins with its field."""
@@ -92,6 +94,13 @@ class TrainConfig:
     """Compile the layers with torch.compile: slower to start, faster steps."""
     log_every_steps: int = 50
     """Steps between two points of the training curves."""
+
+    @property
+    def recompute(self) -> Recompute:
+        """What the backward pass computes a second time."""
+        return Recompute(
+            every=self.activation_checkpoint_every_layers, keeps_attention=self.activation_checkpoint_keeps_attention
+        )
 
     def __post_init__(self) -> None:
         require(

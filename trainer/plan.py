@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.wording import counted
-from models.image_transformer import Flops, flops_by_part, model_flops, num_parameters, num_positions
+from models.model import Account, Flops, Recompute
 from trainer.command_line import run_tool
 from trainer.config import RunConfig, load_config, load_written
 from trainer.errors import UsageError
@@ -99,8 +99,8 @@ class Plan:
 
     config: RunConfig
     cluster: Cluster
-    parameters: int
-    tokens_per_image: int
+    account: Account
+    """Of the model, without recomputation."""
     updates: int
     stages: dict[int, States]
     choices: list[Recomputation]
@@ -136,17 +136,17 @@ def make_plan(config: RunConfig, cluster: Cluster, rate: Rate | None = None, ima
             f"train.global_batch_images: {train.global_batch_images} is not a multiple of {counted(ranks, 'rank')} x "
             f"train.micro_batch_images {train.micro_batch_images} = {per_pass}; change one of these (--nodes, --gpus)"
         )
-    parameters = num_parameters(config.model)
+    account = config.model.account()
+    parameters = account.parameters
     updates = train.steps if images is None else -(-images // train.global_batch_images)
     if rate is None:
         rate = _assumed_rate(config, cluster)
     target: Target = "cuda" if cluster.gpu else "cpu"
-    choices = [_recomputation(config, target, *choice) for choice in _choices(config)]
+    choices = [_recomputation(config, target, choice) for choice in _choices(config)]
     return Plan(
         config=config,
         cluster=cluster,
-        parameters=parameters,
-        tokens_per_image=num_positions(config.model),
+        account=account,
         updates=updates,
         stages={
             stage: state_bytes(
@@ -178,11 +178,7 @@ def measured_rate(run: Path, gpu: Gpu | None) -> Rate:
     if (expected is None) != (not peaks) or (expected and abs(peaks[-1] / expected - 1) > 0.01):
         was = f"a device of {peaks[-1]:.0f} TFLOP/s" if peaks else "a CPU or a GPU of unknown peak"
         raise UsageError(f"--calibrate {run}: was trained on {was}, not on {gpu.name if gpu else 'a CPU'} (--gpu)")
-    flops = model_flops(
-        config.model,
-        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-    )
+    flops = config.model.account(config.train.recompute).flops
     median = statistics.median(rates[len(rates) // 2 :])
     with_recomputation = median * 1e12 * (flops.training + flops.recomputed) / flops.training
     return Rate(
@@ -237,14 +233,17 @@ def as_text(plan: Plan) -> str:
     train, speed = config.train, plan.speeds[plan.chosen]
     device = cluster.gpu.name if cluster.gpu else "CPU process"
     accumulation = train.global_batch_images // (train.micro_batch_images * cluster.ranks)
-    attention = flops_by_part(config.model)["attention scores"].forward / flops.forward
+    account = plan.account
+    attention = ""
+    if account.attention:
+        attention = f" ({account.parts[account.attention].forward / flops.forward:.0%} attention)"
     lines = [
         f"{config.run.name}: {cluster.ranks} x {device} ({cluster.nodes} x {cluster.gpus_per_node}), "
         f"{train.precision}, ZeRO stage {train.zero_stage}",
         "",
-        f"  model   {_count(plan.parameters)} parameters, {plan.tokens_per_image:,} tokens an image",
-        f"  FLOP    an image: {_count(flops.forward)} forward, {_count(flops.training)} with backward "
-        f"({attention:.0%} attention), {_count(flops.recomputed)} recomputed",
+        f"  model   {_count(account.parameters)} parameters, {account.positions:,} tokens an image",
+        f"  FLOP    an image: {_count(flops.forward)} forward, {_count(flops.training)} with backward"
+        f"{attention}, {_count(flops.recomputed)} recomputed",
         f"  batch   {train.global_batch_images:,} images = {counted(cluster.ranks, 'rank')} "
         f"x {train.micro_batch_images} x {accumulation} accumulated",
         f"  length  {counted(plan.updates, 'update')} = {_count(plan.updates * train.global_batch_images)} images",
@@ -260,7 +259,7 @@ def as_text(plan: Plan) -> str:
         "",
         f"  {_duration(speed.hours)} to {_count(plan.updates * train.global_batch_images)} images, "
         f"{speed.hours * cluster.ranks:,.0f} {'GPU' if cluster.gpu else 'process'}-hours; "
-        f"{speed.images_per_s * plan.tokens_per_image:,.0f} tokens/s",
+        f"{speed.images_per_s * account.positions:,.0f} tokens/s",
     ]
     if found := warnings(plan):
         lines += ["", "Warnings", ""]
@@ -277,8 +276,8 @@ def as_dictionary(plan: Plan) -> dict[str, object]:
         "gpu": cluster.gpu.name if cluster.gpu else "cpu",
         "nodes": cluster.nodes,
         "gpus_per_node": cluster.gpus_per_node,
-        "parameters": plan.parameters,
-        "tokens_per_image": plan.tokens_per_image,
+        "parameters": plan.account.parameters,
+        "tokens_per_image": plan.account.positions,
         "updates": plan.updates,
         "images": plan.updates * config.train.global_batch_images,
         "zero_stage": config.train.zero_stage,
@@ -340,23 +339,21 @@ def _stages(config: RunConfig) -> list[int]:
     return [0, 1, 2, 3] if config.train.precision == "fp32" else [1, 2, 3]
 
 
-def _choices(config: RunConfig) -> list[tuple[int, bool]]:
+def _choices(config: RunConfig) -> list[Recompute]:
     """Recomputation of nothing, of every second layer, of all layers with and without attention, and the config's."""
-    own = (config.train.activation_checkpoint_every_layers, config.train.activation_checkpoint_keeps_attention)
-    usual = [(0, False), (1, True), (1, False)]
-    if config.model.layers >= 2:
-        usual.insert(1, (2, False))
+    own = config.train.recompute
+    usual = [Recompute(), Recompute(every=1, keeps_attention=True), Recompute(every=1)]
+    if config.model.num_units >= 2:
+        usual.insert(1, Recompute(every=2))
     return usual if own in usual else [*usual, own]
 
 
-def _recomputation(config: RunConfig, target: Target, every: int, keeps_attention: bool) -> Recomputation:
+def _recomputation(config: RunConfig, target: Target, recompute: Recompute) -> Recomputation:
     return Recomputation(
-        every=every,
-        keeps_attention=keeps_attention,
-        activation_bytes=activation_bytes(
-            config, target, checkpoint_every_layers=every, checkpoint_keeps_attention=keeps_attention
-        ),
-        flops=model_flops(config.model, checkpoint_every_layers=every, checkpoint_keeps_attention=keeps_attention),
+        every=recompute.every,
+        keeps_attention=recompute.keeps_attention,
+        activation_bytes=activation_bytes(config, target, recompute),
+        flops=config.model.account(recompute).flops,
     )
 
 

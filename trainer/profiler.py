@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
-from models.image_transformer import Flops
+from models.model import Flops
 from trainer.errors import ConfigError
 
 ROWS_OF_THE_TABLE = 30
@@ -108,11 +108,7 @@ class StepProfiler:
 
 def flops_table(parts: Mapping[str, Flops], *, images: float, seconds: float) -> str:
     """A table of the operations of each part of the model for one image, and the rate that one device reached."""
-    total = Flops(
-        forward=sum(part.forward for part in parts.values()),
-        backward=sum(part.backward for part in parts.values()),
-        recomputed=sum(part.recomputed for part in parts.values()),
-    )
+    total = sum(parts.values(), Flops(0, 0, 0))
     lines = [f"{'GFLOP for one image':<24}{'forward':>12}{'backward':>12}{'recomputed':>12}{'share':>8}"]
     for name, part in (*parts.items(), ("all", total)):
         numbers = "".join(f"{flops / 1e9:>12.4f}" for flops in (part.forward, part.backward, part.recomputed))

@@ -1,4 +1,4 @@
-"""The main job: train the Image Transformer of a config, or go on where the same command stopped.
+"""The main job: train the model of a config, or go on where the same command stopped.
 
 deepspeed --hostfile cluster/hosts trainer/run.py --config configs/imagenet64_big.yaml
 deepspeed --num_accelerators 2 trainer/run.py --config configs/quickstart.yaml --set train.steps=1000

@@ -10,6 +10,7 @@ Without --out, the grid goes into the run's folder `samples` and into its MLflow
 """
 
 import argparse
+import dataclasses
 import difflib
 import math
 import re
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from data_pipeline.loader import evaluation_batches, open_shards
 from data_pipeline.wording import counted
-from models.draw import Sampling
-from models.generate import consistency, generate
+from models.decoding import consistency, generate
+from models.drawing.draw import Sampling
+from models.given import NOTHING, Given
 from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import Inputs, area_downsample, model_inputs
@@ -162,7 +164,8 @@ def _checked(arguments: argparse.Namespace) -> Sampling:
 def _new_images(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
     """A square of new images; a model of classes draws them in turn."""
     count = arguments.n or DEFAULT_NUM_IMAGES
-    images = _draw(trained, arguments, sampling, count, labels=_labels(trained, arguments.classes, count))
+    given = Given(labels=_labels(trained, arguments.classes, count))
+    images = _draw(trained, arguments, sampling, count, given)
     return Drawn("samples", images, images, math.ceil(count**0.5))
 
 
@@ -172,19 +175,19 @@ def _completions(trained: TrainedModel, arguments: argparse.Namespace, sampling:
     if arguments.complete:
         files = torch.stack([read_picture(path, size) for path in arguments.complete])
         originals = _in_turn(files, arguments.n or len(files)).to(trained.device)
-        labels = _labels(trained, arguments.classes, len(originals))
-        condition = area_downsample(originals, small) if small else None
+        given = Given(
+            labels=_labels(trained, arguments.classes, len(originals)),
+            small_images=area_downsample(originals, small) if small else None,
+        )
     else:
-        originals, labels, condition = _validation_images(trained, arguments)
-    pattern = trained.model.pattern
-    keep = round((0.5 if arguments.keep is None else arguments.keep) * pattern.length)
-    kept = torch.zeros(pattern.length, dtype=torch.bool)
-    kept[pattern.generation_order[:keep]] = True
+        originals, given = _validation_images(trained, arguments)
+    order = trained.model.generation_order
+    known = torch.arange(len(order)) < round((0.5 if arguments.keep is None else arguments.keep) * len(order))
+    kept = torch.empty_like(known)
+    kept[order] = known
     # A position is a sub-pixel or a pixel; either way the image's rows come one after the other.
     mask = kept.view(size, size, -1).expand(-1, -1, 3).to(trained.device)
-    images = _draw(
-        trained, arguments, sampling, len(originals), labels=labels, condition=condition, prefix=originals, keep=keep
-    )
+    images = _draw(trained, arguments, sampling, len(originals), given, originals, known)
     shown = interleave(originals.cpu(), originals.where(mask, UNKNOWN).cpu(), images)
     return Drawn("completions", images, shown, 6)
 
@@ -199,16 +202,16 @@ def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace, sam
                 f"--super-resolve: the model of {arguments.run} was not trained for it (model.super_resolution is null)"
             )
         files = torch.stack(read_pictures(arguments.super_resolve, small))
-        condition = _in_turn(files, arguments.n or len(files)).to(trained.device)
-        labels = _labels(trained, arguments.classes, len(condition))
+        small_images = _in_turn(files, arguments.n or len(files)).to(trained.device)
+        given = Given(labels=_labels(trained, arguments.classes, len(small_images)), small_images=small_images)
     else:
-        originals, labels, given = _validation_images(trained, arguments)
-        assert given is not None
-        condition = given
-    images = _draw(trained, arguments, sampling, len(condition), labels=labels, condition=condition)
-    distance = consistency(images, condition.cpu()).mean().item()
+        originals, given = _validation_images(trained, arguments)
+        assert given.small_images is not None
+        small_images = given.small_images
+    images = _draw(trained, arguments, sampling, len(small_images), given)
+    distance = consistency(images, small_images.cpu()).mean().item()
     print(f"consistency (root mean square difference to the small images, intensities 0 to 1): {distance:.4f}")
-    columns = [enlarged(condition.cpu(), size), images] + ([] if originals is None else [originals.cpu()])
+    columns = [enlarged(small_images.cpu(), size), images] + ([] if originals is None else [originals.cpu()])
     return Drawn("super-resolutions", images, interleave(*columns), 6)
 
 
@@ -217,14 +220,13 @@ def _draw(
     arguments: argparse.Namespace,
     sampling: Sampling,
     count: int,
-    *,
-    labels: Tensor | None = None,
-    condition: Tensor | None = None,
-    prefix: Tensor | None = None,
-    keep: int = 0,
+    given: Given = NOTHING,
+    originals: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
-    """uint8 [count, H, W, 3] on the CPU, drawn in batches; see models/generate.py."""
-    length = trained.model.pattern.length
+    """uint8 [count, H, W, 3] on the CPU, drawn in batches; see models/decoding.py."""
+    length = len(trained.model.generation_order)
+    keep = 0 if known is None else int(known.sum())
     starts = range(0, count, arguments.batch_images)
     bar = ProgressBar(max(1, len(starts) * (length - keep)))
     batches = []
@@ -235,10 +237,9 @@ def _draw(
             batch.stop - batch.start,
             seed=arguments.seed,
             first_image=start,
-            labels=None if labels is None else labels[batch],
-            condition=None if condition is None else condition[batch],
-            prefix=None if prefix is None else prefix[batch],
-            keep=keep,
+            given=given.select(batch),
+            images=None if originals is None else originals[batch],
+            known=known,
             sampling=sampling,
             progress=_batch_progress(bar, index * (length - keep), keep),
         )
@@ -285,10 +286,10 @@ def _validation_images(trained: TrainedModel, arguments: argparse.Namespace) -> 
     shards = open_shards(trained.card.validation_url)
     count = min(arguments.n or DEFAULT_NUM_IMAGES, shards.count)
     batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=count, limit=count))
-    images, labels, condition = model_inputs(batch.to(trained.device), trained.card.model)
+    images, given = model_inputs(batch.to(trained.device), trained.card.model)
     if arguments.classes is not None:
-        labels = _labels(trained, arguments.classes, count)
-    return images, labels, condition
+        given = dataclasses.replace(given, labels=_labels(trained, arguments.classes, count))
+    return images, given
 
 
 if __name__ == "__main__":

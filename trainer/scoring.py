@@ -7,18 +7,19 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from models.image_transformer import ImageTransformerConfig
+from models.given import Given
 from models.likelihood import nats, nats_by_channel
+from models.model import ModelShape
 from trainer.model_inputs import model_inputs
 from trainer.ranks import all_sum
 
-Forward = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-"""Images, labels and condition in, parameters of the output distribution out: a model or an engine's `forward`."""
+Forward = Callable[[Tensor, Given], Tensor]
+"""Images and what is given of them in, parameters of the output distribution out: a model or an engine's `forward`."""
 
 
 def score(
     forward: Forward,
-    model: ImageTransformerConfig,
+    model: ModelShape,
     batches: Iterator[Batch],
     device: torch.device,
     expected_images: int,

@@ -15,7 +15,6 @@ from data_pipeline.block_cache import BlockCache
 from data_pipeline.loader import Shards, open_shards
 from data_pipeline.storage import Store
 from data_pipeline.wording import counted
-from models.image_transformer import model_flops, num_parameters
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
 from trainer.config import ModelConfig, RunConfig, as_yaml, config_from, model_config_from
 from trainer.deepspeed_engine import accumulation_steps, check_offloading, deepspeed_config
@@ -215,6 +214,7 @@ def print_check(config: RunConfig, ranks: Ranks) -> None:
     """Print what `--check` shows, on rank 0: the resolved config, the job's size and DeepSpeed's configuration."""
     if ranks.rank == 0:
         print(as_yaml(config))
-        print(f"parameters: {num_parameters(config.model):,}")
-        print(f"forward GFLOP per image: {model_flops(config.model).forward / 1e9:.2f}")
+        account = config.model.account()
+        print(f"parameters: {account.parameters:,}")
+        print(f"forward GFLOP per image: {account.flops.forward / 1e9:.2f}")
         print(f"deepspeed: {json.dumps(deepspeed_config(config, ranks.world_size))}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.image_transformer import ImageTransformer
+from models.model import Model
 from trainer.checkpoint import Checkpoint, Weights, checkpoints_url, read_weights
 from trainer.config import load_written
 from trainer.errors import UsageError
@@ -21,7 +21,7 @@ from trainer.record.run_folder import RunFiles
 class TrainedModel:
     """A model in fp32 with weights of a run or of an exported model, ready to evaluate or sample."""
 
-    model: ImageTransformer
+    model: Model
     card: ModelCard
     run: str
     """Name of the run that trained it."""
@@ -81,6 +81,6 @@ def _on_device(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
-    model = ImageTransformer(card.model)
+    model = card.model.build()
     model.load_state_dict(state)
     return TrainedModel(model.to(device).eval(), card, run, step, weights, files, device, checkpoints)

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from data_pipeline.loader import Shards, evaluation_batches
-from models.generate import generate
-from models.image_transformer import ImageTransformer
+from models.decoding import generate
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.model_inputs import model_inputs
@@ -33,14 +32,14 @@ def draw_grid(
     for name, tensors in engine.state():
         weights[name] = tensors.get("ema", tensors["weight"]).float().clone()
         alive()
-    model = ImageTransformer(config.model)
+    model = config.model.build()
     model.load_state_dict(weights)
     model.to(device).eval()
     count = min(config.tracking.sample_images, validation_shards.count)
     share = math.ceil(count / ranks.world_size)
     first = ranks.rank * share
     batch = next(evaluation_batches(validation_shards, rank=0, world_size=1, batch_images=count, limit=count))
-    _, labels, condition = model_inputs(batch.to(device), config.model)
+    _, given = model_inputs(batch.to(device), config.model)
     mine = slice(first, min(first + share, count))
     drawn = None
     if mine.start < mine.stop:
@@ -49,8 +48,7 @@ def draw_grid(
             mine.stop - mine.start,
             seed=config.run.seed,
             first_image=first,
-            labels=None if labels is None else labels[mine],
-            condition=None if condition is None else condition[mine],
+            given=given.select(mine),
             progress=lambda done, total: alive(),
         ).cpu()
     gathered = [images for images in from_all_ranks(drawn) if images is not None]

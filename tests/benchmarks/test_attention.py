@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import attention, report
-from models.pattern import Pattern
+from models.attention.pattern import Pattern
 
 SMALL = {"batch": 2, "heads": 2, "width": 8, "dtype": torch.float32}
 CASE_1D = attention.case_1d("1d", 96, 16, 16, **SMALL)

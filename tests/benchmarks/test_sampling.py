@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from benchmarks import report, sampling
-from models.decode_plan import decode_plan
-from models.generate import Step
-from models.image_transformer import ImageTransformer
-from models.image_transformer_config import Local1D
-from models.pattern import QueryBlock
+from models.attention.pattern import QueryBlock
+from models.decoding import Step
+from models.image_transformer.decode_plan import decode_plan
+from models.image_transformer.shape import Local1D
 from tests.support.launch import QUICKSTART, TINY_MODEL
 from tests.support.tiny_model import MODERN, tiny_config
 
@@ -51,8 +50,8 @@ def test_it_reports_ratios_and_writes_them_down(
 def test_a_sampler_that_computes_something_else_is_not_timed(sampler, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     with torch.no_grad():
-        task = sampling.Task(ImageTransformer(tiny_config()).eval(), 1)
-        block = task.model.pattern.blocks[2]
+        task = sampling.Task(tiny_config().build().eval(), 1)
+        block = task.model.patterns[0].blocks[2]
         assert sampler(task, block)
         task.hidden = task.hidden + 0.01
         with pytest.raises(sampling.WrongLogits, match="logits differ by .* not timed"):
@@ -60,23 +59,23 @@ def test_a_sampler_that_computes_something_else_is_not_timed(sampler, monkeypatc
 
 
 def test_the_limit_counts_weights_once_and_what_each_image_sees() -> None:
-    model = ImageTransformer(tiny_config())
+    model = tiny_config().build()
     one, three = (sampling.bytes_a_step(model, number) for number in (1, 3))
-    seen = model.pattern.mask().sum().item() / model.pattern.length
+    seen = model.patterns[0].mask().sum().item() / model.patterns[0].length
     assert (three - one) / 2 == pytest.approx(2 * 2 * seen * 16 * 4)  # layers, keys and values, width, bytes
     embeddings = sum(p.numel() for n, p in model.named_parameters() if n.startswith("embed"))
     weights = sum(p.numel() for p in model.parameters()) - embeddings
     assert one - (three - one) / 2 == pytest.approx(4 * weights)
-    assert decode_plan(model.pattern, "generation").num_keys == 16
+    assert decode_plan(model.patterns[0], "generation").num_keys == 16
 
 
 def test_positions_take_turns_so_that_a_busy_machine_meets_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1 s for a token, 9 while the machine is busy: for a third of the time, a token at the last position 2 s."""
     torch.manual_seed(0)
-    model = ImageTransformer(tiny_config()).eval()
+    model = tiny_config().build().eval()
     with torch.no_grad():
         task = sampling.Task(model, 1)
-    blocks = [model.pattern.blocks[index] for index in (0, 2, 4)]
+    blocks = [model.patterns[0].blocks[index] for index in (0, 2, 4)]
     order: list[int] = []
 
     def steps(task: sampling.Task, block: QueryBlock) -> Iterator[Step]:
@@ -106,7 +105,7 @@ def test_a_quarter_of_the_heads_of_keys_leaves_a_quarter_of_the_cache_to_read() 
 
 def test_looking_ahead_is_measured_where_it_draws_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = ImageTransformer(tiny_config()).eval()
+    model = tiny_config().build().eval()
     assert "times fewer steps" in sampling.looking_ahead(model, "untrained")
     seeds = iter(range(100))
     original = sampling.Decoding

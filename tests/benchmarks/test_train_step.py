@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import report, train_step
-from models.image_transformer import ImageTransformer
+from models.image_transformer.family import ImageTransformer
 from tests.support.launch import QUICKSTART, TINY_MODEL
 from tests.support.tiny_model import PATTERNS, random_images, tiny_config
 
@@ -20,8 +21,8 @@ def test_the_command_writes_its_numbers_and_its_section(tmp_path: Path, monkeypa
     monkeypatch.setattr(report, "RESULTS", tmp_path / "RESULTS.md")
 
     def scaled(model: ImageTransformer) -> None:
-        attend = model.attend
-        model.attend = lambda q, k, v: attend(2 * q, k, 3 * v)  # type: ignore[method-assign]
+        attend = model.attends[0]
+        train_step.attend_by(model, lambda q, k, v: attend(2 * q, k, 3 * v))
 
     monkeypatch.setitem(train_step.VARIANTS, "flex_raster", scaled)
     monkeypatch.setitem(train_step.VARIANTS, "dense_mask", train_step.with_dense_mask)
@@ -41,10 +42,10 @@ def test_the_command_writes_its_numbers_and_its_section(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("name", ["2d", "2d block shift"])
 def test_raster_order_changes_the_storage_and_not_the_model(name: str) -> None:
     torch.manual_seed(0)
-    model = ImageTransformer(tiny_config(**PATTERNS[name]))
+    model = tiny_config(**PATTERNS[name]).build()
     raster, images = copy.deepcopy(model), random_images(2, 4)
-    mask = model.pattern.mask()
+    mask = model.patterns[0].mask()
     train_step.in_raster_order(raster)
-    assert raster.pattern.stored_in_raster_order and not model.pattern.stored_in_raster_order
-    raster.attend = lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # type: ignore[method-assign]
+    assert raster.stored_in_raster_order and not model.stored_in_raster_order
+    train_step.attend_by(raster, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask))
     torch.testing.assert_close(raster(images), model(images))

@@ -1,6 +1,6 @@
 """What does the compiler make of the attention kernels? Run as a program: one line of JSON for each kernel.
 
-    python -m tests.support.compile_attention_kernels 90 64 bf16 causal 1    # capability 9.0, head width 64; no GPU
+    python -m tests.support.compile_attention_kernels 90 64 bf16 causal 1    # capability 9.0, width 64; no GPU
 
 In a process of its own, because Triton's interpreter excludes its compiler.
 """
@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.local_attention_triton import (
+from models.attention.local_attention_triton import (
     FP32_TILES,
     TILES,
     Tile,

@@ -1,6 +1,6 @@
 """Do the attention kernels compute what the dense mask computes, run one operation at a time on the CPU?
 
-tests/test_local_attention_triton.py runs this file with TRITON_INTERPRET=1, which must be set before the kernels are
+test_local_attention_triton.py runs this file with TRITON_INTERPRET=1, which must be set before the kernels are
 imported. An interpreted step of a tile takes 15 to 100 ms, so patterns are small.
 """
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from models import local_attention_triton
-from models.image_transformer import ImageTransformer
-from models.local_attention import local_attention
-from models.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention import local_attention_triton
+from models.attention.local_attention import local_attention
+from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.model import Recompute
+from tests.models.attention.test_local_attention import REFERENCE, pattern_of
+from tests.models.attention.test_local_attention import TOLERANCE as REFERENCE_TOLERANCE
 from tests.support.tiny_model import random_images, tiny_config
-from tests.test_local_attention import REFERENCE, pattern_of
-from tests.test_local_attention import TOLERANCE as REFERENCE_TOLERANCE
 
 # With tiles of 32 x 16 and 16 x 32: memory and blocks of whole tiles, of parts of tiles, and of less than one.
 PATTERNS = {
@@ -247,13 +247,12 @@ def test_compilation_as_one_graph_and_checkpointing_change_nothing() -> None:
             torch.testing.assert_close(one, other)
 
 
-def test_layers_with_the_operators_in_them_compile_into_one_graph_each_also_when_recomputed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_layers_with_the_operators_in_them_compile_into_one_graph_each_also_when_recomputed() -> None:
     torch.manual_seed(0)
-    model = ImageTransformer(tiny_config(heads=1), checkpoint_every_layers=1)
+    model = tiny_config(heads=1).build(Recompute(every=1))
     images = random_images(1, 4)
-    monkeypatch.setattr(model, "attend", lambda q, k, v: local_attention(q, k, v, model.pattern, backend="triton"))
+    pattern = model.patterns[0]
+    model.attends = [lambda q, k, v: local_attention(q, k, v, pattern, backend="triton")] * 2
 
     def gradients() -> list[Tensor]:
         model.zero_grad()

@@ -15,8 +15,9 @@ import torch
 import torch.distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.image_transformer import ImageTransformer
+from models.given import NOTHING
 from models.likelihood import nats
+from models.model import Recompute
 from tests.support.launch import QUICKSTART
 from tests.support.mapped_memory import mapped_bytes
 from trainer.config import RunConfig, load_config
@@ -70,7 +71,7 @@ def measure(case: tuple[int, str, int]) -> None:
     config = config_of(*case)
     every = config.train.activation_checkpoint_every_layers
     with _PeakOfMapped() as mapped:
-        model = ImageTransformer(config.model, checkpoint_every_layers=every)
+        model = config.model.build(Recompute(every=every))
         train(DeepSpeedEngine(model, config, ranks, device), config)
     if ranks.rank == 0:
         print(json.dumps([*case, mapped.bytes]))
@@ -83,7 +84,7 @@ def train(engine: DeepSpeedEngine, config: RunConfig) -> None:
         for _ in range(engine.accumulation_steps):
             gc.collect()  # DeepSpeed leaves buffers in cycles, which are freed at a time that nobody can predict
             images = torch.zeros(1, config.model.image_size, config.model.image_size, 3, dtype=torch.uint8)
-            loss = nats(config.model.output, engine.forward(images, None, None), images).sum() / images.numel()
+            loss = nats(config.model.output, engine.forward(images, NOTHING), images).sum() / images.numel()
             engine.backward(loss)
         engine.update(1e-3)
 

@@ -5,15 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.image_transformer_config import (
-    Dilated1D,
-    Full,
-    ImageTransformerConfig,
-    Local1D,
-    Local2D,
-    SuperResolution,
-)
+from models.given import Given
+from models.image_transformer.family import ImageTransformerConfig
+from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D, SuperResolution
 from models.likelihood import CategoricalOutput, MixtureOutput
+from models.model import ModelConfig
 
 TINY: dict[str, Any] = {
     "image_size": 4,
@@ -49,7 +45,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "modern": MODERN,
     "modern, keys in groups": {**MODERN, "heads": 4, "key_heads": 2},
 }
-CONDITIONS: dict[str, dict[str, Any]] = {
+GIVEN: dict[str, dict[str, Any]] = {
     "unconditional": {},
     "classes": {"num_classes": 5},
     "super-resolution": {"super_resolution": SuperResolution(small_size=2, encoder_layers=1)},
@@ -65,11 +61,8 @@ def random_images(num_images: int, size: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (num_images, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
-def random_conditions(config: ImageTransformerConfig, num_images: int) -> dict[str, Tensor]:
-    """The labels and condition that a model of this config takes."""
-    inputs = {}
-    if config.num_classes:
-        inputs["labels"] = torch.arange(num_images) % config.num_classes
-    if config.small_size:
-        inputs["condition"] = random_images(num_images, config.small_size, seed=1)
-    return inputs
+def random_given(config: ModelConfig, num_images: int) -> Given:
+    """The labels and small images that a model of this config takes."""
+    labels = torch.arange(num_images) % config.num_classes if config.num_classes else None
+    small_images = random_images(num_images, config.small_size, seed=1) if config.small_size else None
+    return Given(labels=labels, small_images=small_images)

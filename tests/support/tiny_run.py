@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from models.image_transformer import ImageTransformer
 from tests.support.launch import QUICKSTART, settings
 from trainer.config import load_config
 from trainer.model_card import card_of
@@ -21,5 +20,5 @@ def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
     config = load_config(QUICKSTART, arguments[1::2])
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model = ImageTransformer(config.model).eval()
+    model = config.model.build().eval()
     return TrainedModel(model, card_of(config), config.run.name, 7, "raw", RunFiles(folder), torch.device("cpu"))

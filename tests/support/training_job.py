@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from models.image_transformer import ImageTransformer
+from models.model import Model
 from tests.support.launch import QUICKSTART, TINY_MODEL
 from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig, load_config
@@ -73,16 +73,16 @@ def training_batches(config: RunConfig, consumed: int) -> Iterator[Batch]:
         yield Batch(pictures(first, size), labels=None, valid=None, position=first + size)
 
 
-def new_model(config: RunConfig) -> ImageTransformer:
+def new_model(config: RunConfig) -> Model:
     """The model with its first weights, a function of the run's seed."""
     torch.manual_seed(config.run.seed)
-    return ImageTransformer(config.model)
+    return config.model.build()
 
 
 class BrokenEngine(TorchEngine):
     """A TorchEngine of which some updates get a loss, or a gradient behind a good loss, that is not a number."""
 
-    def __init__(self, model: ImageTransformer, config: RunConfig, *, losses: set[int], gradients: set[int]) -> None:
+    def __init__(self, model: Model, config: RunConfig, *, losses: set[int], gradients: set[int]) -> None:
         """`losses` and `gradients` are numbers of updates, from 1; the last micro-batch of each goes wrong."""
         super().__init__(model, config)
         self._losses, self._gradients = losses, gradients

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from data_pipeline.storage import Store
-from models.image_transformer import ImageTransformer
 from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.support.s3_server import S3Server
 from trainer import checkpoint, export
@@ -40,7 +39,7 @@ def config() -> RunConfig:
 @pytest.fixture
 def engine(config: RunConfig) -> TorchEngine:
     torch.manual_seed(0)
-    return TorchEngine(ImageTransformer(config.model), config)
+    return TorchEngine(config.model.build(), config)
 
 
 SETTINGS = CheckpointConfig(url=None, every_steps=1, keep_last=2, keep_best=0, keep_every_steps=0, background=False)
@@ -424,10 +423,10 @@ def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Pa
         "import itertools, dataclasses, sys, torch\n"
         "from pathlib import Path\n"
         "from tests.trainer.test_checkpoint import ALONE, CPU, QUICKSTART, TINY_MODEL, checkpoints_in, save\n"
-        "from models.image_transformer import ImageTransformer\n"
-        "from trainer.config import load_config\nfrom trainer.engine import TorchEngine\n"
+        "from trainer.config import load_config\n"
+        "from trainer.engine import TorchEngine\n"
         "config = load_config(QUICKSTART, [f'{n}={v}' for n, v in TINY_MODEL.items()])\n"
-        "engine = TorchEngine(ImageTransformer(config.model), config)\n"
+        "engine = TorchEngine(config.model.build(), config)\n"
         "for step in itertools.count(1):\n"
         "    save(checkpoints_in(Path(sys.argv[1])), engine, config, step)\n"
         "    print(step, flush=True)\n"

@@ -11,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.cpp_extension import _get_build_directory
 
-from models.image_transformer import ImageTransformer
+from models.given import NOTHING
 from models.likelihood import MixtureOutput, nats
+from models.model import Model, Recompute
 from tests.support.launch import QUICKSTART, TINY_MODEL
 from tests.support.tiny_model import random_images
 from trainer import deepspeed_engine
@@ -20,7 +21,7 @@ from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, accumulation_steps, deepspeed_config
 from trainer.engine import Engine, TorchEngine, Update
 from trainer.errors import ConfigError
-from trainer.optimizer import is_orthogonalised
+from trainer.optimizer import orthogonalised_names
 from trainer.ranks import Ranks
 
 MUON: dict[str, object] = {
@@ -46,13 +47,9 @@ def tiny(stage: int, precision: str, **changes: object) -> RunConfig:
     return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
 
 
-def new_model(config: RunConfig) -> ImageTransformer:
+def new_model(config: RunConfig) -> Model:
     torch.manual_seed(1)
-    return ImageTransformer(
-        config.model,
-        checkpoint_every_layers=config.train.activation_checkpoint_every_layers,
-        checkpoint_keeps_attention=config.train.activation_checkpoint_keeps_attention,
-    )
+    return config.model.build(config.train.recompute)
 
 
 def losses(engine: Engine, steps: range) -> list[float]:
@@ -69,7 +66,7 @@ def updates(engine: Engine, steps: range) -> list[tuple[float, Update]]:
         batch = torch.randint(0, 256, (8, 8, 8, 3), generator=generator, dtype=torch.uint8) // 2
         total = 0.0
         for images in batch.chunk(2):
-            loss = nats(MixtureOutput(), engine.forward(images, None, None), images).sum() / images.numel()
+            loss = nats(MixtureOutput(), engine.forward(images, NOTHING), images).sum() / images.numel()
             engine.backward(loss)
             total += loss.item() / 2
         update = engine.update(0.003)
@@ -125,16 +122,16 @@ class AttentionCalls(TorchDispatchMode):
 
 
 def test_selective_recomputation_computes_attention_once() -> None:
-    def calls(**checkpointing: Any) -> int:
-        model = ImageTransformer(tiny(0, "fp32").model, **checkpointing).train()
+    def calls(recompute: Recompute) -> int:
+        model = tiny(0, "fp32").model.build(recompute).train()
         with AttentionCalls() as counter:
-            model(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), None, None).sum().backward()
+            model(torch.zeros(2, 8, 8, 3, dtype=torch.uint8), NOTHING).sum().backward()
         return counter.count
 
-    once = calls()
+    once = calls(Recompute())
     assert once > 0
-    assert calls(checkpoint_every_layers=1) == 2 * once
-    assert calls(checkpoint_every_layers=1, checkpoint_keeps_attention=True) == once
+    assert calls(Recompute(every=1)) == 2 * once
+    assert calls(Recompute(every=1, keeps_attention=True)) == once
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16")])
@@ -147,7 +144,7 @@ def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_state_as_it_was
     before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
     images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
     for factor in (float("nan"), 1.0):
-        engine.backward(engine.forward(images, None, None).mean() * factor)
+        engine.backward(engine.forward(images, NOTHING).mean() * factor)
     assert engine.update(0.003).outcome == "skipped"
     for name, state in engine.state():
         assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
@@ -196,7 +193,7 @@ def test_state_on_a_disk_gives_the_same_losses_and_goes_on(
     assert losses(engine, range(4)) == pytest.approx(oracle[:4], abs=1e-4)
     assert sum(path.stat().st_size for path in nvme.rglob("*") if path.is_file()) > 1 << 20
     states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in engine.state()]
-    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second = DeepSpeedEngine(config.model.build(), config, ALONE, device)
     second.load_state(states, updates=4)
     assert losses(second, range(4, 6)) == pytest.approx(oracle[4:], abs=1e-3)
 
@@ -215,7 +212,7 @@ def test_state_goes_on_exactly_at_the_same_and_at_another_stage(
 
     torch.manual_seed(99)  # other first weights, which loading must replace
     config = tiny(loaded, precision)
-    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second = DeepSpeedEngine(config.model.build(), config, ALONE, device)
     second.load_state(states, updates=4)
     for (name, before), (_, after) in zip(states, second.state(), strict=True):
         assert before.keys() == after.keys() == {"weight", "exp_avg", "exp_avg_sq", "ema"}
@@ -232,7 +229,7 @@ def test_plain_torch_goes_on_from_deepspeeds_state(device: torch.device) -> None
     first = DeepSpeedEngine(new_model(config), config, ALONE, device)
     losses(first, range(4))
     states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in first.state()]
-    second = TorchEngine(ImageTransformer(config.model), config)
+    second = TorchEngine(config.model.build(), config)
     second.load_state(states, updates=4)
     assert losses(second, range(4, 8)) == pytest.approx(losses(first, range(4, 8)), abs=1e-5)
 
@@ -268,7 +265,7 @@ def muon_by_hand(config: RunConfig, steps: int) -> tuple[dict[str, Tensor], dict
     """Weights, momenta and losses of a Muon written out."""
     model = new_model(config).train()
     weights = dict(model.named_parameters())
-    momenta = {name: torch.zeros_like(p) for name, p in weights.items() if is_orthogonalised(name, p)}
+    momenta = {name: torch.zeros_like(weights[name]) for name in orthogonalised_names(model, config.optimizer)}
     rest = [(p.ndim >= 2, p) for name, p in weights.items() if name not in momenta]
     adam = torch.optim.AdamW(
         [
@@ -330,7 +327,7 @@ def test_muon_goes_on_exactly_at_the_same_and_at_another_stage(
     states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in first.state()]
     rest = losses(first, range(4, 8))
     config = tiny(loaded, precision, **MUON)
-    second = DeepSpeedEngine(ImageTransformer(config.model), config, ALONE, device)
+    second = DeepSpeedEngine(config.model.build(), config, ALONE, device)
     second.load_state(states, updates=4)
     # Stage 3 keeps the momentum in the precision of the gradients.
     rounded = 2**-8 if (saved, loaded, precision) == (1, 3, "bf16") else 0.0
@@ -352,7 +349,7 @@ def test_muon_skips_an_update_with_a_gradient_that_is_not_finite(
     losses(engine, range(2))
     before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
     for factor in (float("nan"), 1.0):
-        engine.backward(engine.forward(random_images(4, 8), None, None).mean() * factor)
+        engine.backward(engine.forward(random_images(4, 8), NOTHING).mean() * factor)
     assert engine.update(0.003).outcome == "skipped"
     for name, state in engine.state():
         assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
@@ -380,8 +377,8 @@ def test_an_update_before_all_micro_batches_are_there_is_refused(device: torch.d
     for _ in range(engine.accumulation_steps - 1):
         with pytest.raises(AssertionError, match="after accumulation_steps backward passes"):
             engine.update(0.003)
-        engine.backward(engine.forward(random_images(4, 8), None, None).mean())
-    engine.backward(engine.forward(random_images(4, 8), None, None).mean())
+        engine.backward(engine.forward(random_images(4, 8), NOTHING).mean())
+    engine.backward(engine.forward(random_images(4, 8), NOTHING).mean())
     assert engine.update(0.003).outcome == "applied"
 
 

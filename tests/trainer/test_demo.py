@@ -20,8 +20,9 @@ import uvicorn
 from PIL import Image
 from torch import Tensor
 
-from models.draw import Sampling
-from models.generate import generate
+from models.decoding import generate
+from models.drawing.draw import Sampling
+from models.given import Given
 from tests.conftest import pack_photographs
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.tiny_model import random_images
@@ -152,9 +153,10 @@ def test_an_uploaded_image_is_completed(kind: dict[str, object], tmp_path: Path,
     given = decoded(messages[0])
     assert torch.equal(given[:2, :, :3], original[:2]) and (given[:2, :, 3] == 255).all()
     assert (given[2:] == 0).all()
-    keep = trained.model.pattern.length // 4
-    assert messages[0]["done"] == keep
-    assert torch.equal(painted(messages), generate(trained.model, 1, seed=1, prefix=original[None], keep=keep)[0])
+    length = len(trained.model.generation_order)
+    assert messages[0]["done"] == length // 4
+    known = torch.arange(length) < length // 4
+    assert torch.equal(painted(messages), generate(trained.model, 1, seed=1, images=original[None], known=known)[0])
 
 
 def test_the_middle_of_a_large_image_is_shrunk_and_super_resolved(tmp_path: Path, data: Path, serve: Any) -> None:
@@ -165,7 +167,7 @@ def test_the_middle_of_a_large_image_is_shrunk_and_super_resolved(tmp_path: Path
     server = serve(trained)
     messages = server.draw(png(large), mode="super-resolve", seed=2)
     small = area_downsample(middle[None], 4)
-    assert torch.equal(painted(messages), generate(trained.model, 1, seed=2, condition=small)[0])
+    assert torch.equal(painted(messages), generate(trained.model, 1, seed=2, given=Given(small_images=small))[0])
     assert messages[0]["small"].startswith("data:image/png") and messages[0]["original"].startswith("data:image/png")
     assert json.loads(server.get("/model"))["modes"] == ["super-resolve", "complete"]
 
@@ -176,7 +178,8 @@ def test_a_class_is_drawn_with_guidance(tmp_path: Path, data: Path, serve: Any) 
         trained.model.embed_class.weight.mul_(20)
     server = serve(trained, names=list("abcde"))
     messages = server.draw(mode="new", seed=2, guidance=2.5, **{"class": 3})
-    expected = generate(trained.model, 1, seed=2, labels=torch.tensor([3]), sampling=Sampling(guidance=2.5))
+    given = Given(labels=torch.tensor([3]))
+    expected = generate(trained.model, 1, seed=2, given=given, sampling=Sampling(guidance=2.5))
     assert torch.equal(painted(messages), expected[0])
     assert json.loads(server.get("/model"))["classes"] == list("abcde")
 
@@ -343,7 +346,7 @@ def test_a_visitor_draws_completes_and_is_told_of_mistakes_in_a_real_browser(
             assert await page.run("$('keep-out').textContent") == "25 %"
             await page.run("$('go').click()")
             await page.wait_for("state.finished == 2")
-            expected = generate(trained.model, 1, seed=7, prefix=original[None], keep=16)[0]
+            expected = generate(trained.model, 1, seed=7, images=original[None], known=torch.arange(64) < 16)[0]
             assert torch.equal((await canvas(page))[..., :3], expected)
 
             await page.run("$('examples').children[1].click()")

@@ -12,8 +12,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from models.image_transformer import ImageTransformer
+from models.given import NOTHING
 from models.likelihood import MixtureOutput, nats
+from models.model import Model
 from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.support.tiny_model import random_images
 from trainer import export as export_tool
@@ -49,9 +50,9 @@ def config_of(**changes: object) -> RunConfig:
     return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
 
 
-def new_model(seed: int = 0, **changes: object) -> ImageTransformer:
+def new_model(seed: int = 0, **changes: object) -> Model:
     torch.manual_seed(seed)
-    return ImageTransformer(config_of(**changes).model).eval()
+    return config_of(**changes).model.build().eval()
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def losses(engine: TorchEngine, steps: range) -> Iterator[float]:
     engine.train(True)
     for step in steps:
         for part in random_images(8, 8, seed=step).chunk(engine.accumulation_steps):
-            loss = nats(MixtureOutput(), engine.forward(part, None, None), part).sum() / part.numel()
+            loss = nats(MixtureOutput(), engine.forward(part, NOTHING), part).sum() / part.numel()
             engine.backward(loss)
         engine.update(0.003)
         yield loss.item()

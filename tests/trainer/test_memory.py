@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from models.image_transformer import ImageTransformer, num_parameters
 from models.likelihood import nats
+from models.model import Recompute
 from tests.support.launch import QUICKSTART, ROOT, free_port
 from tests.support.mapped_memory import LARGE_BYTES
 from tests.support.measure_memory import CASES, config_of
-from tests.support.tiny_model import BLOCKS, CONDITIONS, HEADS, PATTERNS, random_conditions, random_images, tiny_config
+from tests.support.tiny_model import BLOCKS, GIVEN, HEADS, PATTERNS, random_given, random_images, tiny_config
 from trainer.config import RunConfig, load_config
 from trainer.memory import _traced_peak, activation_bytes, reduce_bucket_elements, state_bytes
 
@@ -57,8 +57,8 @@ def test_the_peak_of_real_training_is_within_15_percent_of_the_plan(
 ) -> None:
     stage, _, every = case
     config = config_of(*case)
-    states = state_bytes(config, num_parameters(config.model), "cpu", stage=stage, ranks=RANKS)
-    activations = activation_bytes(config, "cpu", checkpoint_every_layers=every)
+    states = state_bytes(config, config.model.account().parameters, "cpu", stage=stage, ranks=RANKS)
+    activations = activation_bytes(config, "cpu", Recompute(every=every))
     planned = states.peak(activations)
     assert 0.12 < activations / planned < 0.85  # neither hides the other's error
     assert planned == pytest.approx(measured[case], rel=0.15)
@@ -86,9 +86,11 @@ class Allocations:
             self.peak = max(self.peak, live)
 
 
-@pytest.mark.parametrize("every", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("head", "pattern", "block", "condition"),
+    "recompute", [Recompute(), Recompute(every=1), Recompute(every=2), Recompute(every=1, keeps_attention=True)]
+)
+@pytest.mark.parametrize(
+    ("head", "pattern", "block", "given"),
     [
         ("sub-pixels", "1d", "paper", "unconditional"),
         ("pixels", "2d", "modern", "classes"),
@@ -97,19 +99,21 @@ class Allocations:
         ("sub-pixels", "1d", "modern, keys in groups", "super-resolution"),
     ],
 )
-def test_activations_are_those_of_a_real_pass(head: str, pattern: str, block: str, condition: str, every: int) -> None:
-    changes = {**HEADS[head], **PATTERNS[pattern], **BLOCKS[block], **CONDITIONS[condition]}
+def test_activations_are_those_of_a_real_pass(
+    head: str, pattern: str, block: str, given: str, recompute: Recompute
+) -> None:
+    changes = {**HEADS[head], **PATTERNS[pattern], **BLOCKS[block], **GIVEN[given]}
     config = with_model(**changes | {"layers": 4, "width": 32, "heads": 4, "attention_width": 32, "ff_width": 64})
-    model = ImageTransformer(config.model, checkpoint_every_layers=every)
-    images, inputs = random_images(2, 8), random_conditions(config.model, 2)
+    model = config.model.build(recompute)
+    images, told = random_images(2, 8), random_given(config.model, 2)
 
     def step() -> None:
-        nats(config.model.output, model(images, **inputs), images).sum().div(images.numel()).backward()
+        nats(config.model.output, model(images, told), images).sum().div(images.numel()).backward()
 
     step()  # gradients and what is computed once exist before it is measured
     with Allocations() as allocations:
         step()
-    predicted = activation_bytes(config, "cpu", checkpoint_every_layers=every)
+    predicted = activation_bytes(config, "cpu", recompute)
     assert predicted == pytest.approx(allocations.peak, rel=0.05)
 
 
@@ -117,7 +121,8 @@ def test_activations_are_those_of_a_real_pass(head: str, pattern: str, block: st
 @pytest.mark.parametrize(("layers", "every"), [(5, 0), (9, 2)])
 def test_many_layers_are_extrapolated_from_few_exactly(layers: int, every: int, target: Any) -> None:
     config = with_model(layers=layers)
-    assert activation_bytes(config, target, checkpoint_every_layers=every) == _traced_peak(config, target, every)
+    recompute = Recompute(every=every)
+    assert activation_bytes(config, target, recompute) == _traced_peak(config, target, recompute)
 
 
 def test_on_a_gpu_scores_are_never_stored() -> None:
@@ -127,7 +132,7 @@ def test_on_a_gpu_scores_are_never_stored() -> None:
         activation_bytes(
             dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=size)),
             "cuda",
-            checkpoint_every_layers=0,
+            Recompute(),
         )
         for size in (16, 32)
     )
@@ -136,9 +141,9 @@ def test_on_a_gpu_scores_are_never_stored() -> None:
 
 def test_recomputing_and_keeping_less_takes_less() -> None:
     config = load_config(QUICKSTART, ["model.layers=6"])
-    peaks = [activation_bytes(config, "cuda", checkpoint_every_layers=every) for every in (0, 2, 1)]
+    peaks = [activation_bytes(config, "cuda", Recompute(every=every)) for every in (0, 2, 1)]
     assert peaks[0] > peaks[1] > peaks[2]
-    kept = activation_bytes(config, "cuda", checkpoint_every_layers=1, checkpoint_keeps_attention=True)
+    kept = activation_bytes(config, "cuda", Recompute(every=1, keeps_attention=True))
     assert peaks[2] < kept < peaks[0]
 
 

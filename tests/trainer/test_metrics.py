@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.image_transformer import model_flops
 from tests.support.launch import QUICKSTART
 from trainer import metrics
 from trainer.config import load_config
@@ -91,7 +90,7 @@ def test_on_a_cpu_no_utilisation_is_made_up(clock: Clock) -> None:
     config = load_config(QUICKSTART, [])
     work = work_of(config, 2, CPU)
     assert work == Work(
-        tokens_per_image=32 * 32, flops_per_image=model_flops(config.model).training, devices=2, peak_tflops=None
+        tokens_per_image=32 * 32, flops_per_image=config.model.account().flops.training, devices=2, peak_tflops=None
     )
     meter = Meter(CPU, work)
     one_step(meter, clock, {"forward": 1.0}, 8, [1.0])

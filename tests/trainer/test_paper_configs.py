@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.packing.resize import IMAGENET_VERSIONS
-from models.image_transformer import num_parameters, num_positions
-from models.image_transformer_config import Local1D
+from models.image_transformer.shape import Local1D
 from trainer.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -42,7 +41,8 @@ def test_the_header_states_the_number_of_parameters(name: str) -> None:
     stated = re.search(r"([\d.]+)M parameters", header(name))
     assert stated
     digits = len(stated[1].partition(".")[2])
-    assert f"{num_parameters(load_config(CONFIGS / f'{name}.yaml', []).model) / 1e6:.{digits}f}" == stated[1]
+    parameters = load_config(CONFIGS / f"{name}.yaml", []).model.account().parameters
+    assert f"{parameters / 1e6:.{digits}f}" == stated[1]
 
 
 def test_all_these_configs_state_their_size() -> None:
@@ -61,7 +61,7 @@ def test_the_large_models_reach_back_over_the_whole_image(name: str) -> None:
     model = load_config(CONFIGS / f"{name}.yaml", []).model
     # Through each layer the first query of a block sees back by the memory.
     assert isinstance(model.attention, Local1D)
-    assert model.layers * model.attention.memory >= num_positions(model)
+    assert model.layers * model.attention.memory >= model.account().positions
 
 
 def test_the_ablation_changes_the_block_and_nothing_else() -> None:

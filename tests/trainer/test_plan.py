@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from models.image_transformer import model_flops, num_parameters
+from models.model import Recompute
 from tests.support.launch import QUICKSTART
 from trainer.config import RunConfig, as_yaml, load_config
 from trainer.errors import UsageError
@@ -46,15 +46,15 @@ def plan_of(cluster: Cluster | None = None, rate: Rate | None = None, **changes:
 def test_the_parts_are_those_of_the_models_own_accounts() -> None:
     plan = plan_of()
     config = plan.config
-    assert plan.parameters == num_parameters(config.model)
-    assert plan.stages[2] == state_bytes(config, plan.parameters, "cuda", stage=2, ranks=2)
+    assert plan.account == config.model.account()
+    assert plan.stages[2] == state_bytes(config, plan.account.parameters, "cuda", stage=2, ranks=2)
     every = config.train.activation_checkpoint_every_layers
-    assert plan.choices[plan.chosen].activation_bytes == activation_bytes(config, "cuda", checkpoint_every_layers=every)
+    assert plan.choices[plan.chosen].activation_bytes == activation_bytes(config, "cuda", Recompute(every=every))
 
 
 def test_without_a_measurement_time_is_that_of_the_assumed_rate_and_the_plan_says_so() -> None:
     plan = plan_of(cluster_of(gpus=1))  # nothing to communicate with
-    flops = model_flops(plan.config.model, checkpoint_every_layers=2)
+    flops = plan.config.model.account(Recompute(every=2)).flops
     seconds = 8 * (flops.training + flops.recomputed) / (ASSUMED_MFU * PEAK)
     speed = plan.speeds[plan.chosen]
     assert speed.exposed_communication_s == 0
@@ -68,7 +68,7 @@ def test_communication_over_the_network_is_that_of_the_ring() -> None:
         plan_of(cluster_of(1, 4), train__micro_batch_images=2),
         plan_of(cluster_of(4, 1), train__micro_batch_images=2),
     )
-    weights = 2 * inside.parameters
+    weights = 2 * inside.account.parameters
     gather = 3 / 4 * weights / (LINK_EFFICIENCY * 400 / 8 * 1e9)  # of the new weights; nothing hides it
     assert across.speeds[0].exposed_communication_s >= gather
     ratio = across.speeds[0].exposed_communication_s / inside.speeds[0].exposed_communication_s
@@ -110,7 +110,7 @@ def test_a_measured_rate_is_the_settled_one_with_recomputation(tmp_path: Path) -
         tmp_path, config, [{"perf/tflops_per_gpu": t, "perf/mfu": 1e12 * t / PEAK} for t in tflops] + [{"val/x": 1.0}]
     )
     rate = measured_rate(run, find_gpu("H200"))
-    flops = model_flops(config.model, checkpoint_every_layers=2)
+    flops = config.model.account(Recompute(every=2)).flops
     assert rate.flops_per_s == pytest.approx(200e12 * (flops.training + flops.recomputed) / flops.training)
     plan = plan_of(cluster_of(gpus=1), rate)
     # The same job is planned to run as it ran.

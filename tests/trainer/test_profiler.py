@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from models.image_transformer import Flops
+from models.model import Flops
 from trainer.errors import ConfigError
 from trainer.profiler import StepProfiler, Window, communication_metrics, flops_table, parse_window
 

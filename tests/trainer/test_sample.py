@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from models.draw import Sampling
-from models.generate import generate
+from models.decoding import generate
+from models.drawing.draw import Sampling
+from models.given import Given
 from tests.conftest import pack_photographs
 from tests.support.tiny_model import random_images
 from tests.support.tiny_run import CLASSES, SUPER_RESOLUTION, tiny_run
@@ -101,7 +102,8 @@ def test_classes_are_drawn_in_turn(tmp_path: Path, data: Path, monkeypatch: pyte
         arguments = [*classes, "--n", "3", "--guidance", "2", "--out", str(tmp_path / "grid.png")]
         assert draw(monkeypatch, trained, *arguments, "--singles", str(folder)) == 0
         drawn.append(singles(folder))
-        expected = generate(trained.model, 3, seed=0, labels=torch.tensor(labels), sampling=Sampling(guidance=2.0))
+        given = Given(labels=torch.tensor(labels))
+        expected = generate(trained.model, 3, seed=0, given=given, sampling=Sampling(guidance=2.0))
         assert torch.equal(drawn[-1], expected)
     assert not torch.equal(*drawn)
 
@@ -127,7 +129,7 @@ def test_files_are_completed_in_turn(tmp_path: Path, data: Path, monkeypatch: py
     arguments = ["--complete", *files, "--keep", "0.25", "--n", "3", "--out", str(out), "--singles", str(folder)]
     assert draw(monkeypatch, trained, *arguments) == 0
     given = torch.stack([originals[0], originals[1], originals[0]])
-    expected = generate(trained.model, 3, seed=0, prefix=given, keep=16)
+    expected = generate(trained.model, 3, seed=0, images=given, known=torch.arange(64) < 16)
     assert torch.equal(singles(folder), expected)
     shown = from_grid(out, 8, columns=6, enlarge=16)
     for index in range(3):
@@ -148,7 +150,7 @@ def test_small_images_of_a_folder_are_super_resolved(
     assert draw(monkeypatch, trained, "--super-resolve", str(tmp_path / "small"), "--out", str(out)) == 0
     shown = from_grid(out, 8, columns=6, enlarge=16)[:4]
     assert torch.equal(shown[::2], enlarged(small, 8))
-    assert torch.equal(shown[1::2], generate(trained.model, 2, seed=0, condition=small))
+    assert torch.equal(shown[1::2], generate(trained.model, 2, seed=0, given=Given(small_images=small)))
     assert "consistency" in capsys.readouterr().out
 
 
@@ -182,7 +184,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
         (plain, ["--out", "grid.jpg"], "--out: grid.jpg must end in .png"),
         (plain, ["--out", str(tmp_path / "text.png/grid.png"), "--n", "1"], "grid.png: cannot be written"),
         (plain, ["--classes", "1"], "was trained without classes"),
-        (plain, ["--super-resolve", str(tmp_path)], "was not trained for it (model.super_resolution.small_size is 0)"),
+        (plain, ["--super-resolve", str(tmp_path)], "was not trained for it (model.super_resolution is null)"),
         (classes, ["--classes", "1,5"], "--classes: 5 is not between 0 and 4"),
         (classes, ["--classes=-1"], "--classes: -1 is not between 0 and 4"),
         (classes, ["--classes=--1"], "--classes: '--1' is not a class of the training data"),

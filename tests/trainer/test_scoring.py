@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from data_pipeline.batch import Batch
-from models.image_transformer_config import ImageTransformerConfig
+from models.given import Given
+from models.image_transformer.family import ImageTransformerConfig
 from tests.support.launch import QUICKSTART
 from trainer.config import load_config
 from trainer.scoring import score
@@ -26,7 +27,7 @@ def batch(images: Tensor, valid: list[bool]) -> Batch:
     return Batch(images=images, labels=None, valid=torch.tensor(valid), position=0)
 
 
-def sure_of_zero(images: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor:
+def sure_of_zero(images: Tensor, given: Given) -> Tensor:
     """A model that gives intensity 0 half of the probability and shares the rest among the others."""
     logits = torch.full((*images.shape, 256), math.log(0.5 / 255))
     logits[..., 0] = math.log(0.5)

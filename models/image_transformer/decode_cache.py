@@ -1,0 +1,115 @@
+"""Where are the keys and values of earlier tokens while an image is decoded, and how does the next token see them?
+
+Everything is allocated once, for the largest wave of the plan (models/image_transformer/decode_plan.py), and has one
+shape for all steps: which keys a step sees is a comparison of tensors, so that a GPU can replay a step as a captured
+graph.
+
+Shapes: B batch, N heads, M heads of keys and values (N, or a divisor of it), K head width, G blocks decoded together, W
+slots of a window, A steps computed together, T tokens (G A, and padding).
+"""
+
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.image_transformer.decode_plan import UNSEEN, DecodePlan, Wave
+from models.image_transformer.layer import Attend
+
+
+class DecodeCache:
+    """Windows and kept keys of all layers, and the state of the wave that is being decoded."""
+
+    def __init__(
+        self,
+        plan: DecodePlan,
+        *,
+        layers: int,
+        batch: int,
+        key_heads: int,
+        head_width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        # Zeros: a slot that is not seen has weight 0, which only a finite value survives.
+        rows, slots = plan.num_windows, plan.window_slots
+        self.windows = torch.zeros(layers, 2, rows, batch, key_heads, slots, head_width, dtype=dtype, device=device)
+        self.kept = torch.zeros(layers, 2, batch, key_heads, plan.kept_slots, head_width, dtype=dtype, device=device)
+        self.order = torch.full((rows, slots), UNSEEN, dtype=torch.int32, device=device)
+        most_steps = max(wave.num_steps for wave in plan.waves)
+        self.own_window_slots = torch.zeros(most_steps, dtype=torch.int64, device=device)
+        self._new_slots = self.own_window_slots[:1]
+        self._bias = torch.zeros(())
+
+    def enter(self, wave: Wave) -> None:
+        """Fill the windows of a wave with what its blocks see of earlier ones."""
+        device = self.order.device
+        self.order[: len(wave.order)] = wave.order.to(device)
+        self.own_window_slots[: wave.num_steps] = wave.own_window_slots.to(device)
+        for row, (window_slots, kept_slots) in enumerate(wave.loads):
+            self.windows[:, :, row].index_copy_(
+                4, window_slots.to(device), self.kept.index_select(4, kept_slots.to(device))
+            )
+
+    def leave(self, wave: Wave) -> None:
+        """Keep what later blocks see of a wave."""
+        device = self.order.device
+        for row, (window_slots, kept_slots) in enumerate(wave.stores):
+            keys = self.windows[:, :, row].index_select(4, window_slots.to(device))
+            self.kept.index_copy_(4, kept_slots.to(device), keys)
+
+    def attend_steps(self, rows: int, steps: Tensor) -> list[Attend]:
+        """For each layer, attention of the tokens with these numbers (int64 [A]) of each of the first `rows` blocks;
+        the tokens of a block come one after the other."""
+        self._new_slots = self.own_window_slots.index_select(0, steps)
+        seen = self.order[:rows, None] <= steps[:, None]
+        bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -math.inf)
+        self._bias = bias[:, None, None, :, None]  # [G, 1, 1, A, 1, W]
+        return [partial(self._attend_steps, windows[:, :rows]) for windows in self.windows]
+
+    def _attend_steps(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, N, T, K], k and v [B, M, T, K], of which the first G A tokens are real; windows [2, G, B, M, W, K]."""
+        rows, steps, tokens = windows.shape[1], len(self._new_slots), q.shape[2]
+        for window, new in zip(windows, (k, v), strict=True):
+            window.index_copy_(3, self._new_slots, _by_block(new, rows, steps).to(window.dtype))
+        keys, values = windows
+        queries = _by_block(q, rows, steps).unflatten(2, (keys.shape[2], -1)).transpose(3, 4)  # [G, B, M, A, N / M, K]
+        queries = queries.to(keys.dtype) * (1 / math.sqrt(q.shape[-1]))
+        # Not the fused operator, and a product for each step: on a CPU the sums of one depend on how many rows it has.
+        scores = _stacked([each @ keys.transpose(-1, -2) for each in queries.unbind(3)], 3)
+        weights = (scores.float() + self._bias).softmax(-1).to(values.dtype)
+        out = _stacked([each @ values for each in weights.unbind(3)], 2)  # [G, B, A, M, N / M, K]
+        out = out.flatten(3, 4).permute(1, 3, 0, 2, 4).flatten(2, 3).to(q.dtype)
+        return F.pad(out, (0, 0, 0, tokens - rows * steps))
+
+    def attend_several(self, row: int, start: int, stop: int) -> list[Attend]:
+        """For each layer, attention of the tokens start..stop of one block, all at once."""
+        steps = torch.arange(start, stop, device=self.order.device)
+        seen = self.order[row] <= steps[:, None]
+        slots = self.own_window_slots[start:stop]
+        return [partial(self._attend_several, windows[:, row], slots, seen) for windows in self.windows]
+
+    def _attend_several(self, windows: Tensor, slots: Tensor, seen: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, N, T, K], k and v [B, M, T, K], of which the first tokens are real; windows [2, B, M, W, K], seen
+        [tokens, W]."""
+        tokens = len(slots)
+        for window, new in zip(windows, (k, v), strict=True):
+            window.index_copy_(2, slots, new[:, :, :tokens].to(window.dtype))
+        keys, values = windows
+        real = q[:, :, :tokens].to(keys.dtype)
+        queries = real.unflatten(1, (keys.shape[1], -1)).flatten(2, 3)  # those of a head of keys one after the other
+        mask = seen.repeat(q.shape[1] // keys.shape[1], 1)
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(*real.shape)
+        return F.pad(out.to(q.dtype), (0, 0, 0, q.shape[2] - tokens))
+
+
+def _by_block(x: Tensor, rows: int, steps: int) -> Tensor:
+    """[B, N, T, K] -> [G, B, N, A, K] of the first G A tokens."""
+    return x[:, :, : rows * steps].unflatten(2, (rows, steps)).permute(2, 0, 1, 3, 4)
+
+
+def _stacked(parts: list[Tensor], axis: int) -> Tensor:
+    """A single one without a copy, which on a GPU would be one more kernel in every layer."""
+    return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)

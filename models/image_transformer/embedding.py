@@ -1,0 +1,95 @@
+"""How do intensities and positions become tokens?
+
+Shapes: B batch, T positions, C values per position (1 sub-pixel or the 3 channels of a pixel), D width.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models.image_transformer.pixel_order import Input
+from models.linear import Linear
+
+Position = Literal["sine", "learned", "rotary"]
+
+SINE_LONGEST_WAVELENGTH = 1e4
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding whose output is scaled by sqrt(width) and starts with unit variance, as in the original
+    code.
+
+    The factor matters to Adam, whose steps do not grow with the entries: they move what is looked up by
+    sqrt(width) more.
+    """
+
+    def __init__(self, num_embeddings: int, width: int) -> None:
+        super().__init__(num_embeddings, width)
+        nn.init.normal_(self.weight, std=width**-0.5)
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return super().forward(indices) * math.sqrt(self.embedding_dim)
+
+
+class InputEmbedding(nn.Module):
+    """The value generated before a position, and the position itself, as one token (section 3.2 of the
+    paper)."""
+
+    def __init__(self, input: Input, grid: tuple[int, int], width: int, position: Position) -> None:
+        super().__init__()
+        self.grid_columns = grid[1]
+        if input == "categorical":
+            self.values: Embedding | Linear = Embedding(3 * 256, width)
+        else:
+            self.values = Linear(3, width, std=1.0, bias=True)
+        if position == "sine":
+            self.position: SineCode | LearnedCode = SineCode(width)
+        else:
+            self.position = LearnedCode(grid, width)
+
+    def forward(self, values: Tensor, sources: Tensor, positions: Tensor) -> Tensor:
+        """values uint8 [B, T, C] were at raster positions `sources` [T] (-1: no value, a zero vector) and are
+        used to predict raster positions `positions` [T]; the result is [B, T, D]."""
+        if isinstance(self.values, Embedding):
+            x = self.values(values.squeeze(-1).long() + 256 * (sources % 3))
+        else:
+            # Linear, as in the paper; the original code adds a ReLU.
+            x = self.values((values.float() / 127.5 - 1).to(self.values.weight.dtype))
+        code = self.position(*self.rows_and_columns(positions))
+        return x * (sources >= 0)[:, None] + code.to(x.dtype)
+
+    def rows_and_columns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Raster positions -> rows and columns of the grid; a column is a sub-pixel where a position is
+        one."""
+        return positions // self.grid_columns, positions % self.grid_columns
+
+
+class SineCode(nn.Module):
+    """Half the width codes the row, half the column, each by sines and cosines of geometric wavelengths
+    (Vaswani 2017)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, rows: Tensor, columns: Tensor) -> Tensor:
+        num_frequencies = self.width // 4
+        exponents = torch.arange(num_frequencies, device=rows.device) / max(num_frequencies - 1, 1)
+        frequencies = SINE_LONGEST_WAVELENGTH**-exponents
+        angles = [axis[:, None] * frequencies for axis in (rows, columns)]
+        return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=-1)
+
+
+class LearnedCode(nn.Module):
+    """Half the width is looked up by row, half by column, as the paper has it; the original code adds two
+    full widths."""
+
+    def __init__(self, grid: tuple[int, int], width: int) -> None:
+        super().__init__()
+        self.rows = Embedding(grid[0], width // 2)
+        self.columns = Embedding(grid[1], width // 2)
+
+    def forward(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.cat([self.rows(rows), self.columns(columns)], dim=-1)

@@ -1,0 +1,56 @@
+"""What does the Image Transformer offer as a family of models? Its config, and the model that the config builds.
+
+The parts, in the order in which they use each other: shape.py, network.py, wave_decoder.py, account.py.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import nn
+
+from models.drawing.canvas import Canvas
+from models.image_transformer.account import account_of
+from models.image_transformer.network import Network
+from models.image_transformer.shape import ImageTransformerShape
+from models.image_transformer.wave_decoder import WaveDecoder
+from models.model import Account, Recompute
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransformerConfig(ImageTransformerShape):
+    """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
+
+    @property
+    def num_units(self) -> int:
+        return self.layers
+
+    @property
+    def unit_period(self) -> int:
+        return len(self.attention) if isinstance(self.attention, tuple) else 1
+
+    def with_units(self, count: int) -> Self:
+        return dataclasses.replace(self, layers=count)
+
+    def build(self, recompute: Recompute = Recompute()) -> "ImageTransformer":  # noqa: B008 (immutable)
+        return ImageTransformer(self, recompute)
+
+    def account(self, recompute: Recompute = Recompute()) -> Account:  # noqa: B008 (immutable)
+        with torch.device("meta"):
+            return account_of(ImageTransformer(self), recompute)
+
+
+class ImageTransformer(Network):
+    """An Image Transformer that can be trained and drawn from."""
+
+    def units(self) -> Iterator[nn.Module]:
+        if self.config.small_size:
+            yield from self.encoder.layers
+        yield from self.layers
+
+    def decoder(self, canvas: Canvas, *, in_waves: bool = True, look_ahead: bool = True) -> WaveDecoder:
+        """in_waves: decode blocks that do not see each other together, where the patterns have such blocks.
+        look_ahead: compute further tokens of a single image on a CPU. Neither changes the images."""
+        return WaveDecoder(self, canvas, in_waves=in_waves, look_ahead=look_ahead)

@@ -1,0 +1,225 @@
+"""What is the Image Transformer, from images to the parameters of a distribution?
+
+An autoregressive model of uint8 images (Parmar et al. 2018): a decoder of local self-attention layers over
+the sub-pixels or pixels of the image and, for super-resolution, an encoder that reads a small image.
+
+Shapes: B batch, H rows, W columns, L positions in storage order, T some of them, E encoder tokens, D width, N
+heads, K head width, C values per position.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from models.attention.local_attention import attend_to_all, local_attention
+from models.attention.pattern import Pattern
+from models.given import NOTHING, Given
+from models.image_transformer.embedding import Embedding, InputEmbedding
+from models.image_transformer.layer import Attend, Layer, norm, rotary
+from models.image_transformer.pixel_order import grid_shape, source_positions, to_positions
+from models.image_transformer.shape import ImageTransformerShape, make_pattern
+from models.likelihood import MixtureOutput, initial_mixture
+from models.model import Model, Recompute, check_inputs
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Network(Model):
+    """The weights, and the forward pass of whole images and of some of their tokens."""
+
+    config: ImageTransformerShape
+
+    positions: Tensor
+    sources: Tensor
+    slot_of_position: Tensor
+
+    def __init__(self, config: ImageTransformerShape, recompute: Recompute = Recompute()) -> None:  # noqa: B008
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        self.checkpoint_context = _keep_attention if recompute.keeps_attention else noop_context_fn
+        with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
+            distinct = {attention: make_pattern(config, attention) for attention in config.attentions}
+            self.patterns = [distinct[attention] for attention in config.attentions]
+            first = self.patterns[0]  # all have its order of generation and of storage
+            self.length = first.length
+            self.generation_order = first.generation_order
+            self.stored_in_raster_order = first.stored_in_raster_order
+            self.register_buffer("positions", first.storage_order, persistent=False)
+            self.register_buffer("sources", source_positions(first, config.shift), persistent=False)
+            self.register_buffer("slot_of_position", first.slot_of_position, persistent=False)
+        by_pattern = {pattern: _attend_by(pattern) for pattern in self.patterns}
+        self.attends = [by_pattern[pattern] for pattern in self.patterns]
+        """How the tokens of whole images attend to each other, in each layer."""
+
+        grid = grid_shape(config.image_size, config.input)
+        self.embed_input = InputEmbedding(config.input, grid, config.width, config.position)
+        if config.num_classes:
+            # The last entry is no class.
+            self.embed_class = Embedding(config.num_classes + (config.label_dropout > 0), config.width)
+        if config.small_size:
+            self.encoder = Encoder(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
+        self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
+        self.head = Head(config)
+
+    def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
+        """As in Model. In training, labels are hidden at the rate of label_dropout."""
+        check_inputs(self.config, images, given)
+        labels = given.labels
+        if labels is not None and self.training and self.config.label_dropout:
+            hidden = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+            labels = labels.masked_fill(hidden, self.config.num_classes)
+        values = to_positions(images, self.config.input)[:, self.sources.clamp(min=0)]
+        slots = torch.arange(self.length, device=images.device)
+        x = self.hidden(values, slots, labels, self.encode(given.small_images), self.attends)
+        if not self.stored_in_raster_order:
+            x = x[:, self.slot_of_position]
+        size = self.config.image_size
+        if isinstance(self.config.output, MixtureOutput):
+            return self.head(x).view(-1, size, size, 10 * self.config.output.components)
+        return self.head(x).view(-1, size, size, 3, 256)
+
+    def hidden(
+        self,
+        values: Tensor,
+        slots: Tensor,
+        labels: Tensor | None,
+        encoder_kv: Sequence[KeysValues | None],
+        attends: Sequence[Attend],
+    ) -> Tensor:
+        """Tokens [B, T, D] before the head, for storage slots [T] and the input values uint8 [B, T, C] they
+        hold.
+
+        Layer i attends by attends[i], and to encoder_kv[i] as of encode().
+        """
+        positions = self.positions[slots]
+        x = self.embed_input(values, self.sources[slots], positions)
+        if labels is not None:
+            x = x + self.embed_class(labels)[:, None]
+        x = self.dropout(x)
+        rotation = _rotation(self.config, self.embed_input, positions)
+        for index, (layer, attend, kv) in enumerate(zip(self.layers, attends, encoder_kv, strict=True)):
+            if self.training and self.recompute.includes(index):
+                keep_rng = self.config.dropout > 0
+                x = checkpoint(
+                    layer,
+                    x,
+                    attend,
+                    rotation,
+                    kv,
+                    use_reentrant=False,
+                    preserve_rng_state=keep_rng,
+                    context_fn=self.checkpoint_context,
+                )
+            else:
+                x = layer(x, attend, rotation, kv)
+        return self.final_norm(x)
+
+    def encode(self, small_images: Tensor | None) -> list[KeysValues | None]:
+        """What each layer of the decoder attends to in the small image: keys and values [B, heads of keys, E, K], or
+        None."""
+        if small_images is None:
+            return [None] * self.config.layers
+        encoded = self.encoder(small_images)
+        return [layer.encoder_attention.keys_values(encoded) for layer in self.layers if isinstance(layer, Layer)]
+
+
+class Encoder(nn.Module):
+    """Reads a small image with global attention among its sub-pixels (section 3.3 of the paper)."""
+
+    def __init__(self, config: ImageTransformerShape) -> None:
+        super().__init__()
+        self.config = config
+        grid = grid_shape(config.small_size, "categorical")
+        self.embed_input = InputEmbedding("categorical", grid, config.width, config.position)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(_layer(config, is_decoder=False) for _ in range(config.encoder_layers))
+        self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
+
+    def forward(self, small_images: Tensor) -> Tensor:
+        """uint8 [B, h, w, 3] -> [B, E, D]."""
+        values = to_positions(small_images, "categorical")
+        positions = torch.arange(values.shape[1], device=small_images.device)
+        x = self.dropout(self.embed_input(values, positions, positions))
+        rotation = _rotation(self.config, self.embed_input, positions)
+        for layer in self.layers:
+            x = layer(x, attend_to_all, rotation, None)
+        return self.final_norm(x)
+
+
+class Head(nn.Linear):
+    """Tokens [B, T, D] -> parameters of the output distribution in fp32, [B, T, C, 256] or [B, T, 10
+    mixtures]."""
+
+    def __init__(self, config: ImageTransformerShape) -> None:
+        values_per_position = 1 if config.input == "categorical" else 3
+        components = config.output.components if isinstance(config.output, MixtureOutput) else 0
+        super().__init__(config.width, 10 * components if components else 256 * values_per_position)
+        self.is_mixture = components > 0
+        # Almost no opinion at first: uniform intensities, or a spread of mixtures.
+        nn.init.normal_(self.weight, std=0.1 / math.sqrt(config.width))
+        with torch.no_grad():
+            self.bias.copy_(initial_mixture(components) if components else torch.zeros_like(self.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters = F.linear(x.float(), self.weight.float(), self.bias.float())
+        return parameters if self.is_mixture else parameters.unflatten(-1, (-1, 256))
+
+
+ATTENTION_OPERATORS = ("scaled_dot_product", "image_transformer.local_attention", "image_transformer.attention_on_meta")
+"""Parts of the names of torch's and our own operators that compute attention."""
+
+
+def _attend_by(pattern: Pattern) -> Attend:
+    """Attention of all positions by a pattern."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return local_attention(q, k, v, pattern)
+
+    return attend
+
+
+def _keep_attention() -> tuple[Any, Any]:
+    """Contexts of a layer's forward pass and of its recomputation: the results of attention are kept in between."""
+    return create_selective_checkpoint_contexts(_checkpoint_policy)
+
+
+def _checkpoint_policy(context: object, op: Any, *arguments: object, **keywords: object) -> CheckpointPolicy:
+    # By name: which of torch's attention kernels exist depends on the build.
+    name = str(op)
+    is_attention = any(part in name for part in ATTENTION_OPERATORS)
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _layer(config: ImageTransformerShape, is_decoder: bool) -> Layer:
+    attends_to_encoder = is_decoder and config.small_size > 0
+    num_layers = config.layers if is_decoder else config.encoder_layers
+    return Layer(
+        block=config.block,
+        norm_place=config.norm,
+        width=config.width,
+        heads=config.heads,
+        key_heads=config.num_key_heads,
+        attention_width=config.attention_width,
+        ff_width=config.ff_width,
+        dropout=config.dropout,
+        attends_to_encoder=attends_to_encoder,
+        num_sublayers=num_layers * (3 if attends_to_encoder else 2),
+    )
+
+
+def _rotation(config: ImageTransformerShape, embed_input: InputEmbedding, positions: Tensor) -> Tensor | None:
+    if config.position != "rotary":
+        return None
+    return rotary(*embed_input.rows_and_columns(positions), config.attention_width // config.heads)

@@ -1,0 +1,183 @@
+"""What does a family of models offer to those who train, evaluate and draw?
+
+A family is a frozen config (`ModelConfig`), whose fields decide the shape of the model, and the model that it builds
+(`Model`). Nobody outside of `models/` asks which family it is; the union of all configs stands in trainer/config.py.
+
+Shapes: B batch, H rows, W columns, C values per position (1 sub-pixel or the 3 of a pixel), L = 3 H W / C positions.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from models.drawing.canvas import Canvas, Decoder
+from models.given import NOTHING, Given
+from models.likelihood import Output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recompute:
+    """Which units the backward pass computes a second time, instead of keeping their activations."""
+
+    every: int = 0
+    """Every n-th unit; 0: none."""
+    keeps_attention: bool = False
+    """Of these units, keep the results of attention, which are small for the time that they take."""
+
+    def includes(self, unit: int) -> bool:
+        """Whether the unit of this number (0 is the first) is recomputed."""
+        return self.every > 0 and (unit + 1) % self.every == 0
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of matrix products for one image; a product of m x k and k x n counts 2 m k n."""
+
+    forward: int
+    backward: int
+    """Gradients of weights and of activations: twice the forward products, but for those of the first layer, whose
+    input needs no gradient."""
+    recomputed: int
+    """Forward products done a second time in the backward pass, because their activations were not kept."""
+
+    @property
+    def training(self) -> int:
+        """What training a model of this shape takes, however it is done: the numerator of model FLOPs utilisation."""
+        return self.forward + self.backward
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Account:
+    """How large a model is, and what it computes for one image."""
+
+    parameters: int
+    """Trainable numbers."""
+    positions: int
+    """L: positions of the sequence that an image is."""
+    parts: Mapping[str, Flops]
+    """By part of the model, in the order of the forward pass. Exact: no product of a masked or invisible pair counts
+    that need not be computed. What fused kernels compute again inside is not counted."""
+    attention: str | None = None
+    """The part of products among queries, keys and values; None for a model without attention."""
+
+    @property
+    def flops(self) -> Flops:
+        return sum(self.parts.values(), Flops(0, 0, 0))
+
+
+class ModelShape(Protocol):
+    """What goes into a model, and what comes out."""
+
+    @property
+    def family(self) -> str:
+        """The tag of the union of configs."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Rows and columns of the square images."""
+        ...
+
+    @property
+    def output(self) -> Output:
+        """The distribution of a value."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the model can be asked for; 0 for none."""
+        ...
+
+    @property
+    def label_dropout(self) -> float:
+        """Rate at which training hides the class; where it is 0, the model knows no images without a class."""
+        ...
+
+    @property
+    def small_size(self) -> int:
+        """Rows and columns of the small image that is super-resolved; 0 for none."""
+        ...
+
+
+class ModelConfig(ModelShape, Protocol):
+    """A frozen dataclass of a family. Its constructor raises ValueError with one problem a line."""
+
+    @property
+    def num_units(self) -> int:
+        """Units that can be recomputed (`Recompute`); those of the model's main stack."""
+        ...
+
+    @property
+    def unit_period(self) -> int:
+        """After so many units of the main stack, the same kinds of units come again."""
+        ...
+
+    def with_units(self, count: int) -> Self:
+        """The same model with so many units in its main stack."""
+        ...
+
+    def build(self, recompute: Recompute = ...) -> "Model":
+        """The model with its first weights, drawn with torch's generator."""
+        ...
+
+    def account(self, recompute: Recompute = ...) -> Account: ...
+
+
+class Model(nn.Module, ABC):
+    """Images and what is given of them -> parameters of the distribution of every value, given all before it."""
+
+    config: ModelShape
+    generation_order: Tensor
+    """int64 [L] on the CPU: place in the order of generation -> position. Positions are numbered in raster order:
+    row, column, and where a position is a sub-pixel, channel."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
+        """Parameters of the output distribution (models/likelihood.py), fp32: [B, H, W, 3, 256] (categorical) or
+        [B, H, W, 10 components] (mixture).
+
+        images uint8 [B, H, W, 3]. What is returned for a position depends on the values generated before it only.
+        Raises ValueError where images or what is given does not fit the config.
+        """
+
+    @abstractmethod
+    def units(self) -> Iterator[nn.Module]:
+        """The repeated parts, of which each can be compiled alone, and whose matrices Muon updates."""
+
+    @abstractmethod
+    def decoder(self, canvas: Canvas) -> Decoder:
+        """What draws the values of a canvas that are not known yet."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+def check_inputs(shape: ModelShape, images: Tensor, given: Given) -> None:
+    """Raise ValueError where inputs do not fit the config."""
+    for name, tensor, size in (
+        ("images", images, shape.image_size),
+        ("small_images", given.small_images, shape.small_size),
+    ):
+        if (tensor is None) != (size == 0):
+            raise ValueError(
+                f"{name}: {'missing' if tensor is None else 'given'}, but their size in the config is {size}"
+            )
+        if tensor is not None and tensor.shape[1:] != (size, size, 3):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, but the model reads [B, {size}, {size}, 3]")
+    if (given.labels is None) != (shape.num_classes == 0):
+        raise ValueError(
+            f"labels: {'missing' if given.labels is None else 'given'}, but num_classes is {shape.num_classes}"
+        )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Trainable numbers."""
+    return sum(parameter.numel() for parameter in model.parameters())
