@@ -24,10 +24,11 @@ def test_the_command_writes_its_numbers_and_its_section(
     arguments = ["--json", str(tmp_path / "numbers.json"), "--ranks", "1", "--steps", "14", "--repeats", "1"]
     assert checkpoint.main([*arguments, *(f"--set={name}={value}" for name, value in values.items())]) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert -1 < numbers["checkpoint_stall_share"] < 1 and numbers["checkpoint_time_share"] < 1
-    (loop,) = numbers["details"]["loops"]["with checkpoints"]
-    assert loop["steps"] == 13 and loop["seconds"] > 0
-    assert numbers["details"]["loops"]["without"][0]["stall_seconds"] == 0
+    (loop,), (without,) = (numbers["details"]["loops"][kind] for kind in ("with checkpoints", "without"))
+    assert loop["steps"] == without["steps"] == 13
+    assert loop["seconds"] > 0 and without["seconds"] > 0 and without["stall_seconds"] == 0
+    assert numbers["checkpoint_stall_share"] == pytest.approx(loop["stall_seconds"] / loop["seconds"])
+    assert numbers["checkpoint_time_share"] == pytest.approx(1 - without["seconds"] / loop["seconds"])
     assert (numbers["details"]["every_steps"], numbers["details"]["mebibytes"] > 0) == (4, True)
     assert "a checkpoint of " in (tmp_path / "RESULTS.md").read_text()
 
