@@ -100,9 +100,9 @@ def test_shards_on_s3_give_the_loss_curve_of_the_local_disk(
     assert kept >= sum(end - begin for _, begin, end, _, _ in blocks)
 
 
-@pytest.mark.parametrize("second", [1, 2])
-def test_a_run_that_is_killed_goes_on_to_the_same_curve_at_any_number_of_ranks(
-    reference: Path, tmp_path: Path, splits: Path, second: int
+@pytest.mark.parametrize(("second", "stage"), [(1, 2), (2, 3), (2, 0)])
+def test_a_run_that_is_killed_goes_on_to_the_same_curve_at_any_number_of_ranks_and_stage(
+    reference: Path, tmp_path: Path, splits: Path, second: int, stage: int
 ) -> None:
     arguments = settings(tmp_path / "run", splits, train__steps=STEPS, checkpoint__every_steps=7)
     processes = start(arguments, ranks=2)
@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_curve_at_any_number_of_ranks(
     for process in processes:
         process.kill()
     finish(processes)
-    text = train(arguments, ranks=second)
+    text = train([*arguments, "--set", f"train.zero_stage={stage}"], ranks=second)
     assert "going on from step-0000000" in text
     resumed = curve(tmp_path / "run")
     assert [step for step, _ in resumed] == list(range(1, STEPS + 1))
