@@ -28,7 +28,7 @@ HOME = {
     },
     "yaml": {"trainer/config.py"},
     "pydantic": {"trainer/typed_values.py"},
-    "safetensors": {"trainer/exported_model.py", "trainer/tensor_file.py"},
+    "safetensors": {"trainer/tensor_file.py"},
     "PIL": {"data_pipeline", "trainer"},
     "matplotlib": {"trainer/heat_map.py"},
     "plotly": {"trainer/comparison/page.py"},

@@ -171,7 +171,7 @@ class Checkpoints:
         mine: dict[int, dict[str, Tensor] | None] = {}
         try:
             for number in range(self._ranks.rank, len(checkpoint.files), self._ranks.world_size):
-                mine[number] = read_tensors(self._store, checkpoint.name, checkpoint.files[number])
+                mine[number] = _read(self._store, checkpoint, checkpoint.files[number])
         except (CheckpointError, DataError) as error:
             return {}, error
         return mine, None
@@ -258,7 +258,7 @@ class _Writing(threading.Thread):
 
     def run(self) -> None:
         try:
-            self.result = write_tensors(self._store, self.checkpoint.name, self._name, self._tensors)
+            self.result = write_tensors(self._store, f"{self.checkpoint.name}/{self._name}", self._tensors)
         except Exception as error:  # noqa: BLE001 (of a thread: told to the others by `complete`)
             self.result = str(error) or type(error).__name__
         self._tensors = {}
@@ -344,7 +344,7 @@ def _read_kind(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, Ten
     """One tensor of each parameter, with one file in memory at a time; None if the checkpoint is damaged."""
     found: dict[str, Tensor] = {}
     for file in checkpoint.files:
-        tensors = read_tensors(store, checkpoint.name, file)
+        tensors = _read(store, checkpoint, file)
         if tensors is None:
             return None
         parameters = dict.fromkeys(name.partition("|")[0] for name in tensors)
@@ -365,6 +365,11 @@ def remove(store: Store, folder: str) -> None:
 
 _STEP_FOLDER = re.compile(r"step-[0-9]{9}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*\.safetensors")  # no way out of the folder
+
+
+def _read(store: Store, checkpoint: Checkpoint, file: FileEntry) -> dict[str, Tensor] | None:
+    """The tensors of a file, None if it is damaged. Raises as `read_tensors`."""
+    return read_tensors(store, f"{checkpoint.name}/{file['name']}", file)
 
 
 def _is_entry(file: FileEntry) -> bool:

@@ -7,18 +7,16 @@ DeepSpeed.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from data_pipeline.storage import DataError, Store
 from trainer.checkpoint import Weights
 from trainer.config import ModelConfig, RunConfig
 from trainer.engine import State
@@ -26,6 +24,7 @@ from trainer.errors import CheckpointError, ConfigError, UsageError
 from trainer.model_card import ModelCard, card_from, card_from_config
 from trainer.optimizer import orthogonalised_names, state_names
 from trainer.record.run_folder import write_json
+from trainer.tensor_file import FileEntry, read_tensors, write_tensors
 from trainer.typed_values import differences, plain
 
 FORMAT_VERSION = 2
@@ -78,20 +77,14 @@ def write_exported(folder: Path, card: ModelCard, origin: Origin, state: dict[st
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UsageError(f"--to {folder}: is not empty; choose another folder, or delete that one")
-        # Not save_file, which makes a file that only its owner may read.
-        (folder / WEIGHTS_FILE).write_bytes(safetensors.torch.save(tensors))
         description = {
             "format_version": FORMAT_VERSION,
             "origin": dataclasses.asdict(origin),
-            "file": {
-                "name": WEIGHTS_FILE,
-                "bytes": (folder / WEIGHTS_FILE).stat().st_size,
-                "sha256": _checksum(folder / WEIGHTS_FILE),
-            },
+            "file": write_tensors(_store(folder), WEIGHTS_FILE, tensors),
             "card": plain(card),
         }
         write_json(folder / DESCRIPTION_FILE, description)
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, DataError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--to {folder}: cannot be written ({reason})") from error
 
@@ -107,7 +100,7 @@ def load_exported(folder: Path) -> ExportedModel:
                 f"{folder / DESCRIPTION_FILE}: has format {version}, and this version of the trainer reads "
                 f"1 to {FORMAT_VERSION}; use the version that wrote it"
             )
-        size, checksum = file["bytes"], file["sha256"]
+        entry = FileEntry(name=WEIGHTS_FILE, bytes=file["bytes"], sha256=file["sha256"])
         source = str(folder / DESCRIPTION_FILE)
         card = (
             card_from_config(description["config"], source) if version == 1 else card_from(description["card"], source)
@@ -119,17 +112,14 @@ def load_exported(folder: Path) -> ExportedModel:
         ) from error
     if not path.exists():
         raise CheckpointError(f"{path}: is missing; copy the folder again, or export the run again")
-    if path.stat().st_size != size or _checksum(path) != checksum:
+    state = read_tensors(_store(folder), WEIGHTS_FILE, entry)
+    if state is None:
         raise CheckpointError(
             f"{path}: is not the file that {DESCRIPTION_FILE} describes (incomplete or changed); copy the folder again"
         )
-    try:
-        state = safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: is not a safetensors file ({error}); export the run again") from error
     if problem := _misfit(card.model, state):
         raise CheckpointError(f"{path}: does not fit the model of {DESCRIPTION_FILE}: {problem}; export the run again")
-    return ExportedModel(card=card, origin=origin, state=state, digest=checksum)
+    return ExportedModel(card=card, origin=origin, state=state, digest=entry["sha256"])
 
 
 def load_first_weights(folder: Path, config: RunConfig) -> ExportedModel:
@@ -200,6 +190,6 @@ def _misfit(model: ModelConfig, state: dict[str, Tensor]) -> str | None:
     return None
 
 
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _store(folder: Path) -> Store:
+    """A folder of this machine, where nothing that fails is tried again."""
+    return Store(str(folder), 0.0)

@@ -35,8 +35,8 @@ class FileEntry(TypedDict):
     sha256: str
 
 
-def write_tensors(store: Store, folder: str, name: str, tensors: dict[str, Tensor]) -> FileEntry:
-    """Write contiguous fp32 tensors of the host as one file of a folder. Raises DataError.
+def write_tensors(store: Store, path: str, tensors: dict[str, Tensor]) -> FileEntry:
+    """Write contiguous fp32 tensors of the host as one file of the store. Raises DataError.
 
     No second copy of them is made.
     """
@@ -49,17 +49,17 @@ def write_tensors(store: Store, folder: str, name: str, tensors: dict[str, Tenso
             checksum.update(piece)
             yield piece
 
-    size = store.write_pieces(f"{folder}/{name}", pieces)
-    return {"name": name, "bytes": size, "sha256": checksum.hexdigest()}
+    size = store.write_pieces(path, pieces)
+    return {"name": path.rpartition("/")[2], "bytes": size, "sha256": checksum.hexdigest()}
 
 
-def read_tensors(store: Store, folder: str, entry: FileEntry) -> dict[str, Tensor] | None:
+def read_tensors(store: Store, path: str, entry: FileEntry) -> dict[str, Tensor] | None:
     """The fp32 tensors of a file by name, in the file's order; None if it is missing or not the file of that entry.
 
     They share one memory, of the file's size. Raises DataError, and CheckpointError for a file that is the right one
     and holds something else than fp32 tensors.
     """
-    path, size = f"{folder}/{entry['name']}", entry["bytes"]
+    size = entry["bytes"]
     if not store.exists(path) or store.size(path) != size:
         return None
     content, checksum = bytearray(size), hashlib.sha256()
