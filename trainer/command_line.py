@@ -24,7 +24,7 @@ def run_tool(tool: Callable[[], None]) -> int:
         tool()
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # whoever reads what is printed has seen enough: `| head`
+    except BrokenPipeError:  # the reader of the output has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return FINISHED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)

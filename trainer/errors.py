@@ -40,13 +40,13 @@ INTERRUPTED = 130
 
 
 class UsageError(ValueError):
-    """The user asked for something that cannot be done here; the text is one sentence."""
+    """The user asked for something that cannot be done here. The text is one sentence."""
 
     exit_code = USAGE
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the text says what to change, one problem a line."""
+    """The configuration cannot be used. The text says what to change, one problem per line."""
 
     exit_code = USAGE
 
@@ -76,7 +76,7 @@ class RunFolderFull(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or an exported model cannot be read or written; the text says which and why."""
+    """A checkpoint or an exported model cannot be read or written. The text says which and why."""
 
     exit_code = CHECKPOINT
 
@@ -88,7 +88,7 @@ class Diverged(RuntimeError):
 
 
 class LostRank(RuntimeError):
-    """Another rank of the job is gone or failed; the job ends with that one's exit code."""
+    """Another rank of the job is gone or has failed. This rank ends with the exit code of that one."""
 
     def __init__(self, reason: str, exit_code: int) -> None:
         super().__init__(reason)
@@ -96,7 +96,7 @@ class LostRank(RuntimeError):
 
 
 class DifferentWeights(RuntimeError):
-    """The copies of the weights on different ranks differ; the text names ranks, hosts and tensors."""
+    """The ranks' copies of the weights differ. The text names ranks, hosts and tensors."""
 
     exit_code = DIFFERENT_WEIGHTS
 
@@ -108,11 +108,11 @@ class Superseded(RuntimeError):
 
 
 def is_foreseen(error: BaseException) -> bool:
-    """Whether an error carries an exit code, so that its text is meant for the user; all others are bugs."""
+    """Whether an error carries an exit code: then its text is meant for the user. All others are bugs."""
     return hasattr(error, "exit_code")
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of an error; BUG for one that nobody foresaw."""
+    """The exit code of an error; BUG for one that carries none."""
     code: int = getattr(error, "exit_code", BUG)
     return code

@@ -1,9 +1,9 @@
-"""What can each GPU do: how fast are its matrix products, how large its memory, how wide its links?
+"""How fast are a GPU's matrix products, how large is its memory, and how fast are its links?
 
-Dense peaks (no sparsity) and memory as in NVIDIA's data sheets: H100 and H200 "NVIDIA H100/H200 Tensor Core GPU",
-A100 "NVIDIA A100 Tensor Core GPU", L40S, L40, L4, A40, A10 of the same names, B200 of "NVIDIA HGX B200", RTX of the
-Ada and Ampere GA102 architecture papers (bf16 with fp32 accumulation). A GPU that is not listed has no utilisation:
-none is made up for it.
+Dense peaks (without sparsity) and memory are from NVIDIA's data sheets: "NVIDIA H100/H200 Tensor Core GPU", "NVIDIA
+A100 Tensor Core GPU", "NVIDIA HGX B200" for B200, and the sheets of L40S, L40, L4, A40 and A10. Those of RTX are from
+the papers on the Ada and Ampere GA102 architectures (bf16 with fp32 accumulation). For a GPU that is not listed, no
+utilisation is reported: its peak is not guessed.
 """
 
 from dataclasses import dataclass
@@ -19,20 +19,20 @@ class Gpu:
     """One GPU's figures from its data sheet."""
 
     name: str
-    """As `--gpu` of trainer.plan takes it; each word of it stands in the name that CUDA reports."""
+    """The name for `--gpu` of trainer.plan. All its words are in the name that CUDA reports."""
     bf16_tflops: float
     """Dense peak of bf16 and fp16 products accumulated in fp32."""
     tf32_tflops: float
     fp32_tflops: float
     """Without tensor cores: what torch's fp32 products use unless TF32 is allowed."""
     memory_gib: float
-    """What the driver leaves of it to programs."""
+    """What the driver leaves to programs."""
     memory_gb_per_s: float
     link_gb_per_s: float
     """To the other GPUs of a node, in one direction: NVLink where the GPU has it, else PCIe."""
 
     def peak_tflops(self, precision: Precision) -> float:
-        """Dense peak of the products that training in this precision is made of."""
+        """Dense peak of the matrix products that training in this precision uses."""
         if precision != "fp32":
             return self.bf16_tflops
         return self.tf32_tflops if torch.backends.cuda.matmul.allow_tf32 else self.fp32_tflops
@@ -51,7 +51,7 @@ def _gpu(name: str, bf16: float, tf32: float, fp32: float, memory: float, bandwi
 
 
 BF16_CAPABILITY = (8, 0)
-"""CUDA's compute capability of Ampere, the first with bf16 in its tensor cores."""
+"""Ampere's compute capability. Ampere was the first with bf16 in its tensor cores."""
 
 # The more words a name has, the earlier it stands: "NVIDIA H100 PCIe" is no "H100".
 GPUS = (
@@ -77,9 +77,9 @@ GPUS = (
 
 
 def missing_precision(precision: Precision, local_rank: int) -> str | None:
-    """Why this rank's GPU should not train in this precision, a sentence; None where it can, or on a CPU.
+    """Why this rank's GPU should not train in this precision, in a sentence; None if it can, or on a CPU.
 
-    torch emulates bf16 on GPUs before Ampere: every product works, and takes many times as long.
+    On GPUs before Ampere torch emulates bf16: products work, but take many times as long.
     """
     if precision != "bf16" or not torch.cuda.is_available() or torch.version.hip is not None:
         return None
@@ -93,6 +93,6 @@ def missing_precision(precision: Precision, local_rank: int) -> str | None:
 
 
 def find_gpu(device_name: str) -> Gpu | None:
-    """The GPU that CUDA calls `device_name` ("NVIDIA A100-SXM4-80GB"), or that a user does ("a100"); None: unknown."""
+    """The GPU with this name, of CUDA ("NVIDIA A100-SXM4-80GB") or of a user ("a100"); None if it is not listed."""
     words = device_name.lower().replace("-", " ").split()
     return next((gpu for gpu in GPUS if all(word in words for word in gpu.name.lower().split())), None)

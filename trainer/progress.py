@@ -5,7 +5,7 @@ import time
 
 
 class Progress:
-    """On a terminal one line that is rewritten in place; elsewhere (a log file) a new line every ten seconds."""
+    """On a terminal: one line, rewritten in place. Elsewhere (a log file): a new line every ten seconds."""
 
     def __init__(self, *, enabled: bool, total_steps: int) -> None:
         self._enabled = enabled

@@ -1,7 +1,7 @@
 """What happens when a loss or a gradient is not a finite number, or when the loss jumps?
 
-An update with such a gradient is skipped on all ranks, so the weights stay good. After several in a row the run goes
-back to its last checkpoint, once, and leaves the images since then out; if that does not help, it ends.
+All ranks skip an update with such a gradient, so the weights stay good. After several skips in a row the run goes back
+to its last checkpoint once, and does not use the images since then again. If that does not help, the run ends.
 """
 
 import math
@@ -10,9 +10,9 @@ from typing import Literal
 Action = Literal["go on", "roll back", "give up"]
 
 SPIKE_MEMORY = 50
-"""Points of the training curve over which the loss's mean and variance are taken (a running mean)."""
+"""The loss's running mean and variance look back over about so many points of the training curve."""
 SPIKE_QUIET = 20
-"""Points before the first alarm: at the start of training the loss falls steeply."""
+"""No alarm before so many points: at the start of training the loss falls steeply."""
 
 
 class SkipCounter:
@@ -31,7 +31,7 @@ class SkipCounter:
         self._applied_in_a_row += 1
 
     def skipped(self, *, can_roll_back: bool) -> Action:
-        """The update was skipped; `can_roll_back` says whether there is a checkpoint to go back to."""
+        """The update was skipped; `can_roll_back`: there is a checkpoint to go back to. Returns what to do."""
         self.in_a_row += 1
         self.total += 1
         self._applied_in_a_row = 0
@@ -43,8 +43,11 @@ class SkipCounter:
         return "roll back"
 
     def checkpointed(self) -> None:
-        """A new checkpoint is complete. After as many updates in a row as may be skipped, the training got past the
-        trouble and may go back once more; one between two series of skips would prove nothing."""
+        """A new checkpoint is complete.
+
+        If at least `limit` updates in a row were applied before it, training is past the trouble and may go back once
+        more. A single applied update between two series of skips would prove nothing.
+        """
         if self._applied_in_a_row >= self.limit:
             self._rolled_back = False
 
@@ -53,13 +56,13 @@ class SpikeAlarm:
     """Says when a loss lies far above its running mean."""
 
     def __init__(self, deviations: float) -> None:
-        """Alarm above the mean by so many standard deviations; 0 never does."""
+        """`deviations`: a loss so many standard deviations above the mean is a spike; 0: none is."""
         self._deviations = deviations
         self._mean = self._variance = 0.0
         self._points = 0
 
     def rises(self, loss: float) -> bool:
-        """Whether `loss`, the next point of the curve, is a spike; a spike does not count into the mean."""
+        """Whether `loss`, the next point of the curve, is a spike. Spikes do not enter the mean."""
         self._points += 1
         if self._points == 1:
             self._mean = loss
@@ -69,7 +72,7 @@ class SpikeAlarm:
             self._deviations
             and self._points > SPIKE_QUIET
             and excess > self._deviations * math.sqrt(self._variance)
-            and excess > 0.01 * abs(self._mean)  # a curve without noise has no deviations to speak of
+            and excess > 0.01 * abs(self._mean)  # without noise, the deviation is next to nothing
         ):
             return True
         weight = 1 / min(self._points, SPIKE_MEMORY)

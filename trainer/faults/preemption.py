@@ -1,7 +1,8 @@
-"""Has anybody asked this job to stop, and do all ranks agree on it and on what else concerns all of them?
+"""Has this job been asked to stop, and do all ranks agree on that?
 
-Four ways to ask: a signal (of Slurm, of the launcher, Ctrl-C) to any rank; a file `stop` in the run's folder; the
-budget of `limits.run_minutes`; and the launcher's death, after which nobody would watch over the ranks any more.
+There are four ways to ask: a signal to any rank (from Slurm, from the launcher, Ctrl-C), a file `stop` in the run's
+folder, the budget `limits.run_minutes`, and the launcher's death, since nothing else would watch over the ranks. The
+same agreement carries two more facts that concern all ranks (`Agreed`).
 """
 
 import contextlib
@@ -17,16 +18,16 @@ import torch.distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 3.0
-"""Ctrl-C reaches a rank two or three times: from the terminal, and passed on by each process of the launcher."""
+"""Signals within this time are one request: Ctrl-C comes from the terminal and from the launcher's processes."""
 STOP_FILE = "stop"
 REASONS = ("", "the launcher died", "reached limits.run_minutes", "found the file `stop`", "received a signal")
-"""By number, so that the ranks can agree on one: the largest."""
+"""The ranks exchange the index of a reason. Where their reasons differ, the largest index wins."""
 LOOK_AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """What holds for the whole job, the same on all ranks."""
+    """What all ranks know of the whole job, the same on each."""
 
     stop: bool
     """Somebody asked one of the ranks to stop."""
@@ -37,19 +38,19 @@ class Agreed:
 
 
 class StopRequest:
-    """Remembers a signal until the loop reaches a step boundary; one that comes seconds later ends the process."""
+    """Remembers a signal until the loop reaches a step boundary. A second one, seconds later, ends the process."""
 
     def __init__(self, run_dir: str, budget_seconds: float | None = None) -> None:
-        """Install the handlers; collective, after torch.distributed is initialised (or without it)."""
+        """Install the signal handlers. Collective where torch.distributed is initialised."""
         self.reason = ""
-        """Why the job stops, the same on all ranks; empty before it was agreed."""
+        """Why the job stops, the same on all ranks. Empty until they have agreed."""
         self._seen_at: float | None = None
         self._stop_file = Path(run_dir) / STOP_FILE
         self._looked = 0.0
         self._local_reason = ""
         self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
         self._launcher = os.getppid() if _is_launcher(os.getppid()) else None
-        # Agreement over gloo on host memory: asking the GPU would make every step wait for its queue to drain.
+        # The ranks agree over gloo, in host memory. On a GPU every step would wait until the GPU has caught up.
         self._group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
         for number in SIGNALS:
             signal.signal(number, self._remember)
@@ -63,7 +64,11 @@ class StopRequest:
             signal.raise_signal(number)
 
     def agreed(self, *, superseded: bool = False, checkpoint_written: bool = True) -> Agreed:
-        """True on all ranks where it is true on one (launchers often signal only one); collective."""
+        """What the ranks agree on; collective.
+
+        A stop or a newer attempt that one rank knows of holds for all: launchers often signal only one. A checkpoint
+        is written when all ranks have written it.
+        """
         facts = torch.tensor([REASONS.index(self._asked()), superseded, not checkpoint_written])
         if self._group is not None:
             torch.distributed.all_reduce(facts, torch.distributed.ReduceOp.MAX, group=self._group)
@@ -72,12 +77,12 @@ class StopRequest:
         return Agreed(reason > 0, newer_attempt > 0, not writing)
 
     def forget_stop_file(self) -> None:
-        """The request was followed: the next start shall not stop at once."""
+        """Delete the file `stop` once the job has followed it, so that the next start does not stop at once."""
         with contextlib.suppress(OSError):
             self._stop_file.unlink(missing_ok=True)
 
     def _asked(self) -> str:
-        """Why this rank would stop, one of REASONS."""
+        """Why this rank wants to stop: one of REASONS."""
         if self._seen_at is not None:
             return "received a signal"
         now = time.monotonic()
@@ -93,7 +98,7 @@ class StopRequest:
 
 
 def _is_launcher(pid: int) -> bool:
-    """Whether a process is DeepSpeed's launcher on this node: when killed, it leaves its ranks behind as orphans."""
+    """Whether a process is DeepSpeed's launcher on this node. If it is killed, its ranks live on as orphans."""
     try:
         return b"deepspeed.launcher.launch" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:

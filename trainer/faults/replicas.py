@@ -1,8 +1,8 @@
 """Do all ranks hold the same weights, bit for bit, and if not, whose are wrong?
 
-At ZeRO stages 0 to 2 every rank has a full copy of the weights it computes with, and the same arithmetic gave all of
-them. A bit that flips in one rank's memory stays there for good at stage 0, and until the next update at stages 1 and 2
-(which send all weights anew); a bit that is stuck comes back each time. Nothing else notices: the loss stays finite.
+At ZeRO stages 0 to 2 every rank has a full copy of the weights it computes with, and all copies come from the same
+arithmetic. A bit that flips in one rank's memory stays wrong at stage 0. At stages 1 and 2 the next update sends all
+weights anew, and only a bit that is stuck comes back each time. Nothing else notices: the loss stays finite.
 """
 
 import socket
@@ -40,12 +40,12 @@ def check_replicas(replicas: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor's raw bits, read as integers: any single bit changes it. An int64 without dimensions."""
+    """The sum of a tensor's raw bits, read as integers, as an int64 without dimensions. Any flipped bit changes it."""
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
 
 def _describe(names: list[str], found: list[tuple[str, list[int]]]) -> str:
-    """The sentence for checksums that differ: `found` holds each rank's host and its checksum of each name."""
+    """The sentence about checksums that differ. `found`: each rank's host, and its checksum of each name."""
     wrong_of_rank: dict[int, list[str]] = {}
     known = True
     for index, name in enumerate(names):

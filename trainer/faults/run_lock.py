@@ -1,8 +1,8 @@
 """May this job write to the run's folder, and is it still the newest attempt that may?
 
-Two defences. A lock on `run.lock` keeps a second job out for as long as the first one lives; the kernel releases it
-when the holder dies. An attempt number in `run_state.json` fences off a holder that nobody can see any more: tasks of a
-requeued job that still run on a node which was lost. They find a newer number and end without writing.
+There are two defences. A lock on `run.lock` keeps a second job out while the first one lives; the kernel releases it
+when the holder dies. An attempt number in `run_state.json` stops a holder that nobody can see any more: tasks of a
+requeued job that still run on a node that was lost. They find a newer number and end without writing.
 """
 
 import fcntl
@@ -50,7 +50,7 @@ class RunLock:
         files.write_state(attempt=self.attempt)
 
     def superseded(self) -> bool:
-        """Whether a newer attempt has taken over; reads the disk every few seconds only."""
+        """Whether a newer attempt has taken over. Reads the disk only every few seconds."""
         now = time.monotonic()
         if not self._superseded and now - self._looked >= LOOK_AGAIN_SECONDS:
             self._looked = now

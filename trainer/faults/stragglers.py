@@ -1,29 +1,29 @@
 """Which rank holds the others up?
 
-All ranks make each update together, so the time of a step is that of the slowest one, and the same on all. What tells
-them apart is the time that a rank spends on its own: waiting for its data and computing forward passes. At ZeRO stage 3
-forward passes gather weights and wait for each other, so that only a slow data stream is recognised there.
+All ranks make each update together, so a step takes as long on every rank as on the slowest one. What tells them apart
+is the time that a rank spends on its own: it waits for its data and computes forward passes. At ZeRO stage 3 forward
+passes gather weights and so wait for each other. There only a slow data stream is recognised.
 """
 
 import statistics
 
 SLOW_RATIO = 1.5
-"""A rank is slow that takes so many times the median of all ranks."""
+"""A rank is slow if it takes more than so many times the median of all ranks."""
 SLOW_POINTS = 3
-"""Points of the curves in a row for which it must be slow: a rank may be held up once by anything."""
+"""A rank is named after so many slow points of the curves in a row: anything may hold a rank up once."""
 
 
 class StragglerWatch:
-    """Says once of each rank that it is slow, and again only after it was not."""
+    """Names each slow rank once, and again only if it was fast in between."""
 
     def __init__(self) -> None:
         self._slow_points: dict[int, int] = {}
 
     def newly_slow(self, seconds_of_rank: list[float]) -> dict[int, float]:
-        """The ranks that became stragglers with this point, and how many times the median they take.
+        """The ranks that become stragglers at this point, each with its time as a multiple of the median.
 
-        `seconds_of_rank`: what each rank spent on its own since the last point. Of two ranks the faster one is the
-        median.
+        `seconds_of_rank`: what each rank spent on its own since the last point. The median of two ranks is the faster
+        one.
         """
         median = statistics.median_low(seconds_of_rank)
         found = {}

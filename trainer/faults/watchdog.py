@@ -1,9 +1,9 @@
-"""Does every rank still get on? A rank that hangs or is lost ends the whole job, with its name, within the limits.
+"""Does every rank make progress? If one hangs or is lost, the whole job ends within the limits and names it.
 
-Nothing else does: a collective waits for a lost rank up to its own timeout (DeepSpeed's groups: half an hour), and the
-launcher notices only processes that end. Two threads a rank: one exchanges signs of life with rank 0 over a TCP store
-of their own, and may itself get stuck when a cable is cut; the other only looks at clocks, writes down where every
-thread is, and ends the process.
+Nothing else would end it. A collective waits for a lost rank up to its own timeout (half an hour in DeepSpeed's
+groups), and the launcher notices only processes that end. Each rank has two threads. One exchanges signs of life with
+rank 0 over a TCP store of their own; when a cable is cut, it may get stuck itself. The other only looks at clocks. When
+a limit is over, it writes down where every thread is and ends the process.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ Phase = Literal["startup", "step", "checkpoint"]
 
 BEAT_SECONDS = 2.0
 DEAD_SECONDS = 8.0
-"""How long a rank may be silent once a collective of another one has failed: then somebody is gone."""
+"""How long a rank may be silent after a collective has failed on another one, which means that somebody is gone."""
 STORE_SECONDS = 30.0
 PUBLISH_SECONDS = 3.0
-"""How long rank 0 stays after it has told the others why the job ends: its store carries the message."""
+"""How long a rank stays after it has told the others why the job ends: they may be reading it from its store."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Watchdog:
     ) -> None:
         """Begin to watch, in the phase `startup`.
 
-        The stacks of all threads go to the file `stacks`; `record` is called with the reason on rank 0, or on rank 1 if
-        rank 0 is the one that is lost.
+        The stacks of all threads go to the file `stacks`. `record` is called with the verdict on rank 0, or on rank 1
+        if rank 0 is the one that is lost.
         """
         self._limits, self._ranks, self._stacks, self._record = limits, ranks, stacks, record
         self._phase: Phase = "startup"
@@ -66,10 +66,10 @@ class Watchdog:
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def connect(self) -> None:
-        """Begin to exchange signs of life with the other ranks; collective, after torch.distributed is initialised."""
+        """Begin to exchange signs of life with the other ranks. Collective; torch.distributed must be initialised."""
         if self._ranks.world_size == 1:
             return
-        # Bound to one address and port that rank 0 tells: the store of the process group does not stand in its way.
+        # On a port of its own, which rank 0 tells the others: the store of the process group has MASTER_PORT.
         store = None
         if self._ranks.rank == 0:
             store = torch.distributed.TCPStore(
@@ -88,7 +88,7 @@ class Watchdog:
         self._phase, self._progress = phase, time.monotonic()
 
     def alive(self) -> None:
-        """This rank got on; the limit of its phase begins anew."""
+        """This rank made progress: the time limit of its phase starts again."""
         self._progress = time.monotonic()
 
     def close(self) -> None:
@@ -102,13 +102,13 @@ class Watchdog:
             self._publish_for_a_while(Verdict(f"rank {self._ranks.rank} on {socket.gethostname()}: {reason}", code))
 
     def verdict_of_the_others(self) -> Verdict | None:
-        """After a failed collective: what another rank failed of, or which one is gone; None if all seem well.
+        """After a collective has failed here: why another rank ended, or which one is gone. None if all seem well.
 
-        Waits for the answer about as long as a rank may be silent.
+        Waits for the answer a little longer than DEAD_SECONDS.
         """
         self._failed = True
         deadline = time.monotonic() + DEAD_SECONDS + 3 * BEAT_SECONDS
-        self._progress = deadline  # the limits of the phase do not strike meanwhile
+        self._progress = deadline  # the phase's limit must not end this wait
         while self._verdict is None and time.monotonic() < deadline and self._store is not None:
             time.sleep(0.2)
         if self._verdict is not None and self._ranks.rank == 0:
@@ -144,7 +144,7 @@ class Watchdog:
                 )
 
     def _exchange(self) -> None:
-        """Give and look for signs of life until closed; a store that fails is one that does not answer."""
+        """Send and look for signs of life until closed. A store that fails counts as one that does not answer."""
         beats: dict[int, tuple[bytes, float]] = {}
         count = 0
         while not self._closed.wait(BEAT_SECONDS):
@@ -162,14 +162,14 @@ class Watchdog:
                     self._verdict = Verdict(**json.loads(store.get("verdict")))
                     return
                 self._contact = time.monotonic()
-            except torch.distributed.DistNetworkError:  # closed for good; the watching thread counts the time
+            except torch.distributed.DistNetworkError:  # closed for good; the other thread watches the time
                 return
             except RuntimeError:  # no answer in time
                 continue
 
     def _look_at_others(self, store: torch.distributed.TCPStore, beats: dict[int, tuple[bytes, float]]) -> None:
         now = time.monotonic()
-        # A rank whose collective failed says so, and a rank that ended on its own error is no lost one for long.
+        # Once a rank has said that its collective failed, somebody is gone: the others need not wait as long.
         limit = DEAD_SECONDS if store.check(["failed"]) else self._limits.lost_rank_seconds
         lost = []
         for rank in range(1, self._ranks.world_size):
@@ -197,19 +197,19 @@ class Watchdog:
             if self._ranks.rank == 0 or (self._ranks.rank == 1 and verdict.reason.startswith("rank 0")):
                 with contextlib.suppress(Exception):
                     self._record(verdict)
-            note = f"error: {verdict.reason}; where its threads were is in {self._stacks}; the same command goes on\n"
+            note = f"error: {verdict.reason}; this rank's stacks are in {self._stacks}; run the same command to go on\n"
             sys.stderr.write(note)
             sys.stderr.flush()
             self._publish_for_a_while(verdict)
             os._exit(verdict.code)
 
     def _publish_for_a_while(self, verdict: Verdict) -> None:
-        """Tell the others, and stay until they have had time to ask: the store may be this process's."""
+        """Tell the others, and give them time to read it: the store may live in this process."""
 
         def publish() -> None:
             if self._store is not None:
                 with contextlib.suppress(RuntimeError):
                     self._store.set("verdict", json.dumps(asdict(verdict)))
 
-        threading.Thread(target=publish, daemon=True).start()  # on a cut cable it never returns
+        threading.Thread(target=publish, daemon=True).start()  # with a cut cable it never returns
         time.sleep(PUBLISH_SECONDS)

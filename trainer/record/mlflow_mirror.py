@@ -1,8 +1,8 @@
 """How does MLflow get what a run's folder holds, each thing once, whatever fails in between?
 
-`Mirror.catch_up` sends what is new in the folder since the last time. The same function serves the training job (on a
-thread), the tools, and `python -m trainer.tracking sync`; which of them sends does not matter, and sending something
-twice does no harm: a point has the time at which it was recorded, and MLflow stores equal points once.
+`Mirror.catch_up` sends what is new in the folder since the last time. The training job calls it on a thread, and so do
+the tools and `python -m trainer.tracking sync`; it does not matter which of them sends. To send something twice does no
+harm: a point has the time at which it was recorded, and MLflow stores equal points once.
 """
 
 import contextlib
@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 
 LINES_A_REQUEST = 50
 LARGEST_REQUEST = 1000
-"""Points in one request, as MLflow limits them; 100 parameters, 100 tags."""
+"""Points in one request: MLflow's limit. Those of parameters and tags are 100."""
 LARGEST_TAG_CHARACTERS = 5000
 REQUEST_SECONDS = "10"
 STORE_CREATION_SECONDS = 120.0
 RUN_KEY = "run.key"
-"""Tag by which a run is found again whose creation was answered too late, or whose folder lost the run's id."""
+"""Tag to find a run by when the answer to its creation came too late, or when its folder has lost the run's id."""
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
-"""Opens the experiment's page on training runs; MLflow's default is the view for chat applications."""
+"""Makes the experiment's page open with its training runs; MLflow's default is a view for chat applications."""
 _NETWORK_FILESYSTEMS = re.compile(
     r"nfs\d?|cifs|smb\w*|lustre|beegfs|gpfs|ceph|glusterfs|afs|fuse\.(sshfs|glusterfs|ceph.*|s3fs)"
 )
@@ -48,7 +48,7 @@ class MirrorInUse(Exception):
 
 
 class Mirror:
-    """The MLflow run of one run folder. Only one process at a time sends; the kernel ends its right when it dies."""
+    """The MLflow run of one run folder. One process at a time sends; when it dies, the kernel releases its lock."""
 
     def __init__(self, files: RunFiles) -> None:
         self._files = files
@@ -58,17 +58,17 @@ class Mirror:
         self._run_id = ""
         self._attempt: int | None = None
         self._may_be_there = True
-        """Whether an image may have arrived although nobody saw the answer."""
+        """Whether an image may have arrived although its answer was lost."""
 
     def catch_up(self, *, end: bool) -> None:
-        """Open the run where it is not, and send what is new. With `end`, also how the last attempt ended.
+        """Open the run unless it is open, and send what is new. With `end`, send also how the last attempt ended.
 
-        Raises MirrorInUse, or any error of MLflow, its store or its network; calling it again goes on.
+        Raises MirrorInUse, or any error of MLflow, its store or its network. The next call goes on from there.
         """
         self._take_lock()
         description = read_json(self._files.description)
         if not description:
-            return  # of a program that recorded nothing
+            return  # nothing was recorded
         if self._client is None:
             self._client = open_client(description["uri"])
         sent = read_json(self._files.sent)
@@ -87,7 +87,7 @@ class Mirror:
 
     @property
     def run_id(self) -> str:
-        """MLflow's name of the run; empty as long as it is not open."""
+        """MLflow's id of the run; empty until it is open."""
         return self._run_id
 
     def unsent_points(self) -> int:
@@ -156,7 +156,7 @@ class Mirror:
             write_json(self._files.sent, sent)
 
     def _send_points(self, points: list[Metric]) -> None:
-        """Send points; of those that MLflow refuses for what they are, each is told in the log and left out."""
+        """Send points. This warns of each point that MLflow refuses as invalid, and leaves it out."""
         assert self._client is not None
         try:
             self._client.log_batch(self._run_id, metrics=points)
@@ -207,13 +207,13 @@ class Mirror:
     def _has_image(self, step: int, when: int) -> bool:
         assert self._client is not None
         names = (artifact.path for artifact in self._client.list_artifacts(self._run_id, "images"))
-        # Of the two files of an image the small one is written last.
+        # MLflow writes two files for an image, the small one last.
         return any(f"+step+{step}+timestamp+{when}+" in name and name.endswith(".webp") for name in names)
 
     def _send_end(self, sent: dict[str, Any]) -> None:
         assert self._client is not None
         state = self._files.read_state()
-        # Nobody else holds the lock, so an attempt that says it runs has died without a word.
+        # This process holds the lock, so an attempt that is recorded as running has died.
         status = {"RUNNING": "FAILED"}.get(found := STATUS[state.get("state", "failed")], found)
         if sent.get("status") == status:
             return
@@ -224,10 +224,12 @@ class Mirror:
 
 
 def open_client(uri: str) -> mlflow.MlflowClient:
-    """A client of the store at a URI that answers.
+    """A client of the store at a URI, after the store has answered.
 
-    Of several processes that open a new sqlite store at once, one makes its tables while the others wait: MLflow itself
-    would leave a store that nobody can open any more. Raises MlflowException, or OSError for a store on a network disk.
+    When several processes open a new sqlite store at once, one makes the tables while the others wait. MLflow itself
+    would leave a store that cannot be opened any more.
+
+    Raises MlflowException, or OSError for a store on a network disk.
     """
     quiet_mlflow()
     with _only_opener(uri):
@@ -237,8 +239,8 @@ def open_client(uri: str) -> mlflow.MlflowClient:
 
 
 def quiet_mlflow() -> None:
-    """Ten seconds for a request instead of MLflow's four minutes, and no report of its database migrations."""
-    # Our own loop tries again; the user's values win.
+    """Give a request ten seconds instead of MLflow's four minutes, and hide reports of database migrations."""
+    # Our own loop tries again. The user's values win.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", REQUEST_SECONDS)
     for name in ("alembic", "mlflow"):
@@ -247,7 +249,7 @@ def quiet_mlflow() -> None:
 
 
 def on_network_disk(path: str, mounts: str) -> str | None:
-    """The kind of network filesystem that a path lies on, by the text of /proc/mounts; None for a local disk."""
+    """The kind of network filesystem that a path lies on; None for a local disk. `mounts`: text of /proc/mounts."""
     best, kind = "", ""
     for line in mounts.splitlines():
         fields = line.split(" ")
@@ -284,7 +286,7 @@ def _only_opener(uri: str) -> Iterator[None]:
 
 
 def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, Any]) -> Run | None:
-    """The run by its id, else by its key (if it was created and nobody saw the answer); None if there is none."""
+    """The run by its id, else by its key (when the answer to its creation was lost); None if there is none."""
     if known:
         try:
             run = client.get_run(known)
@@ -304,7 +306,7 @@ def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, An
 def _experiment_id(client: mlflow.MlflowClient, description: dict[str, Any]) -> str:
     name, place = description["experiment"], None
     if description["uri"].startswith("sqlite:///"):
-        # Beside the store; MLflow would take `mlruns` below wherever the command is started.
+        # Beside the store. MLflow would take `mlruns` in the folder where the command is started.
         folder = Path(description["uri"].removeprefix("sqlite:///")).resolve().parent
         place = str(folder / "mlruns" / re.sub(r"[^\w.-]", "_", name))
     for _ in range(2):
@@ -326,7 +328,7 @@ def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any]
     """Parameters, tags, artifacts and data sets of the attempt that begins."""
     run_id, recorded = run.info.run_id, run.data.params
     values = description["params"]
-    # MLflow refuses to change a parameter: what a restart changed is told by a tag.
+    # MLflow refuses to change a parameter, so a tag says what a restart has changed.
     changed = {f"changed.{k}": v for k, v in values.items() if k in recorded and recorded[k] != v}
     params = [Param(key, value) for key, value in values.items() if key not in recorded]
     tags = [RunTag(key, value[:LARGEST_TAG_CHARACTERS]) for key, value in (description["tags"] | changed).items()]

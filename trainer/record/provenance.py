@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 GIT_SECONDS = 20.0
 LARGEST_DIFF_CHARACTERS = 4 << 20
 _ENVIRONMENT = ("CUDA_", "DS_", "LD_PRELOAD", "NCCL_", "OMP_", "PYTORCH_", "SLURM_JOB", "SLURM_N", "TORCH_", "TRITON_")
-"""Beginnings of the variables that change how a run computes; no others are recorded."""
+"""Prefixes of the variables that change how a run computes. No others are recorded."""
 _RECORDED_VALUES = """
 CUDA_DEVICE_MAX_CONNECTIONS CUDA_DEVICE_ORDER CUDA_HOME CUDA_LAUNCH_BLOCKING CUDA_MODULE_LOADING CUDA_VISIBLE_DEVICES
 DS_ACCELERATOR DS_BUILD_OPS DS_SKIP_CUDA_CHECK LD_PRELOAD NCCL_ALGO NCCL_ASYNC_ERROR_HANDLING NCCL_BLOCKING_WAIT
@@ -44,7 +44,7 @@ def code_tags() -> dict[str, str]:
 
 
 def code_changes() -> str:
-    """What `git apply` needs to make the recorded commit the code that ran; new files are named, not included."""
+    """The patch that turns the recorded commit into the code that ran. New files are named, not included."""
     names = (_git("ls-files", "--others", "--exclude-standard") or "").splitlines()
     text = "".join(f"# not tracked: {name}\n" for name in names) + (
         _git("diff", "--no-ext-diff", "--no-color", "HEAD") or ""
@@ -85,8 +85,8 @@ def machine_tags(world_size: int) -> dict[str, str]:
 def data_description(context: str, shards: Any) -> dict[str, Any]:
     """What identifies one data set: `context` is training or validation, `shards` are opened.
 
-    `version` is what published figures are compared by: ImageNet's A, B or C (they differ by 0.26 bits/dim), elsewhere
-    the way in which the images came to their size.
+    Published figures compare only within a `version`. For ImageNet it is A, B or C, which differ by 0.26 bits/dim; for
+    other data sets, how the images were brought to their size.
     """
     manifest = shards.manifest
     return {
@@ -102,12 +102,12 @@ def data_description(context: str, shards: Any) -> dict[str, Any]:
 
 
 def digest_of_text(text: str) -> str:
-    """The first 16 digits of its SHA-256."""
+    """The first 16 hexadecimal digits of the text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _git(*arguments: str) -> str | None:
-    """What git prints, None where it cannot say."""
+    """What git prints; None if git fails or is missing."""
     try:
         # No lock files: a run must not disturb somebody's commit.
         command = ["git", "--no-optional-locks", *arguments]

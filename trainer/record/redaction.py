@@ -21,7 +21,7 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 SHORTEST_SECRET = 6
-"""A shorter value would take harmless text with it wherever it occurs."""
+"""Shorter values are not replaced: they occur in harmless text."""
 CREDENTIAL_FILES = ("~/.aws/credentials", "~/.mlflow/credentials")
 
 _SECRET_NAME = re.compile(
@@ -76,7 +76,7 @@ def redact(text: str) -> str:
 
 
 def redacted(value: Any) -> Any:
-    """The same for each text inside dicts, lists and tuples; other values as they are."""
+    """A copy with all texts inside dicts, lists and tuples redacted. Other values stay as they are."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
@@ -87,15 +87,15 @@ def redacted(value: Any) -> Any:
 
 
 def guard_output() -> None:
-    """From here on, whatever this process prints or logs goes through `redact`: call it first in every main()."""
+    """Redact whatever this process prints or logs from now on. Every main() calls it first."""
     if not isinstance(sys.stdout, _RedactingStream):
         sys.stdout, sys.stderr = (cast(TextIO, _RedactingStream(stream)) for stream in (sys.stdout, sys.stderr))
-    # Libraries have handlers that hold the streams of before.
+    # Handlers of libraries still hold the old streams.
     logging.setLogRecordFactory(_RedactedRecord)
 
 
 class _RedactingStream:
-    """A text stream that redacts what is written; everything else is the stream's own."""
+    """A text stream that redacts what is written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -118,7 +118,7 @@ class _RedactedRecord(logging.LogRecord):
 
 
 def _fingerprint() -> tuple[tuple[str, str], ...]:
-    """The environment's secrets, so that the list below is made anew when they change."""
+    """The environment's secrets: the key of the cache below, so that it is filled anew when they change."""
     return tuple(
         (name, value)
         for name, value in os.environ.items()
@@ -136,7 +136,7 @@ def _is_place(name: str) -> bool:
 
 @cache
 def _known_secrets(of_environment: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """Values to look for, with their spellings inside URLs and headers; the longest first."""
+    """Values to look for, also as they are spelled in URLs and headers. The longest come first."""
     found = {value for _, value in of_environment} | _secrets_in_files()
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if user and (password := os.environ.get("MLFLOW_TRACKING_PASSWORD")):

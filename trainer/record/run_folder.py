@@ -1,7 +1,7 @@
-"""What does a run's folder say about the run: config, points, events, state, and what MLflow has got of them so far?
+"""What is in a run's folder: config, points, events, state, and how much of them MLflow has?
 
-`metrics.jsonl` and `events.jsonl` are the truth about a run, and also the queue of what MLflow is told: lines are only
-added, and `mlflow_sent.json` holds how many bytes of each have arrived there.
+`metrics.jsonl` and `events.jsonl` are the truth about a run, and also the queue for MLflow. Lines are only added, and
+`mlflow_sent.json` says how many bytes of each file have arrived in MLflow.
 """
 
 import errno
@@ -25,7 +25,7 @@ _state_lock = threading.Lock()
 
 
 class Journal:
-    """A file of JSON lines that only grows. Lines are whole: readers never see the beginning of one."""
+    """A file of JSON lines that only grows. Readers see whole lines only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class Journal:
         self._file: FileIO | None = None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line; never raises. A disk that is full costs a warning, and the line is written with a later one."""
+        """Add a line; never raises. On a full disk this warns, and the line is written together with a later one."""
         line = json.dumps(record).encode() + b"\n"
         with self._lock:
             self._backlog = [*self._backlog, line][-LARGEST_BACKLOG_LINES:]
@@ -50,27 +50,27 @@ class Journal:
 
     def _write(self, data: bytes) -> None:
         if self._file is None:
-            # Each line is one write that appends: lines of several processes (a tool beside the training job) do not
-            # mix. And the file stays open: while the sender is at work, every call of the system may cost the training
-            # thread a wait for Python's lock.
+            # Each line is one write in append mode, so lines of several processes (a tool beside the training job) do
+            # not mix. The file stays open: every system call releases Python's lock, and while the sender is at work
+            # the training thread may have to wait to get it back.
             self._file = self.path.open("ab", buffering=0)
         written = self._file.write(data)
         if written < len(data):
-            # What fitted would be written again with the rest: take it back, or else end its line.
+            # Take back what fitted, since it is written again with the rest. If that fails, its line must be ended.
             self._torn = True
             self._file.truncate(os.fstat(self._file.fileno()).st_size - written)
             self._torn = False
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
-        """Let go of the file; it is opened again when there is something to write."""
+        """Close the file; it is opened again when there is something to write."""
         with self._lock:
             if self._file is not None:
                 self._file.close()
                 self._file = None
 
     def repair(self) -> None:
-        """Cut off a last line that a killed process left half-written."""
+        """Cut off a last line that a killed process has left unfinished."""
         if not self.path.exists():
             return
         with self.path.open("rb+") as file:
@@ -79,7 +79,7 @@ class Journal:
                 file.truncate(content.rfind(b"\n") + 1)
 
     def read(self, position: int, largest_lines: int) -> tuple[list[dict[str, Any]], int]:
-        """The records of the next complete lines from a byte position on, and the position after them."""
+        """The records of the next complete lines after a byte position, and the position behind them."""
         if not self.path.exists():
             return [], position
         records = []
@@ -107,7 +107,7 @@ class Journal:
 
 
 class RunFiles:
-    """The run folder's own record."""
+    """The files of a run's folder, by name, and its state."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -117,7 +117,7 @@ class RunFiles:
         self.state = folder / "run_state.json"
         self.samples = folder / "samples"
         self.repro = folder / "repro"
-        """Where the code and the machine of the run are described."""
+        """Describes the code and the machine of the run."""
         self.description = folder / "mlflow_run.json"
         """What MLflow is told when the run is opened there: parameters, tags, data sets."""
         self.sent = folder / "mlflow_sent.json"
@@ -141,7 +141,7 @@ class RunFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none. One that is damaged is told in the log, and empty too."""
+    """A JSON object; empty if there is no such file. If it is damaged, this warns and returns an empty one."""
     if not path.exists():
         return {}
     try:
@@ -155,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Replace a JSON file in one piece. Raises OSError."""
+    """Replace a JSON file atomically. Raises OSError."""
     with atomic_file(str(path)) as file:
         file.write(json.dumps(value, indent=1).encode())
 
@@ -173,7 +173,7 @@ def working_seconds(attempts: list[dict[str, Any]], times: list[float]) -> Itera
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A line's record; None for what a full disk or a lost machine left of one."""
+    """The record of a line; None for the remains of one that a full disk or a lost machine has left."""
     try:
         value = json.loads(line)
     except ValueError:

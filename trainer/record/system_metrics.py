@@ -1,7 +1,7 @@
 """How busy are processor, memory, disk, network and GPUs of this machine while the run trains?
 
 Values and names are those of MLflow's own monitors, which its page "System metrics" shows. MLflow's thread around them
-is not used: it ends for good at the first request that fails, and loses what it had.
+is not used: after the first request that fails, it ends for good and loses what it had.
 """
 
 import logging
@@ -21,7 +21,7 @@ SAMPLES_A_POINT = 6
 
 
 class SystemMetrics(threading.Thread):
-    """Gives `record` a point a minute, `system/...` by name, until `stop`."""
+    """Calls `record` once a minute with the values by name (`system/...`), until `stop`."""
 
     def __init__(self, record: Callable[[dict[str, float]], None]) -> None:
         super().__init__(name="system-metrics", daemon=True)
@@ -39,7 +39,7 @@ class SystemMetrics(threading.Thread):
             for _ in range(SAMPLES_A_POINT):
                 self._sample()
                 if self._stopped.wait(SAMPLE_EVERY_SECONDS):
-                    self._point()  # a short run has one too
+                    self._point()  # so that a short run has one, too
                     return
             self._point()
 
@@ -52,7 +52,7 @@ class SystemMetrics(threading.Thread):
         for monitor in list(self._monitors):
             try:
                 monitor.collect_metrics()
-            except Exception as error:  # noqa: BLE001 (a monitor that breaks must not end the others, nor the run)
+            except Exception as error:  # noqa: BLE001 (a broken monitor must end neither the others nor the run)
                 log.warning("no more system metrics of %s: %s", type(monitor).__name__, error)
                 self._monitors.remove(monitor)
 

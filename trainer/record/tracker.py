@@ -44,11 +44,11 @@ State = Literal["running", "finished", "stopped", "failed"]
 
 SEND_EVERY_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 60.0
-"""Between two tries while MLflow is away."""
+"""The longest pause between two tries while MLflow is away."""
 REQUIRED_SECONDS = 30.0
 """How long MLflow may take to answer at the start, where tracking.required asks for it."""
 CLOSE_SECONDS: dict[State, float] = {"finished": 30.0, "stopped": 10.0, "failed": 30.0}
-"""For sending the rest at the end; a job that was told to stop has little time."""
+"""How long sending the rest at the end may take; a job that was told to stop has little time."""
 MAX_PARAM_CHARACTERS = 6000
 MAX_KEY_CHARACTERS = 250
 
@@ -104,7 +104,7 @@ class Tracker:
             self._metrics.append({"step": step, "time": time.time(), "metrics": fresh})
 
     def event(self, step: int, name: str, text: str, **fields: Any) -> None:
-        """Record that something happened: a line of `events.jsonl`, and a tag `event.NAME` that holds the last one."""
+        """Record that something happened: a line of `events.jsonl`, and the tag `event.NAME` with the last one."""
         self._events.append(redacted({"step": step, "time": time.time(), "event": name, "text": text, **fields}))
 
     def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
@@ -151,7 +151,7 @@ class Tracker:
             )  # fmt: skip
 
     def _log_system(self, values: dict[str, float]) -> None:
-        # As in MLflow these points have steps of their own: a training that stands still is to be seen as well.
+        # As in MLflow, these points have steps of their own, so that a run that stands still shows, too.
         step = 1 + max((self._last_steps.get(name, -1) for name in values), default=-1)
         self.log(step, values)
 
@@ -201,7 +201,7 @@ def open_tracker(
 
 
 class Uploader(threading.Thread):
-    """Sends what the run's files hold, every few seconds; while MLflow is away it tries again less and less often."""
+    """Sends every few seconds what is new in the run's files. While MLflow is away, it tries less and less often."""
 
     def __init__(self, files: RunFiles) -> None:
         super().__init__(name="mlflow", daemon=True)
@@ -213,11 +213,11 @@ class Uploader(threading.Thread):
         self._failures = 0
 
     def wait_until_open(self, seconds: float) -> str | None:
-        """None once MLflow has the run, else after so many seconds the reason why not."""
+        """None once MLflow has the run. After so many seconds without an answer, the reason."""
         return None if self._opened.wait(seconds) else self._problem
 
     def close(self, seconds: float) -> tuple[int, str | None]:
-        """Send the rest and how the run ended, for so many seconds at most; what is left: points, and the reason."""
+        """Send the rest and how the run ended, within so many seconds. Returns how many points are left, and why."""
         self._closing.set()
         self.join(timeout=seconds)
         problem = f"no answer in {seconds:.0f} seconds" if self.is_alive() else self._problem
@@ -239,7 +239,7 @@ class Uploader(threading.Thread):
             self._mirror.catch_up(end=end)
         except MirrorInUse as error:
             self._failures, self._problem = 1, str(error)
-        # Whatever MLflow, its store or its network come up with: training must not stop for it.
+        # Whatever goes wrong with MLflow, its store or the network, training must not stop.
         except Exception as error:  # noqa: BLE001
             self._failures += 1
             self._problem = one_line(error)
@@ -257,7 +257,7 @@ class Uploader(threading.Thread):
 def record_results(
     files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path], folder: str = "samples"
 ) -> None:
-    """Add what a tool found out about a run to its files and its MLflow run; artifacts go to a folder there."""
+    """Add what a tool found out about a run to its files and to MLflow, where artifacts go into `folder`."""
     journal, events, now = Journal(files.metrics), Journal(files.events), time.time()
     last_steps = files.last_steps()
     named = {metric_name(name): float(value) for name, value in metrics.items()}
@@ -280,7 +280,7 @@ def record_results(
 
 
 def catch_up(files: RunFiles, *, end: bool) -> Mirror:
-    """Send everything that MLflow does not have, now, from this process. Raises what Mirror.catch_up raises."""
+    """Send everything that MLflow does not have yet, from this process. Raises what Mirror.catch_up raises."""
     mirror = Mirror(files)
     try:
         mirror.catch_up(end=end)
@@ -290,13 +290,13 @@ def catch_up(files: RunFiles, *, end: bool) -> Mirror:
 
 
 def metric_name(name: str) -> str:
-    """The name as MLflow takes it: letters, digits, `_ - . space : /`, without empty parts, `.` and `..`."""
+    """The name in a form that MLflow takes: letters, digits, `_ - . space : /`, no empty parts, no `.` and `..`."""
     parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
     return "/".join(part for part in parts if part.strip(".") != "")[:MAX_KEY_CHARACTERS] or "unnamed"
 
 
 def one_line(error: BaseException) -> str:
-    """An error as part of a sentence: its first line, without secrets, of bearable length."""
+    """An error to put into a sentence: its first line without secrets, cut after 300 characters."""
     # Cut first: an answer of a server can be a page of any size.
     line, *_ = str(error)[:4096].strip().splitlines() or [type(error).__name__]
     line = redact(line)
@@ -312,7 +312,7 @@ def _describe_run(
     more_tags: Mapping[str, str],
     now: float,
 ) -> None:
-    """Write down all that MLflow is told when the run is opened, so that it can be opened at any time later."""
+    """Write down what MLflow is told when it opens the run, so that this can happen at any later time."""
     text = redact(as_yaml(config))
     files.config.write_text(text)
     files.repro.mkdir(exist_ok=True)
@@ -322,7 +322,7 @@ def _describe_run(
     for name, content in repro.items():
         (files.repro / name).write_text(redact(content))
     before = read_json(files.description)
-    # The lock of the run's folder counts attempts; a folder without it is counted here.
+    # The run's lock counts attempts. Without one they are counted here.
     attempt = files.read_state().get("attempt", before.get("attempt", 0) + 1)
     machine = machine_tags(world_size)
     attempts = [*before.get("attempts", []), {"started": now, "world_size": world_size, "host": machine["host"]}]
@@ -349,7 +349,7 @@ def _describe_run(
 
 
 def _summary(files: RunFiles) -> dict[str, float]:
-    """The few figures by which MLflow's table and parallel coordinates compare runs."""
+    """The few figures that compare runs in MLflow's table and parallel coordinates."""
     points = list(Journal(files.metrics).records())
     times = [point["time"] for point in points] + [time.time()]
     values = {name: [point["metrics"][name] for point in points if name in point["metrics"]]
@@ -365,7 +365,7 @@ def _summary(files: RunFiles) -> dict[str, float]:
 
 
 def _place(files: RunFiles, path: Path) -> str:
-    """A path as it is found from the run's folder, also after the folder was moved."""
+    """A path relative to the run's folder if it lies inside, so that the folder can be moved; else absolute."""
     path, folder = path.resolve(), files.folder.resolve()
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
