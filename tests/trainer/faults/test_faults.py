@@ -147,6 +147,10 @@ def test_a_second_job_on_the_same_folder_is_told_who_holds_it(tmp_path: Path, sp
 def test_an_attempt_that_was_superseded_ends_without_writing(tmp_path: Path, splits: Path) -> None:
     ranks = start(endless(tmp_path / "run", splits, checkpoint__every_steps=2), ranks=2)
     wait_for_step(tmp_path / "run", 3, ranks)
+    deadline = time.monotonic() + 60
+    while "mlflow_run_id" not in state_of(tmp_path / "run"):  # what the attempt writes there itself comes first
+        assert time.monotonic() < deadline, finish(ranks)
+        time.sleep(0.05)
     # What a later attempt on another machine does, where this one's lock cannot be seen.
     state = state_of(tmp_path / "run")
     (tmp_path / "run/new_state").write_text(json.dumps(state | {"attempt": 2, "state": "running"}))
