@@ -1,9 +1,11 @@
 """What is in a checkpoint, when is it complete, and which one does a run go on from?
 
-A checkpoint is a folder `step-000001000/` of safetensors files, one written by each rank, and a `manifest.json`
-written last. It holds full fp32 tensors (weights, the optimizer's moments, the average of the weights), never shards
-of them, so it loads at any world size and ZeRO stage, and nothing in it can execute code. A folder without a
-manifest, or whose files differ from it, is not a checkpoint. There is no pointer to the newest one that could lie.
+A checkpoint is a folder `step-000001000/` with one safetensors file of each rank, and a `manifest.json` that is
+written last. It holds full fp32 tensors (weights, the optimizer's moments, the average of the weights), never shards of
+them. So it loads at any world size and ZeRO stage. Nothing in it can execute code. A folder without a manifest is not a
+checkpoint, and neither is one whose files differ from its manifest. No pointer names the newest one, so none can lie.
+
+Each file is read once, by one rank, which hands its tensors on to the others (`LoadedCheckpoint`).
 """
 
 import itertools
@@ -34,7 +36,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STORE_DEADLINE_SECONDS = 120.0
 FAILURES_IN_A_ROW = 3
-"""So many checkpoints may fail one after the other before the run ends: longer, and its work is at risk."""
+"""After so many failed checkpoints in a row the run ends: it would only have more work to lose."""
 Weights = Literal["raw", "ema", "avg"]
 
 
@@ -69,8 +71,11 @@ class Checkpoints:
     """The checkpoints of one run, in a folder or under any URL that the data pipeline can open."""
 
     def __init__(self, url: str, ranks: Ranks, device: torch.device, settings: CheckpointConfig, attempt: int) -> None:
-        """`attempt` is in the names of files: two attempts that overlap (a node that was lost and came back) write
-        different files, and whichever manifest comes last is complete."""
+        """`device` is where loaded tensors go. `attempt` becomes part of the files' names.
+
+        So two attempts that overlap (a node was lost and came back) write different files, and the manifest that comes
+        last, whichever it is, describes a complete checkpoint.
+        """
         self._store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
         self._ranks, self._device, self._settings, self._attempt = ranks, device, settings, attempt
         self._writing: _Writing | None = None
@@ -88,12 +93,13 @@ class Checkpoints:
         data_digest: str,
         alive: Callable[[], None] = lambda: None,
     ) -> None:
-        """Copy the state to the host and begin to write it; collective. `is_written` and `complete` finish it.
+        """Copy this rank's share of the state to the host and begin to write it. Collective.
 
-        Training may go on at once: what is written are copies. Raises CheckpointError as `complete` does, and
-        DifferentWeights, before anything is written, if the ranks' copies of the weights are not the same.
+        Training may go on at once: what is written is a copy. `is_written` and `complete` tell and do the rest. `alive`
+        is called after each parameter. Raises CheckpointError as `complete` does. Raises DifferentWeights, before
+        anything is written, if the ranks' copies of the weights differ.
         """
-        self.complete()  # never two at once
+        self.complete()  # never two checkpoints at once
         check_replicas(engine.replicas())
         tensors: dict[str, Tensor] = {}
         for index, (parameter, state) in enumerate(engine.state()):
@@ -114,11 +120,10 @@ class Checkpoints:
         return self._writing is None or not self._writing.is_alive()
 
     def complete(self) -> Checkpoint | None:
-        """Wait for all ranks' files and write the manifest; the checkpoint that is complete now, None if there was
-        nothing to do or it failed. Collective.
+        """Wait for all ranks' files, write the manifest, and delete what need not be kept. Collective.
 
-        Then deletes what need not be kept. Raises CheckpointError after several failures in a row; a single one is a
-        warning, and the checkpoints before it stay.
+        Returns the checkpoint that is complete now; None if nothing was being written, or if it failed. A failure is a
+        warning, and older checkpoints stay. Several in a row raise CheckpointError.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -142,10 +147,11 @@ class Checkpoints:
         return None
 
     def newest(self, note: Callable[[str], None]) -> "LoadedCheckpoint | None":
-        """Read the newest checkpoint whose every byte is right: each file once, by one rank. Collective.
+        """Read the newest checkpoint whose every byte is right; None if there is none. Collective.
 
-        Damaged ones are passed over with one call of `note`. What goes wrong on one rank is raised on all: DataError if
-        the store cannot be read, CheckpointError for a file that is as it was written and holds no tensors of ours.
+        Each file is read once, by one rank. `note` is told of each damaged checkpoint, and an older one is tried. What
+        goes wrong on one rank is raised on all of them: DataError if the store cannot be read, CheckpointError if a
+        file matches its manifest and is no file of fp32 tensors.
         """
         candidates = from_rank_0(list_complete(self._store) if self._ranks.rank == 0 else None)
         for checkpoint in reversed(candidates):
@@ -167,7 +173,7 @@ class Checkpoints:
         return None
 
     def _read_share(self, checkpoint: Checkpoint) -> tuple[dict[int, dict[str, Tensor] | None], Exception | None]:
-        """This rank's files of a checkpoint by their number, None for a damaged one; and what went wrong."""
+        """This rank's files of a checkpoint by their number, with None for a damaged one; and the error, if any."""
         mine: dict[int, dict[str, Tensor] | None] = {}
         try:
             for number in range(self._ranks.rank, len(checkpoint.files), self._ranks.world_size):
@@ -177,7 +183,7 @@ class Checkpoints:
         return mine, None
 
     def _commit(self, checkpoint: Checkpoint) -> str | None:
-        """Make a written checkpoint complete, then tidy up; on rank 0. Returns what went wrong."""
+        """Write the manifest, then tidy up. On rank 0. Returns what went wrong with the manifest."""
         manifest = {"format_version": FORMAT_VERSION} | asdict(checkpoint)
         try:
             self._store.write(f"{checkpoint.name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
@@ -185,14 +191,14 @@ class Checkpoints:
             return str(error)
         try:
             self._tidy(checkpoint)
-        except DataError as error:  # untidy, and safe
+        except DataError as error:  # the new checkpoint is complete all the same
             log.warning("old checkpoints stay: %s", error)
         return None
 
     def _tidy(self, newest: Checkpoint) -> None:
         """Delete checkpoints that need not be kept, and older folders that killed attempts left without a manifest.
 
-        Other files in the newest folder stay: an older attempt that still runs may complete them.
+        In the newest folder all files stay: an older attempt that still runs may yet write a manifest for its own.
         """
         complete = list_complete(self._store)
         kept = {checkpoint.name for checkpoint in to_keep(complete, self._settings)} | {newest.name}
@@ -200,7 +206,7 @@ class Checkpoints:
         for folder in self._store.names():
             if not _STEP_FOLDER.fullmatch(folder) or folder in kept:
                 continue
-            if folder in names or folder < newest.name:  # a newer one without a manifest may be an attempt at work
+            if folder in names or folder < newest.name:  # another attempt may be writing a newer one
                 remove(self._store, folder)
 
 
@@ -215,7 +221,7 @@ class LoadedCheckpoint:
         contents: list[dict[str, tuple[int, ...]]],
         mine: dict[int, dict[str, Tensor] | None],
     ) -> None:
-        """`contents` are the shapes of each file's tensors by name, and `mine` this rank's files by their number.
+        """`contents` has the shapes of each file's tensors, by name. `mine` has this rank's files, by their number.
 
         Of n ranks, rank r has the files r, r + n, r + 2 n, and so on.
         """
@@ -223,14 +229,14 @@ class LoadedCheckpoint:
         self._ranks, self._device, self._contents, self._mine = ranks, device, contents, mine
 
     def put_into(self, engine: Engine) -> None:
-        """Continue from this checkpoint, as `states`: once, and collective."""
+        """Give an engine the weights and the state of the optimizer. Only once; collective."""
         engine.load_state(self.states(), self.checkpoint.updates)
 
     def states(self) -> Iterator[tuple[str, State]]:
-        """Each parameter's name and full state, in the same order on all ranks, on the device. Once, and collective.
+        """Each parameter's name and full state on the device, in the same order on all ranks. Only once; collective.
 
-        The rank that read a parameter hands it on to the others. So a rank holds its own files and the parameter on its
-        way; a file is let go when all of it has been handed on.
+        The rank that read a parameter sends it to the others. So a rank holds its own files and the parameter that is
+        on its way. It frees a file when all of it has been sent.
         """
         for number, shapes in enumerate(self._contents):
             source, tensors = number % self._ranks.world_size, self._mine.pop(number, None) or {}
@@ -252,20 +258,20 @@ class _Writing(threading.Thread):
     def __init__(self, store: Store, checkpoint: Checkpoint, name: str, tensors: dict[str, Tensor]) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.checkpoint = checkpoint
-        self.result: FileEntry | str = "it was never begun"
+        self.result: FileEntry | str = "its writing never began"
         """The manifest's entry of the file, or what went wrong."""
         self._store, self._name, self._tensors = store, name, tensors
 
     def run(self) -> None:
         try:
             self.result = write_tensors(self._store, f"{self.checkpoint.name}/{self._name}", self._tensors)
-        except Exception as error:  # noqa: BLE001 (of a thread: told to the others by `complete`)
+        except Exception as error:  # noqa: BLE001 (nobody could catch it here; `complete` tells all ranks)
             self.result = str(error) or type(error).__name__
         self._tensors = {}
 
 
 def to_keep(complete: list[Checkpoint], settings: CheckpointConfig) -> list[Checkpoint]:
-    """Of complete checkpoints, oldest first, those that the settings keep: newest, best and permanent ones."""
+    """Those that the settings keep: the newest, the best and the permanent ones. `complete` begins with the oldest."""
     evaluated = [c for c in complete if c.bits_per_dim is not None and math.isfinite(c.bits_per_dim)]
     best = sorted(evaluated, key=lambda c: (c.bits_per_dim, -c.step))[: settings.keep_best]
     every = settings.keep_every_steps
@@ -277,14 +283,14 @@ def to_keep(complete: list[Checkpoint], settings: CheckpointConfig) -> list[Chec
 
 
 def list_complete(store: Store) -> list[Checkpoint]:
-    """Checkpoints of a store that have a readable manifest, oldest first.
+    """The checkpoints of a store that have a readable manifest, oldest first. Their files are not looked at.
 
-    Raises CheckpointError for one written by a later version, DataError if the store cannot be read.
+    Raises CheckpointError for one of another format, DataError if the store cannot be read.
     """
     found = []
     for folder in store.names():
         if not _STEP_FOLDER.fullmatch(folder) or not store.exists(f"{folder}/{MANIFEST}"):
-            continue  # being written, or killed while written
+            continue  # still being written, or its attempt was killed
         try:
             manifest = json.loads(store.read(f"{folder}/{MANIFEST}"))
             version = manifest.pop("format_version")
@@ -314,12 +320,12 @@ class SavedWeights:
 
 
 def read_weights(url: str, weights: Weights, last: int = 1) -> SavedWeights:
-    """The weights of the newest undamaged checkpoint at a URL, for tools of one process. Each file is read once.
+    """Weights of the newest undamaged checkpoint at a URL, for tools of one process. Each file is read once.
 
-    raw: the weights. ema: their moving average; raises UsageError if none was kept. avg: the mean of the weights of the
-    `last` undamaged checkpoints (the paper's checkpoint averaging), or of all if there are fewer.
+    raw: the weights themselves. ema: their moving average. avg: the mean of the weights of the newest `last` undamaged
+    checkpoints (the paper's checkpoint averaging), or of all if there are fewer.
 
-    Raises UsageError if there is no checkpoint, CheckpointError if all are damaged.
+    Raises UsageError if there is no checkpoint or no moving average, CheckpointError if all checkpoints are damaged.
     """
     store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
     used: list[Checkpoint] = []
@@ -341,7 +347,7 @@ def read_weights(url: str, weights: Weights, last: int = 1) -> SavedWeights:
 
 
 def _read_kind(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, Tensor] | None:
-    """One tensor of each parameter, with one file in memory at a time; None if the checkpoint is damaged."""
+    """One tensor of each parameter; None if the checkpoint is damaged. One file is in memory at a time."""
     found: dict[str, Tensor] = {}
     for file in checkpoint.files:
         tensors = _read(store, checkpoint, file)
@@ -352,13 +358,13 @@ def _read_kind(store: Store, checkpoint: Checkpoint, kind: str) -> dict[str, Ten
             raise UsageError(
                 f"{store.url_of(checkpoint.name)}: holds no average of the weights (optimizer.ema_decay was 0)"
             )
-        # Copies: the rest of the file is let go.
+        # Copies, so that the rest of the file can be freed.
         found |= {parameter: tensors[f"{parameter}|{kind}"].clone() for parameter in parameters}
     return found
 
 
 def remove(store: Store, folder: str) -> None:
-    """Delete a checkpoint, manifest first, so that one half deleted is no longer complete."""
+    """Delete a checkpoint, its manifest first: what a killed process leaves of it is then no checkpoint."""
     store.remove(f"{folder}/{MANIFEST}")
     store.remove(folder)
 
@@ -373,7 +379,7 @@ def _read(store: Store, checkpoint: Checkpoint, file: FileEntry) -> dict[str, Te
 
 
 def _is_entry(file: FileEntry) -> bool:
-    """Whether a manifest's entry may be followed. Raises KeyError or TypeError for one that is no entry at all."""
+    """Whether a manifest's entry names a file of its folder. Raises KeyError or TypeError if it is no entry at all."""
     return bool(_FILE_NAME.fullmatch(file["name"])) and file["bytes"] >= 0 and len(file["sha256"]) == 64
 
 

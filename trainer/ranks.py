@@ -137,7 +137,7 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def from_rank(source: int, tensor: torch.Tensor) -> torch.Tensor:
-    """Fill a tensor with the one of another rank, of the same shape and type; collective."""
+    """Overwrite a tensor with the one of rank `source`, which has the same shape and type; collective."""
     if torch.distributed.is_initialized():
         torch.distributed.broadcast(tensor, source)
     return tensor

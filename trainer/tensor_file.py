@@ -1,12 +1,13 @@
 """How do tensors get into a safetensors file and out of it, in one pass over its bytes, with their checksum?
 
-The safetensors library makes a file's content as one object in memory, and copies each tensor out of such an object
-when it reads. A rank's share of a checkpoint is too large for that. Here tensors are written from where they lie, and
-what was read is not copied again. The bytes are the library's: any reader takes them, and nothing in them can execute.
+The safetensors library builds the content of a file in memory before it is written. When it reads, it copies each
+tensor out of the content. A rank's share of a checkpoint is too large for such copies. Here tensors are written from
+where they are, and tensors that were read are views of what was read. The bytes of a file are the same as the
+library's, so other programs can read it, and nothing in it can execute.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: for each name the type, the shape and
-where its bytes begin and end behind the header; spaces up to a multiple of 8), and the tensors in the order of their
-names.
+A file has three parts: the length of the header (8 bytes, little-endian), the header, and the tensors in the order of
+their names. The header is JSON, with spaces up to a multiple of 8 bytes. For each name it has the type, the shape, and
+where the tensor begins and ends, in bytes after the header.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from data_pipeline.storage import PIECE_BYTES, Store
 from trainer.errors import CheckpointError
 
 REQUEST_BYTES = 16 * PIECE_BYTES
-"""How much is asked of the store at once: beside the tensors, a reader holds this much in memory."""
+"""How much is read at once. A reader holds this much memory beside the tensors."""
 
 
 class FileEntry(TypedDict):
@@ -36,15 +37,12 @@ class FileEntry(TypedDict):
 
 
 def write_tensors(store: Store, path: str, tensors: dict[str, Tensor]) -> FileEntry:
-    """Write contiguous fp32 tensors of the host as one file of the store. Raises DataError.
-
-    No second copy of them is made.
-    """
+    """Write contiguous fp32 tensors of the host as one file of the store, without copying them. Raises DataError."""
     checksum = hashlib.sha256()
 
     def pieces() -> Iterator[memoryview]:
         nonlocal checksum
-        checksum = hashlib.sha256()  # the store may begin again
+        checksum = hashlib.sha256()  # after a failure the store asks for all pieces again
         for piece in _pieces(tensors):
             checksum.update(piece)
             yield piece
@@ -54,10 +52,10 @@ def write_tensors(store: Store, path: str, tensors: dict[str, Tensor]) -> FileEn
 
 
 def read_tensors(store: Store, path: str, entry: FileEntry) -> dict[str, Tensor] | None:
-    """The fp32 tensors of a file by name, in the file's order; None if it is missing or not the file of that entry.
+    """The fp32 tensors of a file by name, in the file's order; None if the file is missing or differs from its entry.
 
-    They share one memory, of the file's size. Raises DataError, and CheckpointError for a file that is the right one
-    and holds something else than fp32 tensors.
+    They are views of one buffer, which is as large as the file. Raises DataError if the store cannot be read, and
+    CheckpointError if the file matches its entry and holds something other than fp32 tensors.
     """
     size = entry["bytes"]
     if not store.exists(path) or store.size(path) != size:
@@ -76,12 +74,12 @@ def read_tensors(store: Store, path: str, entry: FileEntry) -> dict[str, Tensor]
 
 
 def write_small_file(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A file of tensors of any type that is not part of a checkpoint. Raises OSError."""
+    """Write a file of tensors of any type, outside of checkpoints. Raises OSError."""
     path.write_bytes(safetensors.torch.save(tensors))
 
 
 def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
-    """A file's content, in pieces small enough that a checksum finds them in the processor's cache."""
+    """The content of a file, in pieces that fit into the processor's cache: the checksum reads each of them, too."""
     header: dict[str, Any] = {}
     begin = 0
     for name in sorted(tensors):
@@ -100,7 +98,7 @@ def _pieces(tensors: dict[str, Tensor]) -> Iterator[memoryview]:
 
 
 def _views(content: bytearray) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in a file's content, without a copy. Raises ValueError, TypeError, KeyError or RecursionError."""
+    """Each tensor in the content of a file, as a view. Raises ValueError, TypeError, KeyError or RecursionError."""
     if len(content) < 8:
         raise ValueError("it is too short")
     data = 8 + int.from_bytes(content[:8], "little")
@@ -117,11 +115,11 @@ def _views(content: bytearray) -> Iterator[tuple[str, Tensor]]:
         if about["dtype"] != "F32" or not all(type(size) is int and size >= 0 for size in sizes):
             raise ValueError(f"{name} is not an fp32 tensor")
         count = math.prod(shape)
-        # Each byte belongs to one tensor, so that a file holds what it seems to hold and no more.
+        # Tensors follow one another without gaps and overlaps, so that each byte belongs to exactly one.
         if begin != expected or end != begin + 4 * count or data + end > len(content):
             raise ValueError(f"{name} is not where it should be")
         expected = end
-        flat = torch.empty(0)  # what frombuffer does not make
+        flat = torch.empty(0)  # frombuffer makes no empty tensors
         if count:
             flat = torch.frombuffer(content, dtype=torch.float32, count=count, offset=data + begin)
         yield name, flat.view(shape)

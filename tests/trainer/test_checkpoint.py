@@ -385,6 +385,7 @@ def test_an_export_reads_each_file_once_and_says_where_it_comes_from(
     origin = load_exported(tmp_path / "exported").origin
     assert (origin.step, origin.checkpoints, origin.data_digest) == (3, 2, "d")
     files = {name: size for name, size in Store(url_in(tmp_path), 1.0).walk().items() if name.endswith(".safetensors")}
+    assert requested.pop("model.safetensors") == (tmp_path / "exported/model.safetensors").stat().st_size
     found = {name: size for name, size in requested.items() if name.endswith(".safetensors")}
     assert found == {name: size for name, size in files.items() if not name.startswith("step-000000001")}
 
