@@ -7,10 +7,11 @@ import mlflow
 import numpy as np
 import pytest
 
-from tests.support.launch import mlflow_store
+from tests.support.launch import free_port, mlflow_store
 from trainer import compare
 from trainer.comparison.published import data_set_key
-from trainer.comparison.run_history import RunHistory, history_of_folder, history_of_run
+from trainer.comparison.run_history import RunHistory, history_of_folder, history_of_run, open_store
+from trainer.errors import UNAVAILABLE, MlflowUnreachable, code_of
 from trainer.record.run_folder import RunFiles
 
 
@@ -52,3 +53,9 @@ def test_pauses_between_attempts_are_no_work() -> None:
     images = history.images_seen(curve.steps)
     assert images is not None
     np.testing.assert_array_equal(images, [8, 16, 24, 32])
+
+
+def test_a_server_that_is_away_is_a_missing_service_and_not_bad_data() -> None:
+    with pytest.raises(MlflowUnreachable, match="--uri: MLflow at http://127.0.0.1:.* does not answer") as caught:
+        open_store(f"http://127.0.0.1:{free_port()}")
+    assert code_of(caught.value) == UNAVAILABLE
