@@ -9,5 +9,6 @@ Read in this order:
 - attention/: pattern.py says which keys each query sees, the one definition that attention and decoding follow;
   local_attention.py computes it at the cost of the pattern;
 - image_transformer/: the family of the paper; family.py leads to its parts;
+- pixelcnn.py: a second family, in one file;
 - linear.py: how matrices are multiplied.
 """

@@ -62,8 +62,8 @@ class Account:
     positions: int
     """L: positions of the sequence that an image is."""
     parts: Mapping[str, Flops]
-    """By part of the model, in the order of the forward pass. Exact: no product of a masked or invisible pair counts
-    that need not be computed. What fused kernels compute again inside is not counted."""
+    """By part of the model, in the order of the forward pass. Exact: products that are computed count, those of pairs
+    that attention leaves out do not. What fused kernels compute again inside is not counted."""
     attention: str | None = None
     """The part of products among queries, keys and values; None for a model without attention."""
 

@@ -20,6 +20,7 @@ from yaml.constructor import ConstructorError
 
 from data_pipeline.loader import DataConfig
 from models.image_transformer.family import ImageTransformerConfig
+from models.pixelcnn import PixelCNNConfig
 from trainer.errors import ConfigError
 from trainer.older_configs import BEFORE_IT_EXISTED, modernised, moved
 from trainer.options import (
@@ -36,7 +37,7 @@ from trainer.typed_values import flattened, paths, plain, read, set_value, unkno
 
 MAX_CONFIG_BYTES = 1 << 20
 
-ModelConfig = ImageTransformerConfig
+ModelConfig = ImageTransformerConfig | PixelCNNConfig
 """The model families: a union that `model.family` tells apart."""
 
 UNSAID = {"model.family": "image_transformer"}

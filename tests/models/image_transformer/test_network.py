@@ -482,6 +482,6 @@ def test_inputs_that_do_not_fit_the_model_are_refused() -> None:
     with pytest.raises(ValueError, match="labels: missing, but num_classes is 5"):
         build(num_classes=5)(images)
     with pytest.raises(ValueError, match="labels: given, but num_classes is 0"):
-        build()(images, torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match="condition: missing, but its size in the config is 2"):
+        build()(images, Given(labels=torch.tensor([1, 2])))
+    with pytest.raises(ValueError, match="small_images: missing, but their size in the config is 2"):
         build(**GIVEN["super-resolution"])(images)

@@ -1,0 +1,313 @@
+"""Does every family of models keep what models/model.py promises?
+
+A family joins by a line in FAMILIES, and by one in `entry_of`, which says where values enter its network.
+"""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import pixelcnn
+from models.decoding import Decoding, generate
+from models.image_transformer.family import ImageTransformer
+from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D
+from models.likelihood import CategoricalOutput, bits_per_dim, nats, nats_by_channel
+from models.model import Model, ModelConfig, Recompute
+from models.pixelcnn import PixelCNN, PixelCNNConfig
+from models.recompute_decoder import RecomputeDecoder
+from tests.support.tiny_model import GIVEN, MIXTURE, MODERN, PIXELS, random_given, random_images, tiny_config
+from trainer.exported_model import Origin, load_exported, write_exported
+from trainer.model_card import ModelCard
+
+TURNS = (Local1D(query_block=8, memory=8), Full(), Dilated1D(query_block=4, memory=2, gap=1, chunks=2))
+FLANGES = (Local2D(query_block=(2, 2), memory=(2, 1)), Local2D(query_block=(2, 2), memory=(1, 4)))
+PIXELCNN: dict[str, Any] = {"image_size": 4, "features": 6, "layers": 3, "head_features": 12}
+FAMILIES: dict[str, ModelConfig] = {
+    "image_transformer": tiny_config(),
+    "image_transformer, modern, classes": tiny_config(**MODERN, **GIVEN["classes"]),
+    "image_transformer, pixels, 2d": tiny_config(**PIXELS, attention=FLANGES[0]),
+    "image_transformer, mixture, super-resolution": tiny_config(**MIXTURE, **MODERN, **GIVEN["super-resolution"]),
+    "image_transformer, patterns in turn": tiny_config(attention=TURNS, layers=4),
+    "image_transformer, 2d patterns in turn": tiny_config(**MODERN, attention=FLANGES, layers=3),
+    "pixelcnn": PixelCNNConfig(**PIXELCNN),
+    "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | {"features": 5, "head_features": 8, "layers": 2}),
+}
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def built(family: str, recompute: Recompute = Recompute()) -> Model:  # noqa: B008 (immutable)
+    torch.manual_seed(0)
+    return FAMILIES[family].build(recompute)
+
+
+def opinionated(model: Model) -> Model:
+    """With a head that makes some values much likelier than others."""
+    assert isinstance(model, ImageTransformer | PixelCNN)
+    last = model.head if isinstance(model, ImageTransformer) else model.head.logits
+    with torch.no_grad():
+        last.weight.mul_(8)
+    return model.eval()
+
+
+def entry_of(model: Model) -> tuple[nn.Module, Tensor]:
+    """A module whose input, or output if it looks values up, is a row for each value, and the values' positions."""
+    match model:
+        case ImageTransformer():
+            return model.embed_input, model.sources
+        case PixelCNN():
+            return model.first, torch.arange(len(model.generation_order))
+        case _:
+            raise NotImplementedError(type(model))
+
+
+def seen_by_each(model: Model) -> Tensor:
+    """bool [L, L]: whether the output of the one position depends on the value of the other, by gradients, which are
+    exactly zero where it does not; in some of several images, since one alone may find ReLUs closed."""
+    module, positions = entry_of(model)
+    rows: list[Tensor] = []
+
+    def hand_out(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> Any:
+        rows.append((inputs[0] if output is None else output).detach().requires_grad_())
+        return (rows[-1],) if output is None else rows[-1]
+
+    is_lookup = isinstance(model, ImageTransformer)
+    hook = module.register_forward_hook(hand_out) if is_lookup else module.register_forward_pre_hook(hand_out)
+    config, length = model.config, len(model.generation_order)
+    count = 16
+    outputs = model(random_images(count, config.image_size), random_given(config, count)).reshape(count, length, -1)
+    hook.remove()
+    # Random factors, so that gradients of a position's outputs do not cancel.
+    factors = torch.randn(outputs.shape[2], generator=torch.Generator().manual_seed(1))
+    seen = torch.zeros(length, length, dtype=torch.bool)
+    for position, output in enumerate(outputs.unbind(1)):
+        (gradient,) = torch.autograd.grad((output * factors).sum(), rows[0], retain_graph=True)
+        touched = gradient.reshape(count, len(positions), -1).abs().amax((0, 2)) > 0
+        sources = positions[touched]
+        seen[position, sources[sources >= 0]] = True
+    return seen
+
+
+def in_order(seen: Tensor, model: Model) -> Tensor:
+    return seen[model.generation_order][:, model.generation_order]
+
+
+@families
+def test_a_position_depends_on_nothing_at_or_after_itself_and_on_something_before(family: str) -> None:
+    model = built(family).eval()
+    order = model.generation_order
+    assert torch.equal(order.sort().values, torch.arange(len(order)))
+    seen = in_order(seen_by_each(model), model)
+    assert not seen.triu().any()
+    assert seen[1:].any(1).all() and seen[:, :-1].any(0).all()
+
+
+@pytest.mark.parametrize("family", ["image_transformer", "pixelcnn"])
+def test_a_leak_is_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pixelcnn.kernel_mask
+    monkeypatch.setattr(pixelcnn, "kernel_mask", lambda *arguments: original(*arguments[:3], "B"))
+    model = built(family).eval()
+    if isinstance(model, ImageTransformer):
+        model.sources.copy_(model.positions)  # as if inputs were not moved on by one
+    assert in_order(seen_by_each(model), model).diagonal().any()
+
+
+@families
+def test_the_decoder_draws_from_the_forward_pass_what_the_plainest_decoder_draws(family: str) -> None:
+    model = opinionated(built(family))
+    config, length = model.config, len(model.generation_order)
+    generator = torch.Generator().manual_seed(2)
+    masks = (None, torch.arange(length) < 5, torch.rand(length, generator=generator) < 0.5, torch.arange(length) >= 9)
+    for known in masks:
+        told = {"given": random_given(config, 2), "images": random_images(2, config.image_size), "known": known}
+        decodings = [
+            Decoding(model, 2, seed=1, decoder=decoder, **told) for decoder in (None, partial(RecomputeDecoder, model))
+        ]
+        parameters = [decoded(decoding, model) for decoding in decodings]
+        assert torch.equal(decodings[0].images, decodings[1].images)
+        with torch.no_grad():
+            full = model(decodings[0].images, told["given"]).reshape(2, length, -1)
+        drawn = model.generation_order if known is None else model.generation_order[~known]
+        for each in parameters:
+            torch.testing.assert_close(each[:, drawn], full[:, drawn], rtol=0, atol=1e-4)
+        if known is not None:
+            kept = model.generation_order[known]
+            images, given = (pictures.reshape(2, length, -1) for pictures in (decodings[0].images, told["images"]))
+            assert torch.equal(images[:, kept], given[:, kept])
+
+
+def decoded(decoding: Decoding, model: Model) -> Tensor:
+    """[B, L, ...]: what the values were drawn from, by position."""
+    length = len(model.generation_order)
+    found: dict[int, Tensor] = {}
+    for step in decoding:
+        for index, position in enumerate(step.positions.tolist()):
+            assert position not in found
+            found[position] = decoding.parameters[:, index].flatten(1).clone()
+    assert step.done == length
+    nothing = torch.full_like(next(iter(found.values())), math.nan)
+    return torch.stack([found.get(position, nothing) for position in range(length)], dim=1)
+
+
+@families
+def test_a_single_image_is_that_of_the_batch(family: str) -> None:
+    model = opinionated(built(family))
+    given = random_given(model.config, 3)
+    images = generate(model, 3, seed=1, given=given)
+    alone = generate(model, 1, seed=1, first_image=2, given=given.select(slice(2, 3)))
+    assert torch.equal(alone[0], images[2])
+
+
+def counted_flops(model: Model, *, backward: bool) -> int:
+    """What torch counts outside of attention, whose products depend on the pattern."""
+    images = random_images(1, model.config.image_size)
+    with FlopCounterMode(display=False) as counter:
+        output = model(images, random_given(model.config, 1))
+        if backward:
+            nats(model.config.output, output, images).sum().backward()
+    by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+    return sum(flops for name, flops in by_operator.items() if "scaled_dot_product" not in name)
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("family", [name for name, config in FAMILIES.items() if not config.small_size])
+def test_flops_outside_of_attention_are_those_that_torch_counts(family: str, every: int) -> None:
+    recompute = Recompute(every=every)
+    account = FAMILIES[family].account(recompute)
+    model = built(family, recompute)
+    parts = [part for name, part in account.parts.items() if name != account.attention]
+    assert sum(part.forward for part in parts) == counted_flops(model.eval(), backward=False)
+    assert sum(part.training + part.recomputed for part in parts) == counted_flops(model.train(), backward=True)
+
+
+@families
+def test_the_account_has_the_model_s_own_numbers(family: str) -> None:
+    config, model = FAMILIES[family], built(family)
+    account = config.account()
+    assert account.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert account.positions == len(model.generation_order)
+    assert account.flops.recomputed == 0 < account.flops.forward
+    assert account.attention is None or account.attention in account.parts
+    more = config.with_units(config.num_units + config.unit_period)
+    assert more.num_units == config.num_units + config.unit_period
+    assert more.account().flops.forward > account.flops.forward
+
+
+@pytest.mark.parametrize(
+    "family", [name for name, config in FAMILIES.items() if isinstance(config.output, CategoricalOutput)]
+)
+def test_an_untrained_model_costs_eight_bits(family: str) -> None:
+    model, images = built(family).eval(), random_images(8, 4)
+    with torch.no_grad():
+        total = nats(CategoricalOutput(), model(images, random_given(model.config, 8)), images).sum().item()
+    assert bits_per_dim(total, images.numel()) == pytest.approx(8, abs=0.1)
+
+
+@families
+def test_the_probabilities_of_all_values_of_the_last_sub_pixel_sum_to_one(family: str) -> None:
+    """Also as a sum over whole images: nothing that was generated before depends on that value."""
+    model = opinionated(built(family))
+    size, last = model.config.image_size, int(model.generation_order[-1])
+    images = random_images(1, size).repeat(256, 1, 1, 1)
+    values = images.view(256, len(model.generation_order), -1)
+    values[:, last, -1] = torch.arange(256)
+    given = random_given(model.config, 1).repeat(256)
+    with torch.no_grad():
+        cost = nats_by_channel(model.config.output, model(images, given), images).double()
+    of_last = cost.reshape(values.shape)[:, last, -1]
+    assert torch.logsumexp(-of_last, 0).item() == pytest.approx(0, abs=1e-4)
+    others = cost.flatten(1).sum(1) - of_last
+    torch.testing.assert_close(others, others[:1].expand(256), rtol=0, atol=1e-3)
+
+
+@families
+def test_recomputation_gives_the_same_gradients(family: str) -> None:
+    config = FAMILIES[family]
+    images, given = random_images(2, config.image_size), random_given(config, 2)
+    gradients = []
+    for recompute in (Recompute(), Recompute(every=1), Recompute(every=2), Recompute(every=1, keeps_attention=True)):
+        model = built(family, recompute).train()
+        nats(config.output, model(images, given), images).mean().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        assert expected is not None and expected.abs().max() > 0, f"{name} does nothing"
+        for recomputed in gradients[1:]:
+            torch.testing.assert_close(recomputed[name], expected, rtol=1e-6, atol=1e-8)
+
+
+@families
+def test_units_are_repeated_parts_with_most_of_the_matrices(family: str) -> None:
+    config, model = FAMILIES[family], built(family)
+    units = list(model.units())
+    assert len({id(unit) for unit in units}) == len(units) >= config.num_units
+    own = [id(parameter) for unit in units for parameter in unit.parameters()]
+    assert len(set(own)) == len(own), "a parameter belongs to one unit"
+    assert set(own) < {id(parameter) for parameter in model.parameters()}, "embedding and head are no units"
+    assert all(any(parameter.ndim == 2 for parameter in unit.parameters()) for unit in units)
+
+
+@families
+def test_what_does_not_fit_is_refused(family: str) -> None:
+    model = built(family)
+    with pytest.raises(ValueError, match=r"images: shape \(1, 5, 5, 3\), but the model reads \[B, 4, 4, 3\]"):
+        model(random_images(1, 5), random_given(model.config, 1))
+    other = tiny_config(num_classes=0 if model.config.num_classes else 3)
+    with pytest.raises(ValueError, match="labels: (given|missing), but num_classes is"):
+        given = random_given(model.config, 1)
+        model(random_images(1, 4), type(given)(labels=random_given(other, 1).labels, small_images=given.small_images))
+
+
+@families
+def test_bf16_weights_give_nearly_the_same_fp32_output(family: str) -> None:
+    model = built(family).eval()
+    images, given = random_images(2, 4), random_given(model.config, 2)
+    expected = model(images, given)
+    actual = model.bfloat16()(images, given)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.1 * expected.std().item())
+
+
+LEARNERS: dict[str, ModelConfig] = {
+    "image_transformer": tiny_config(**MODERN, width=32, attention_width=32, ff_width=64),
+    "pixelcnn": PixelCNNConfig(image_size=4, features=16, layers=2, head_features=32),
+}
+
+
+@pytest.mark.parametrize("family", LEARNERS)
+def test_a_few_images_can_be_learnt_by_heart(family: str) -> None:
+    torch.manual_seed(0)
+    model, images = LEARNERS[family].build(), random_images(2, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
+    for _ in range(300):
+        total = nats(model.config.output, model(images), images).sum()
+        if (bits := bits_per_dim(total.item(), images.numel())) < 0.5:
+            return
+        optimizer.zero_grad()
+        (total / images.numel()).backward()
+        optimizer.step()
+    pytest.fail(f"{bits:.3f} bits/dim after 300 steps")
+
+
+@families
+def test_an_exported_model_computes_the_same(family: str, tmp_path: Path) -> None:
+    model = built(family).eval()
+    card = ModelCard(
+        model=model.config,  # type: ignore[arg-type]
+        precision="fp32",
+        train_url="here",
+        validation_url="there",
+        batch_images=4,
+    )
+    origin = Origin(run="a", mlflow_run_id="", step=1, weights="raw", checkpoints=1, data_digest="0", bits_per_dim=None)
+    write_exported(tmp_path / "exported", card, origin, model.state_dict())
+    exported = load_exported(tmp_path / "exported")
+    assert exported.card == card
+    again = exported.card.model.build().eval()
+    again.load_state_dict(exported.state)
+    images, given = random_images(2, 4), random_given(model.config, 2)
+    assert torch.equal(again(images, given), model(images, given))
