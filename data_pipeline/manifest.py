@@ -144,7 +144,7 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
     if not store.exists(MANIFEST_NAME):
         pattern = any(character in store.url for character in "{}*?[]") or store.url.endswith(".tar")
         shards = [name for name in store.names() if name.endswith(".tar")]
-        if shards and not pattern:
+        if shards and not store.url.endswith(".tar"):
             raise DataError(
                 f"{store.url} holds {counted(len(shards), 'shard')} but no {MANIFEST_NAME}, so it is not complete: "
                 "let the packing command that makes it finish"

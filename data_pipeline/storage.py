@@ -4,6 +4,7 @@ Every access of this package to a disk or an object store goes through this file
 worded once, names the URL and the byte range, and ends in the exit code the trainer reports.
 """
 
+import asyncio
 import contextlib
 import errno
 import io
@@ -11,6 +12,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -55,6 +57,7 @@ PERMANENT_S3_CODES = ("InvalidBucketName", "InvalidToken", "AuthorizationHeaderM
 PIECE_BYTES = 1 << 20
 TORN_FILE = ".unfinished-"  # in the name of a local file while it is written
 
+REMOVALS_AT_ONCE = 64
 REQUEST_SECONDS = 120.0  # for one request, however long the deadline; a block is a few megabytes
 FIRST_DELAY_SECONDS = 0.2
 LONGEST_DELAY_SECONDS = 30.0
@@ -76,6 +79,7 @@ class DataError(ValueError):
 class Store:
     """A folder on some filesystem, and how patiently it is asked.
 
+    Names are literal, whatever characters are in them: none is a pattern.
     ``read`` and ``write`` retry with a jittered back-off until ``deadline_seconds`` have passed, then raise
     ``DataError`` with exit code 69. An answer that will not change (no such object, access denied) is asked
     for once more and then raised at once.
@@ -198,7 +202,8 @@ class Store:
                 found = filesystem.ls(path, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in found)
+            entries = [str(entry) for entry in found if entry != f"{path}/"]  # an object that only marks the folder
+            return sorted(entry.rstrip("/").rpartition("/")[2] for entry in entries)
 
         return with_retries(attempt, f"list {self.url_of(below)}", self.deadline_seconds, None)
 
@@ -208,7 +213,11 @@ class Store:
 
         def attempt() -> dict[str, int]:
             found = filesystem.find(path, detail=True)
-            return {name[len(path) :].lstrip("/"): int(info["size"] or 0) for name, info in found.items()}
+            return {
+                name[len(path) :].lstrip("/"): int(info["size"] or 0)
+                for name, info in found.items()
+                if not name.endswith("/")  # an object that only marks a folder
+            }
 
         return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
 
@@ -222,12 +231,26 @@ class Store:
         return found
 
     def remove(self, name: str) -> None:
-        """Remove an object, or a folder with everything in it; content that is gone already is fine."""
+        """Remove an object, or a folder with everything in it; content that is gone already is fine.
+
+        A link is removed and not what it leads to. Raises DataError (exit code 77) for a name that leads out of this
+        folder, by ``..`` or through a link.
+        """
         filesystem, path = open_filesystem(self.url), self._path(name)
+        if not name or {".", ".."} & set(name.split("/")):
+            raise DataError(f"cannot remove {self.url_of(name)}: it is not inside of {self.url}", EXIT_REFUSED)
 
         def attempt() -> None:
             with contextlib.suppress(FileNotFoundError):
-                filesystem.rm(path, recursive=True)
+                if not self.is_local:
+                    remove_objects(filesystem, path)
+                elif is_inside(self._root or "/", path):
+                    remove_local(path)
+                else:
+                    raise DataError(
+                        f"cannot remove {self.url_of(name)}: a link leads out of {self.url}; remove it by hand",
+                        EXIT_REFUSED,
+                    )
 
         with_retries(attempt, f"remove {self.url_of(name)}", self.deadline_seconds, None)
 
@@ -312,10 +335,66 @@ def filesystem_of(scheme: str, process: int) -> Any:
         if scheme in ("s3", "s3a"):
             filesystem = fsspec.filesystem(scheme, **S3_SETTINGS)
             filesystem.retries = 1
+            filesystem.split_path = literal_split(filesystem.split_path)
             return filesystem
         return fsspec.filesystem(scheme)
     except ImportError as error:
         raise DataError(f"{scheme}:// needs another package: {error}") from error
+
+
+def literal_split(split_path: Callable[[str], tuple[str, str, str | None]]) -> Callable[[str], tuple[str, str, None]]:
+    """s3fs's way to split a path into bucket and key, except that ``?versionId=`` in it means nothing special."""
+
+    def split(path: str) -> tuple[str, str, None]:
+        bucket = split_path(path)[0]
+        return bucket, path.lstrip("/")[len(bucket) + 1 :], None
+
+    return split
+
+
+def remove_objects(filesystem: Any, path: str) -> None:
+    """Remove the object at a path and all below it, except on a local disk.
+
+    fsspec's own ``rm`` takes brackets, stars and question marks in the path for a pattern.
+    """
+    below = f"{path}/"
+    paths = [path, *(found for found in filesystem.find(path) if found.startswith(below))]
+    if filesystem.async_impl:
+
+        async def remove_some(some: list[str]) -> None:
+            answers = await asyncio.gather(*map(filesystem._rm_file, some), return_exceptions=True)
+            for answer in answers:
+                if isinstance(answer, BaseException) and not isinstance(answer, FileNotFoundError):
+                    raise answer
+
+        for begin in range(0, len(paths), REMOVALS_AT_ONCE):
+            sync(filesystem.loop, remove_some, paths[begin : begin + REMOVALS_AT_ONCE], timeout=REQUEST_SECONDS)
+        return
+    for found in paths:
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm_file(found)
+    folders = [found for found in filesystem.find(path, withdirs=True) if found == path or found.startswith(below)]
+    for folder in sorted(folders, reverse=True):
+        filesystem.rmdir(folder)
+
+
+def is_inside(folder: str, path: str) -> bool:
+    """Whether the local file or link at a path lies below the folder, when links on the way to it are followed."""
+    real = os.path.realpath(folder)
+    return os.path.commonpath([real, os.path.realpath(os.path.dirname(path))]) == real
+
+
+def remove_local(path: str) -> None:
+    """Remove a file, a link or a folder. What another process removes at the same time is fine."""
+
+    def gone_is_fine(_: Any, __: str, info: tuple[Any, BaseException, Any]) -> None:
+        if not isinstance(info[1], FileNotFoundError):
+            raise info[1]
+
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, onerror=gone_is_fine)
+    else:
+        os.unlink(path)
 
 
 def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> bytes:

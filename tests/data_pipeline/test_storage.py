@@ -136,6 +136,99 @@ def test_local_objects_are_written_whole_listed_and_removed(tmp_path: Path) -> N
     assert store.names() == ["y"]
 
 
+STRANGE_NAMES = (
+    "run[1]",
+    "run*",
+    "run?",
+    "[!a]",
+    "ru**",
+    "a b ",
+    "a#b",
+    "100%25",
+    "a+b",
+    "画像",
+    "x?versionId=1",
+    "{a,b}",
+)
+NEIGHBOURS = (
+    "run1",
+    "runx",
+    "b",
+    "a",
+    "100%",
+    "x",
+)  # what these would mean as patterns or in a URL
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty folder on each kind of storage."""
+    if request.param == "s3":
+        yield f"s3://{request.getfixturevalue('s3_bucket')}/root"
+    elif request.param == "memory":
+        yield "memory://root"
+        open_filesystem("memory://").store.clear()
+        open_filesystem("memory://").pseudo_dirs[:] = [""]
+    else:
+        yield str(tmp_path / "root")
+
+
+def test_every_path_is_literal(root: str) -> None:
+    """Names are no patterns for any operation, neither in the folder's URL nor below it; neighbours stay untouched."""
+    everything = Store(root, 30.0)
+    for neighbour in NEIGHBOURS:
+        everything.write(f"{neighbour}/kept", b"kept")
+    before = everything.walk()
+    for folder, name in zip(STRANGE_NAMES, STRANGE_NAMES[5:] + STRANGE_NAMES[:5], strict=True):
+        store = Store(f"{root}/{folder}", 30.0)
+        assert store.names() == [] and not store.exists("kept")
+        store.remove("kept")
+        store.write(f"{name}/{name}", name.encode())
+        assert store.write_pieces(f"{name}/pieces", lambda: iter([memoryview(b"123")])) == 3
+        assert store.names() == [name] and store.names(name) == sorted([name, "pieces"])
+        assert store.walk() == {f"{name}/{name}": len(name.encode()), f"{name}/pieces": 3}
+        assert store.read_whole(f"{name}/{name}", 100) == name.encode()
+        store.remove(f"{name}/{name}")
+        assert store.names(name) == ["pieces"]
+        store.remove(name)
+        assert store.names() == []
+    assert everything.walk() == before
+
+
+@pytest.mark.parametrize("name", ["", "..", "../other", "a/../../other", "."])
+def test_a_removal_never_leaves_its_folder(root: str, name: str) -> None:
+    everything = Store(root, 30.0)
+    everything.write("other/kept", b"1")
+    everything.write("mine/a/kept", b"1")
+    with pytest.raises(DataError, match="cannot remove .*is not inside of") as caught:
+        Store(f"{root}/mine", 30.0).remove(name)
+    assert caught.value.exit_code == 77
+    assert everything.walk() == {"other/kept": 1, "mine/a/kept": 1}
+
+
+def test_a_removal_does_not_follow_links(tmp_path: Path) -> None:
+    everything, mine = Store(str(tmp_path), 0.0), Store(f"{tmp_path}/mine", 0.0)
+    everything.write("other/deep/kept", b"1")
+    mine.write("folder/x", b"1")
+    (tmp_path / "mine/link").symlink_to(tmp_path / "other")
+    (tmp_path / "mine/folder/link").symlink_to(tmp_path / "other/deep")
+    with pytest.raises(DataError, match="cannot remove .*/mine/link/deep: a link leads out of ") as caught:
+        mine.remove("link/deep")
+    assert caught.value.exit_code == 77
+    mine.remove("folder")
+    mine.remove("link")
+    assert mine.names() == [] and everything.walk() == {"other/deep/kept": 1}
+
+
+def test_an_object_that_marks_a_folder_is_not_in_it(s3_bucket: str) -> None:
+    """Web consoles make one, named like the folder with a slash behind it, for a folder that somebody creates there."""
+    open_filesystem("s3://x").call_s3("put_object", Bucket=s3_bucket, Key="new/", Body=b"")
+    everything, store = Store(f"s3://{s3_bucket}", 30.0), Store(f"s3://{s3_bucket}/new", 30.0)
+    assert store.names() == [] and store.walk() == {}
+    everything.remove("new")
+    assert everything.names() == []
+
+
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
