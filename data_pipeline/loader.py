@@ -50,7 +50,8 @@ class DataConfig:
     ``data/damaged_blocks`` say so. 0 allows none. An evaluation never allows any."""
     cache_dir: str | None = None
     """Folder on this machine's disk that keeps blocks of a remote data set for the next epoch and the next job; null
-    keeps none. The processes of a machine share it."""
+    keeps none. The processes of a machine share it. An error of the folder is a warning, and blocks come from the
+    store."""
     cache_gib: float = 32.0
     """How large that folder may grow, in GiB."""
 

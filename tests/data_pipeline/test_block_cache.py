@@ -1,13 +1,16 @@
 """Does the cache read each block once a node, keep its bound, and survive kills, damage and full disks?"""
 
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,11 +181,120 @@ def test_a_disk_that_is_really_full_ends_the_caching_but_not_the_reading(store: 
     assert done.stderr.count("no more caching in") == 1 and "No space left on device" in done.stderr
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot make the cache folder") as caught:
-        BlockCache(str(tmp_path / "file" / "cache"), BLOCK)
-    assert caught.value.exit_code == 73
+SABOTAGE: dict[str, Callable[[Path], object]] = {
+    "removed": shutil.rmtree,
+    "a file in its place": lambda folder: (shutil.rmtree(folder, ignore_errors=True), folder.write_text("")),
+    "no locks": lambda folder: shutil.rmtree(folder / "locks"),
+    "a file for locks": lambda folder: (shutil.rmtree(folder / "locks"), (folder / "locks").write_text("")),
+    "folders for locks": lambda folder: [
+        ((folder / f"locks/{number}").unlink(missing_ok=True), (folder / f"locks/{number}").mkdir())
+        for number in range(block_cache.NUM_LOCKS)
+    ],
+    "a pipe for the lock of sizes": lambda folder: ((folder / "locks/size").unlink(), os.mkfifo(folder / "locks/size")),
+    "a folder for the total": lambda folder: ((folder / "total").unlink(), (folder / "total").mkdir()),
+    "folders for blocks": lambda folder: [
+        (folder / f"{xxhash.xxh3_64_hexdigest(row.tobytes())}-{BLOCK}").mkdir() for row in DATA[1:]
+    ],
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+@pytest.mark.parametrize("begun", [False, True], ids=["from the start", "in the middle"])
+def test_whatever_becomes_of_the_folder_is_one_warning(
+    store: Store, tmp_path: Path, what: str, begun: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    cache = BlockCache(str(folder), 10 * BLOCK)
+    if begun:
+        assert read(cache, store, 0) == DATA[0].tobytes()
+    SABOTAGE[what](folder)
+    if not begun:
+        cache = BlockCache(str(folder), 10 * BLOCK)
+    for number in 2 * list(range(NUM_BLOCKS)):
+        assert read(cache, store, number) == DATA[number].tobytes()
+    mended = not begun and what in ("removed", "no locks")
+    assert caplog.text.count("blocks come from the store") == len(caplog.records) == (0 if mended else 1), caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\0", b"-50000", b"9" * 5000, b"1e3"])
+def test_a_total_that_is_no_number_is_counted_again(
+    store: Store, tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), 3 * BLOCK)
+    (tmp_path / "cache/a-1").mkdir()  # somebody else's, and never removed
+    (tmp_path / "cache/holiday-2026").write_bytes(bytes(4 * BLOCK))
+    for number in range(NUM_BLOCKS):
+        (tmp_path / "cache/total").write_bytes(content)
+        assert read(cache, store, number) == DATA[number].tobytes()
+        assert len([path for path in cached(tmp_path / "cache") if path.stat().st_size == BLOCK]) <= 3
+    assert not caplog.records and (tmp_path / "cache/a-1").exists() and (tmp_path / "cache/holiday-2026").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.EACCES, errno.ENOLCK, errno.ESTALE])
+@pytest.mark.parametrize(
+    "operation", ["os.open", "os.scandir", "os.replace", "fcntl.flock", "os.fstat", "pathlib.Path.open", "os.utime"]
+)
+@pytest.mark.parametrize("begun", [False, True], ids=["from the start", "in the middle"])
+def test_every_operation_on_the_folder_may_fail(
+    store: Store,
+    tmp_path: Path,
+    number: int,
+    operation: str,
+    begun: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(block_cache, "TOUCH_SECONDS", -1.0)
+    monkeypatch.setattr(Store, "read_block", read_from_memory)
+    cache = BlockCache(str(tmp_path / "cache"), 3 * BLOCK)
+    assert not begun or read(cache, store, 0) == DATA[0].tobytes()
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as faulty:
+        faulty.setattr(operation, fail)
+        if not begun:
+            cache = BlockCache(str(tmp_path / "cache"), 3 * BLOCK)
+        got = [read(cache, store, block) for block in sorted(2 * list(range(NUM_BLOCKS)))]
+    assert got == [DATA[block].tobytes() for block in sorted(2 * list(range(NUM_BLOCKS)))]
+    assert caplog.text.count("blocks come from the store") == len(caplog.records) == (operation != "os.utime")
+
+
+def read_from_memory(store: Store, name: str, begin: int, into: memoryview, xxh3: str, stop: threading.Event) -> None:
+    into[:] = DATA.reshape(-1)[begin : begin + len(into)].data
+
+
+def test_a_lock_that_a_stopped_process_holds_does_not_hold_this_one(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(block_cache, "LOCK_SECONDS", 0.2)
+    cache, other = BlockCache(str(tmp_path / "cache"), 10 * BLOCK), BlockCache(str(tmp_path / "cache"), 10 * BLOCK)
+    lock = str(int(xxhash.xxh3_64_hexdigest(DATA[0].tobytes()), 16) % block_cache.NUM_LOCKS)
+    with other._locked(lock, None):
+        assert read(cache, store, 0) == DATA[0].tobytes()
+    assert cache.writable and not caplog.records
+    with other._locked("size", None):
+        assert read(cache, store, 1) == DATA[1].tobytes()
+    assert caplog.text.count("blocks come from the store") == 1 and "another process has held a lock" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["ro", "nr_inodes=3"])
+def test_a_disk_that_takes_no_more_files_ends_the_caching_but_not_the_reading(
+    store: Store, tmp_path: Path, change: str
+) -> None:
+    arguments = [store.url, f"{tmp_path}/disk/cache", *(xxhash.xxh3_64_hexdigest(row.tobytes()) for row in DATA)]
+    script = f'mount -o remount,{change} "{tmp_path}/disk" && "$@"'
+    done = on_small_disk(tmp_path / "disk", 2048, script, sys.executable, "-c", READ_ALL, *arguments)
+    assert done.returncode == 0 and done.stdout == "all read\n", done.stderr
+    assert done.stderr.count("blocks come from the store") == 1
+
+
+def test_what_a_read_only_disk_holds_is_used(store: Store, tmp_path: Path) -> None:
+    arguments = [store.url, f"{tmp_path}/disk/cache", *(xxhash.xxh3_64_hexdigest(row.tobytes()) for row in DATA)]
+    script = f'"$@" && mount -o remount,ro "{tmp_path}/disk" && rm "{store.url}/x" && "$@"'
+    done = on_small_disk(tmp_path / "disk", 2048, script, sys.executable, "-c", READ_ALL, *arguments)
+    assert done.returncode == 0 and done.stdout == "all read\nall read\n", done.stderr
 
 
 def test_a_second_epoch_from_s3_needs_no_server(
