@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -134,12 +134,18 @@ class WindowReader:
         reach = batch_images + block_rows * order.lanes // stride + order.lanes
         self.length = (reach // batch_images + 1) * batch_images
         self.rows, self.labels = np.empty(self.length, np.int64), np.empty(self.length, np.int64)
-        self.threads = [
-            threading.Thread(target=self._fetch_all, name="fetch blocks", daemon=True) for _ in range(fetch_threads)
-        ]
-        for thread in self.threads:
-            thread.start()
+        self.failure: BaseException | None = None
+        """Why one of the threads ended without an answer to its request."""
+        self.threads: list[threading.Thread] = []
         self._read_ahead()
+        try:
+            for _ in range(fetch_threads):
+                thread = threading.Thread(target=self._fetch_all, name="fetch blocks", daemon=True)
+                thread.start()
+                self.threads.append(thread)
+        except BaseException:  # no more threads, or no memory for one
+            self.close()
+            raise
 
     def next_samples(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Where the images of the next samples are in the memory, and their labels; both int64 [count].
@@ -151,7 +157,7 @@ class WindowReader:
         while self.ahead and self.ahead[0][0].first < self.start + self.taken * self.stride:
             window, future = self.ahead.popleft()
             self._read_ahead()
-            read = result_of(future, self.stop)
+            read = self._result_of(future)
             numbers = (window.positions - self.start) // self.stride
             self.rows[numbers % self.length] = read.slot * self.memory.slot_rows + read.rows
             self.labels[numbers % self.length] = read.labels
@@ -176,17 +182,29 @@ class WindowReader:
             self.ahead.append((window, Future()))
             self.requests.put(self.ahead[-1])
 
-    def _fetch_all(self) -> None:
-        while (request := self.requests.get()) is not None:
-            window, future = request
+    def _result_of(self, future: "Future[ReadWindow]") -> ReadWindow:
+        """Wait for a window. Raises the error of its read, or CancelledError as soon as a stop is requested."""
+        while not wait([future], timeout=0.2).done:
             if self.stop.is_set():
-                future.cancel()
-                continue
-            try:
-                future.set_result(self._fetch(window))
-            # Raised again where the result is taken.
-            except BaseException as error:  # noqa: BLE001
-                future.set_exception(error)
+                raise CancelledError
+            if not all(thread.is_alive() for thread in self.threads):
+                raise self.failure or RuntimeError("a thread that fetches blocks ended without a word")
+        return future.result()
+
+    def _fetch_all(self) -> None:
+        # Whatever it is, it is raised again where the result is taken.
+        try:
+            while (request := self.requests.get()) is not None:
+                window, future = request
+                if self.stop.is_set():
+                    future.cancel()
+                    continue
+                try:
+                    future.set_result(self._fetch(window))
+                except BaseException as error:  # noqa: BLE001
+                    future.set_exception(error)
+        except BaseException as error:  # noqa: BLE001
+            self.failure = error
 
     def _fetch(self, window: Window) -> ReadWindow:
         slot = self.memory.free.pop()
@@ -232,16 +250,6 @@ class WindowReader:
             self.store.read_block(name, block.begin, into, block.xxh3, self.stop)
         else:
             self.cache.read_block(self.store, name, block.begin, into, block.xxh3, self.stop)
-
-
-def result_of(future: "Future[ReadWindow]", stop: threading.Event) -> ReadWindow:
-    """Wait for a window. Raises the error of its read, or CancelledError as soon as a stop is requested."""
-    while True:
-        try:
-            return future.result(timeout=0.2)
-        except TimeoutError:
-            if stop.is_set():
-                raise CancelledError from None
 
 
 def fresh_pages(size: int) -> np.ndarray:

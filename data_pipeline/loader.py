@@ -7,6 +7,7 @@ to the trainer costs several times as much as making it.
 """
 
 import atexit
+import contextlib
 import math
 import queue
 import threading
@@ -22,6 +23,7 @@ from data_pipeline.order import StoredOrder, TrainingOrder, Window, rank_share
 from data_pipeline.storage import DataError, Store
 
 OPENING_DEADLINE_SECONDS = 60.0
+WAITING_SECONDS = 1.0  # so often a loop that waits for a batch looks whether the thread still lives
 EVALUATION_FETCH_THREADS, EVALUATION_PREFETCH_BATCHES = 2, 4  # blocks come one after the other
 
 
@@ -242,24 +244,25 @@ def stream(
         return False
 
     def produce() -> None:
-        reader = WindowReader(
-            shards.store,
-            shards.cache,
-            shards.manifest,
-            order,
-            windows,
-            start=start,
-            stride=stride,
-            batch_images=batch_images,
-            fetch_threads=fetch_threads,
-            damaged=damaged,
-            stop=stop,
-        )
-        batches = assemble(
-            plan, reader, batch_images=batch_images, has_labels=bool(shards.classes), evaluating=evaluating
-        )
+        reader = None
         try:
-            for batch in batches:
+            reader = WindowReader(
+                shards.store,
+                shards.cache,
+                shards.manifest,
+                order,
+                windows,
+                start=start,
+                stride=stride,
+                batch_images=batch_images,
+                fetch_threads=fetch_threads,
+                damaged=damaged,
+                stop=stop,
+            )
+            has_labels = bool(shards.classes)
+            for batch in assemble(
+                plan, reader, batch_images=batch_images, has_labels=has_labels, evaluating=evaluating
+            ):
                 if not hand_over(batch):
                     return
             hand_over(None)
@@ -267,7 +270,8 @@ def stream(
         except BaseException as error:  # noqa: BLE001
             hand_over(error)
         finally:
-            reader.close()
+            if reader is not None:
+                reader.close()
 
     thread = threading.Thread(target=produce, name="assemble batches", daemon=True)
 
@@ -275,12 +279,12 @@ def stream(
         stop.set()
         thread.join(2 * CLOSING_SECONDS)
 
+    thread.start()
     # A daemon thread that is still inside torch when the interpreter goes down would abort the process.
     atexit.register(end)
-    thread.start()
     try:
         while True:
-            item = finished.get()
+            item = next_item(finished, thread)
             if item is None:
                 return
             if isinstance(item, BaseException):
@@ -289,3 +293,15 @@ def stream(
     finally:
         end()
         atexit.unregister(end)
+
+
+def next_item(
+    finished: "queue.Queue[Batch | BaseException | None]", thread: threading.Thread
+) -> Batch | BaseException | None:
+    """What the thread put into the queue next. Raises RuntimeError if it has ended and nothing more will come."""
+    while True:
+        alive = thread.is_alive()  # asked first: what it puts before it ends is then in the queue
+        with contextlib.suppress(queue.Empty):
+            return finished.get(timeout=WAITING_SECONDS if alive else 0.0)
+        if not alive:
+            raise RuntimeError(f"the thread that is to {thread.name} ended without a word")

@@ -1,5 +1,6 @@
 """What does someone who waits for the packing see: how far it is, how fast, and how long it will take?"""
 
+import contextlib
 import multiprocessing
 import sys
 import threading
@@ -36,8 +37,9 @@ class PackingProgress:
 
     def _show(self, end: str) -> None:
         text = progress_line(self.what, self.counter.value, self.total, time.monotonic() - self.started)
-        sys.stderr.write(f"\r{text:<78}{end}" if self.live else f"{text}{end}")
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: no reason to stop working
+            sys.stderr.write(f"\r{text:<78}{end}" if self.live else f"{text}{end}")
+            sys.stderr.flush()
 
 
 def progress_line(what: str, images: int, total: int | None, seconds: float) -> str:

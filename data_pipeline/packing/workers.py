@@ -57,10 +57,12 @@ def start_worker(progress: Any) -> None:
     set_progress(progress)
 
     def leave_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
+        try:
+            parent = multiprocessing.parent_process()
+            assert parent is not None
+            parent.join()
+        finally:  # also if waiting fails: a worker that nobody waits for must not go on
+            os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +21,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import storage
+from data_pipeline import assembly, loader, storage
+from data_pipeline.assembly import WindowReader
+from data_pipeline.batch import Batch
 from data_pipeline.loader import DataConfig, Shards, evaluation_batches, open_shards, train_batches
 from data_pipeline.manifest import Block, Manifest, Shard, write_manifest
 from data_pipeline.order import TrainingOrder
@@ -197,6 +201,64 @@ def test_evaluation_sees_each_image_once_in_equally_many_batches(shards: Shards,
     assert len(lengths) == 1
     assert (np.concatenate(seen_images) == images[:count]).all()
     assert (np.concatenate(seen_labels) == labels[:count]).all()
+
+
+PARTS = {
+    "before the first read": (WindowReader, "__init__"),
+    "making room": (assembly, "fresh_pages"),
+    "looking for the next block": (TrainingOrder, "_epoch_windows"),
+    "opening the batches": (loader, "assemble"),
+    "reading a block": (WindowReader, "_fetch"),
+    "answering": (Future, "set_result"),
+    "filling a batch": (WindowReader, "next_samples"),
+    "letting go of a block": (WindowReader, "let_go"),
+}
+
+
+@pytest.mark.parametrize("error", [MemoryError("planted"), TimeoutError("planted"), KeyboardInterrupt("planted")])
+@pytest.mark.parametrize("part", PARTS)
+def test_an_error_anywhere_in_a_thread_reaches_the_loop(
+    shards: Shards, part: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    batches = one_rank(shards)
+    monkeypatch.setattr(*PARTS[part], fail)
+    started = time.monotonic()
+    with pytest.raises(type(error), match="planted"):
+        next(batches)
+    assert time.monotonic() - started < 10
+    batches.close()
+
+
+def test_a_thread_that_ends_without_a_word_is_noticed(shards: Shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = one_rank(shards)
+    monkeypatch.setattr(threading.Thread, "run", lambda thread: None)
+    with pytest.raises(RuntimeError, match="the thread that is to assemble batches ended without a word"):
+        next(batches)
+    monkeypatch.undo()
+    batches = one_rank(shards)
+    monkeypatch.setattr(WindowReader, "_fetch_all", lambda reader: None)
+    with pytest.raises(RuntimeError, match="a thread that fetches blocks ended without a word"):
+        next(batches)
+
+
+def one_rank(shards: Shards) -> Generator[Batch, None, None]:
+    batches = train_batches(
+        shards,
+        seed=0,
+        lanes=4,
+        consumed_samples=0,
+        rank=0,
+        world_size=1,
+        global_batch_images=16,
+        micro_batch_images=16,
+        fetch_threads=2,
+        prefetch_batches=2,
+    )
+    assert isinstance(batches, Generator)
+    return batches
 
 
 def test_threads_end_when_the_iterator_is_closed_or_forgotten(shards: Shards) -> None:

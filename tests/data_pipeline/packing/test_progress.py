@@ -15,6 +15,17 @@ def test_the_line_has_rate_and_time_left() -> None:
     assert progress_line("reading", 0, 10, 0.0) == "reading: 0 of 10 images, 0/s"
 
 
+class ClosedTerminal(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_work_goes_on_when_nobody_reads_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", ClosedTerminal())
+    with PackingProgress("counting", 10) as progress:
+        progress.counter.value = 10
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
