@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file for the numbers")
     options = parser.parse_args(arguments)
     ranks = ranks_from_environment()
-    device = init_distributed(600, ranks.local_rank)
+    device = init_distributed(timedelta(seconds=600), ranks.local_rank)
     config = load_config(options.config, options.overrides)
     # One micro-batch an update: what a GPU does where the other micro-batches are on other GPUs.
     one = dataclasses.replace(config.train, global_batch_images=config.train.micro_batch_images)

@@ -1,6 +1,7 @@
 """What do many tests need: a small packed data set of real photographs, a real S3 server, a process group of one."""
 
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 def device() -> Iterator[torch.device]:
     """The device of the only rank of a process group. One for all tests: DeepSpeed keeps its first groups for ever."""
     ranks_from_environment()
-    yield init_distributed(60, local_rank=0)
+    yield init_distributed(timedelta(seconds=60), local_rank=0)
     torch.distributed.destroy_process_group()
 
 

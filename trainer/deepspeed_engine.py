@@ -112,19 +112,18 @@ def check_offloading(config: RunConfig) -> None:
         )
 
 
-def init_distributed(timeout_seconds: float, local_rank: int) -> torch.device:
-    """Join the other ranks and return this rank's device; after `timeout_seconds` without an answer, raise.
+def init_distributed(timeout: timedelta, local_rank: int) -> torch.device:
+    """Join the other ranks and return this rank's device; each collective waits for `timeout`, then raises.
 
-    Avoids three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given: a lost rank would be
-    noticed only after 30 minutes. On a CPU it compiles an inference operator at start. That takes minutes, training
-    never uses it, and it waits for ever on the lock of a build that was killed. And all of this is logged.
+    Avoids three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given, and take 30 minutes. On a
+    CPU it compiles an inference operator at start. That takes minutes, training never uses it, and it waits for ever on
+    the lock of a build that was killed. And all of this is logged.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed's collectives use deprecated parts of torch. A user of the trainer can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed|deepspeed")
     # Not `import deepspeed.comm.torch as ...`: that yields torch itself, which the package re-exports.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
-    timeout = timedelta(seconds=timeout_seconds)
     backend.TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
     get_accelerator().set_device(local_rank)
     if get_accelerator().device_name() == "cpu":

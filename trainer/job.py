@@ -22,15 +22,15 @@ from trainer.faults.watchdog import Verdict, Watchdog
 from trainer.loop import Job, TrainingState, interruptible
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
-from trainer.ranks import Ranks, from_rank_0, meeting
+from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank_0, meeting
 from trainer.record.run_folder import RunFiles
-from trainer.record.tracker import NoTracker, Tracker, open_tracker
+from trainer.record.tracker import NoTracker, Tracker, one_line, open_tracker
 from trainer.scoring import score
 from trainer.startup import Start, check_fits, count_start
 from trainer.training_samples import draw_grid
 
-COLLECTIVE_TIMEOUT_SECONDS = 600.0
-"""A rank that does not join a collective for so long is lost. A last resort: the watchdog's limits are shorter."""
+MEETING_SECONDS = 600.0
+"""A rank that has not started after so long is missing."""
 
 
 def share_cores(ranks: Ranks) -> None:
@@ -52,14 +52,18 @@ def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
     stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
     watchdog = Watchdog(limits, ranks, stacks, record_hang)
     # Half of the limit, because the rest of the start needs time as well.
-    with meeting(ranks, min(COLLECTIVE_TIMEOUT_SECONDS, limits.startup_seconds / 2)) as absent:
+    with meeting(ranks, min(MEETING_SECONDS, limits.startup_seconds / 2)) as absent:
         if absent:
             watchdog.close()
             if start.lock:
                 record_hang(Verdict(absent, HANG))
             raise LostRank(absent, HANG)
-        device = init_distributed(COLLECTIVE_TIMEOUT_SECONDS, ranks.local_rank)
-    watchdog.connect()
+        try:
+            device = init_distributed(COLLECTIVE_TIMEOUT, ranks.local_rank)
+            watchdog.connect()
+        except torch.distributed.DistError as error:
+            watchdog.close()
+            raise LostRank(f"a rank was lost while the ranks met ({one_line(error)})", HANG) from error
     return watchdog, device
 
 

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 import torch.distributed
 
+from trainer.awake_clock import AwakeClock
+
+COLLECTIVE_TIMEOUT = timedelta(days=30)
+"""How long a collective waits. The watchdog notices lost ranks, and in minutes. This is only longer than any job is
+suspended: torch's own clocks run on while it is, and would end the job when it wakes up."""
 DEFAULT_MASTER_PORT = 29500
 LONG_WAIT_SECONDS = 30.0
 """After so long at the start the terminal says who is missing."""
 GOODBYE_SECONDS = 3.0
+ASK_AGAIN_SECONDS = 0.2
 MOST_NAMED = 16
 
 log = logging.getLogger(__name__)
@@ -85,7 +91,8 @@ def meeting(ranks: Ranks, patience_seconds: float) -> Iterator[str | None]:
         store = torch.distributed.TCPStore(
             address, port, None, ranks.rank == 0, patience, wait_for_workers=False, multi_tenant=True
         )
-        problem = _wait_for_all(store, ranks, patience_seconds) if ranks.rank == 0 else _arrive(store, ranks, patience)
+        wait = _wait_for_all if ranks.rank == 0 else _arrive
+        problem = wait(store, ranks, patience_seconds)
     except RuntimeError:
         problem = f"rank 0 did not come to {address}, port {port}, in {patience_seconds:.0f} s, or is lost"
     yield problem
@@ -93,11 +100,11 @@ def meeting(ranks: Ranks, patience_seconds: float) -> Iterator[str | None]:
 
 def _wait_for_all(store: torch.distributed.TCPStore, ranks: Ranks, patience_seconds: float) -> str | None:
     """On rank 0: wait for the others, and tell them the result."""
-    begun, noted = time.monotonic(), False
+    clock, noted = AwakeClock(), False
     missing = list(range(1, ranks.world_size))
-    while missing and time.monotonic() - begun < patience_seconds:
+    while missing and clock.since(0.0) < patience_seconds:
         missing = [rank for rank in missing if not store.check([f"arrived/{rank}"])]
-        if missing and not noted and time.monotonic() - begun > LONG_WAIT_SECONDS:
+        if missing and not noted and clock.now() > LONG_WAIT_SECONDS:
             noted = True
             log.warning("still waiting for %s of %d to start", _names_of(missing), ranks.world_size)
         time.sleep(0.05)
@@ -115,10 +122,14 @@ def _wait_for_all(store: torch.distributed.TCPStore, ranks: Ranks, patience_seco
     return problem or None
 
 
-def _arrive(store: torch.distributed.TCPStore, ranks: Ranks, patience: timedelta) -> str | None:
-    """On the others: say that this rank is there, and hear the result."""
+def _arrive(store: torch.distributed.TCPStore, ranks: Ranks, patience_seconds: float) -> str | None:
+    """On the others: say that this rank is there, and hear the result. Raises RuntimeError if there is none in time."""
     store.set(f"arrived/{ranks.rank}", "")
-    store.wait(["meeting"], patience + timedelta(seconds=GOODBYE_SECONDS))
+    clock = AwakeClock()
+    while not store.check(["meeting"]):
+        if clock.since(0.0) > patience_seconds + GOODBYE_SECONDS:
+            raise RuntimeError("rank 0 has not told whether all are there")
+        time.sleep(ASK_AGAIN_SECONDS)
     problem = store.get("meeting").decode()
     store.add("read", 1)
     return problem or None

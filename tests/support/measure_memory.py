@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def main() -> None:
 
 def measure(case: tuple[int, str, int]) -> None:
     ranks = ranks_from_environment()
-    device = init_distributed(120, ranks.local_rank)
+    device = init_distributed(timedelta(seconds=120), ranks.local_rank)
     config = config_of(*case)
     every = config.train.activation_checkpoint_every_layers
     with _PeakOfMapped() as mapped:

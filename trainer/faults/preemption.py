@@ -16,6 +16,8 @@ from types import FrameType
 import torch
 import torch.distributed
 
+from trainer.ranks import COLLECTIVE_TIMEOUT
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 3.0
 """Signals within this time are one request: Ctrl-C comes from the terminal and from the launcher's processes."""
@@ -51,7 +53,9 @@ class StopRequest:
         self._deadline = None if budget_seconds is None else time.monotonic() + budget_seconds
         self._launcher = os.getppid() if _is_launcher(os.getppid()) else None
         # The ranks agree over gloo, in host memory. On a GPU every step would wait until the GPU has caught up.
-        self._group = torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+        self._group = None
+        if torch.distributed.is_initialized():
+            self._group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
         for number in SIGNALS:
             signal.signal(number, self._remember)
 

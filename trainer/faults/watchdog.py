@@ -1,15 +1,19 @@
 """Does every rank make progress? If one hangs or is lost, the whole job ends within the limits and names it.
 
-Nothing else would end it. A collective waits for a lost rank up to its own timeout (half an hour in DeepSpeed's
-groups), and the launcher notices only processes that end. Each rank has two threads. One exchanges signs of life with
-rank 0 over a TCP store of their own; when a cable is cut, it may get stuck itself. The other only looks at clocks. When
-a limit is over, it writes down where every thread is and ends the process.
+Nothing else would end it. A collective waits for a lost rank up to its own timeout, and the launcher notices only
+processes that end. Each rank has two threads. One exchanges signs of life with rank 0 over a TCP store of their own;
+when a cable is cut, it may get stuck itself. The other only looks at clocks. When a limit is over, it writes down where
+every thread is and ends the process.
+
+Time for which this process itself was suspended counts for nobody. And whoever can reach the store cannot end the job:
+what ranks say there is signed.
 """
 
 import contextlib
 import faulthandler
 import json
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -22,7 +26,9 @@ from typing import Literal
 
 import torch.distributed
 
+from trainer.awake_clock import AwakeClock
 from trainer.errors import HANG
+from trainer.faults.signed_store import SignedStore
 from trainer.options import LimitsConfig
 from trainer.ranks import Ranks, from_rank_0
 
@@ -32,6 +38,8 @@ BEAT_SECONDS = 2.0
 DEAD_SECONDS = 8.0
 """How long a rank may be silent after a collective has failed on another one, which means that somebody is gone."""
 STORE_SECONDS = 30.0
+SECRET_BYTES = 32
+LARGEST_REASON_CHARACTERS = 2000
 PUBLISH_SECONDS = 3.0
 """How long a rank stays after it has told the others why the job ends: they may be reading it from its store."""
 
@@ -42,6 +50,21 @@ class Verdict:
 
     reason: str
     code: int
+
+    def as_text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def verdict_from(text: str) -> Verdict:
+    """What another rank said. One that cannot be understood is a verdict as well, and 0 is no code to end with."""
+    try:
+        said = json.loads(text)
+        reason, code = said["reason"], said["code"]
+    except (ValueError, TypeError, KeyError):
+        reason, code = None, None
+    if not isinstance(reason, str) or type(code) is not int or not 0 < code < 256:
+        return Verdict("another rank has ended, and what it said about it cannot be understood", HANG)
+    return Verdict(reason[:LARGEST_REASON_CHARACTERS], code)
 
 
 class Watchdog:
@@ -57,8 +80,9 @@ class Watchdog:
         """
         self._limits, self._ranks, self._stacks, self._record = limits, ranks, stacks, record
         self._phase: Phase = "startup"
-        self._progress = self._contact = time.monotonic()
-        self._store: torch.distributed.TCPStore | None = None
+        self._clock = AwakeClock()
+        self._progress = self._contact = self._clock.now()
+        self._store: SignedStore | None = None
         self._verdict: Verdict | None = None
         self._failed = False
         self._closed = threading.Event()
@@ -75,21 +99,23 @@ class Watchdog:
             store = torch.distributed.TCPStore(
                 os.environ["MASTER_ADDR"], 0, None, True, timedelta(seconds=STORE_SECONDS), wait_for_workers=False
             )
-        port = from_rank_0(store.port if store else None)
-        self._store = store or torch.distributed.TCPStore(
+        # The store listens where others can reach it. The secret goes the way of the weights.
+        port, secret = from_rank_0((store.port, secrets.token_bytes(SECRET_BYTES)) if store else None)
+        store = store or torch.distributed.TCPStore(
             os.environ["MASTER_ADDR"], port, None, False, timedelta(seconds=STORE_SECONDS), wait_for_workers=False
         )
+        self._store = SignedStore(store, secret)
         self._store.set(f"host/{self._ranks.rank}", socket.gethostname())
-        self._contact = time.monotonic()
+        self._contact = self._clock.now()
         threading.Thread(target=self._exchange, name="signs of life", daemon=True).start()
 
     def phase(self, phase: Phase) -> None:
         """Enter a phase, whose limit holds until the next call of `phase` or `alive`."""
-        self._phase, self._progress = phase, time.monotonic()
+        self._phase, self._progress = phase, self._clock.now()
 
     def alive(self) -> None:
         """This rank made progress: the time limit of its phase starts again."""
-        self._progress = time.monotonic()
+        self._progress = self._clock.now()
 
     def close(self) -> None:
         """Stop watching: the work is done, or the process ends for a known reason."""
@@ -107,9 +133,10 @@ class Watchdog:
         Waits for the answer a little longer than DEAD_SECONDS.
         """
         self._failed = True
-        deadline = time.monotonic() + DEAD_SECONDS + 3 * BEAT_SECONDS
-        self._progress = deadline  # the phase's limit must not end this wait
-        while self._verdict is None and time.monotonic() < deadline and self._store is not None:
+        begun = self._clock.now()
+        patience = DEAD_SECONDS + 3 * BEAT_SECONDS
+        self._progress = begun + patience  # the phase's limit must not end this wait
+        while self._verdict is None and self._clock.since(begun) < patience and self._store is not None:
             time.sleep(0.2)
         if self._verdict is not None and self._ranks.rank == 0:
             time.sleep(PUBLISH_SECONDS)  # the others read it from this rank's store
@@ -122,8 +149,7 @@ class Watchdog:
             "checkpoint": self._limits.checkpoint_seconds,
         }
         while not self._closed.wait(0.5):
-            now = time.monotonic()
-            silent, stuck = now - self._contact, now - self._progress
+            silent, stuck = self._clock.since(self._contact), self._clock.since(self._progress)
             if self._verdict is not None and not self._failed:
                 self._trip(self._verdict)
             elif stuck > limits[self._phase]:
@@ -145,7 +171,7 @@ class Watchdog:
 
     def _exchange(self) -> None:
         """Send and look for signs of life until closed. A store that fails counts as one that does not answer."""
-        beats: dict[int, tuple[bytes, float]] = {}
+        beats: dict[int, tuple[str | None, float]] = {}
         count = 0
         while not self._closed.wait(BEAT_SECONDS):
             store = self._store
@@ -156,32 +182,30 @@ class Watchdog:
                 if self._failed:
                     store.set("failed", "1")
                 if self._ranks.rank == 0:
-                    self._contact = time.monotonic()
+                    self._contact = self._clock.now()
                     self._look_at_others(store, beats)
-                if store.check(["verdict"]):
-                    self._verdict = Verdict(**json.loads(store.get("verdict")))
+                if (said := store.get("verdict")) is not None:
+                    self._verdict = verdict_from(said)
                     return
-                self._contact = time.monotonic()
+                self._contact = self._clock.now()
             except torch.distributed.DistNetworkError:  # closed for good; the other thread watches the time
                 return
             except RuntimeError:  # no answer in time
                 continue
 
-    def _look_at_others(self, store: torch.distributed.TCPStore, beats: dict[int, tuple[bytes, float]]) -> None:
-        now = time.monotonic()
+    def _look_at_others(self, store: SignedStore, beats: dict[int, tuple[str | None, float]]) -> None:
         # Once a rank has said that its collective failed, somebody is gone: the others need not wait as long.
-        limit = DEAD_SECONDS if store.check(["failed"]) else self._limits.lost_rank_seconds
+        limit = DEAD_SECONDS if store.get("failed") is not None else self._limits.lost_rank_seconds
         lost = []
         for rank in range(1, self._ranks.world_size):
-            beat = store.get(f"beat/{rank}") if store.check([f"beat/{rank}"]) else b""
+            beat = store.get(f"beat/{rank}")
             if rank not in beats or beats[rank][0] != beat:
-                beats[rank] = (beat, now)
-            elif now - beats[rank][1] > limit:
-                host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else "an unknown host"
-                lost.append(f"rank {rank} on {host}")
+                beats[rank] = (beat, self._clock.now())
+            elif self._clock.since(beats[rank][1]) > limit:
+                lost.append(f"rank {rank} on {store.get(f'host/{rank}') or 'an unknown host'}")
         if lost:
             self._verdict = Verdict(f"{', '.join(lost)} gave no sign of life for {limit:.0f} s", HANG)
-            store.set("verdict", json.dumps(asdict(self._verdict)))
+            store.set("verdict", self._verdict.as_text())
 
     def _trip(self, verdict: Verdict) -> None:
         """Tell the others, write down where every thread is, and end this process at once."""
@@ -209,7 +233,7 @@ class Watchdog:
         def publish() -> None:
             if self._store is not None:
                 with contextlib.suppress(RuntimeError):
-                    self._store.set("verdict", json.dumps(asdict(verdict)))
+                    self._store.set("verdict", verdict.as_text())
 
         threading.Thread(target=publish, daemon=True).start()  # with a cut cable it never returns
         time.sleep(PUBLISH_SECONDS)

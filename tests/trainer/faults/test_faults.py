@@ -4,13 +4,16 @@ Real processes, real signals. Each fault ends in the exit code and the sentence 
 can go on.
 """
 
+import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from tests.support.s3_server import S3Server
 from trainer.checkpoint import Checkpoints, read_weights
 from trainer.config import load_config
 from trainer.engine import State
+from trainer.faults.watchdog import BEAT_SECONDS
 from trainer.ranks import Ranks
 
 LONG = 100_000  # more steps than any test waits for
@@ -80,11 +84,87 @@ def test_a_stopped_rank_ends_the_job_and_everybody_writes_down_where_it_was(tmp_
     finally:
         ranks[1].send_signal(signal.SIGCONT)
     code, text = finish(ranks)
-    assert ranks[1].returncode in (70, 78), text
+    assert ranks[1].returncode == 78, text
+    assert "Traceback" not in text
     assert "error: rank 1 on " in text and "gave no sign of life for 10 s" in text
     stacks = sorted((tmp_path / "run/stacks").glob("rank-00000-*.txt"))
     assert "loop.py" in stacks[0].read_text()
     assert state_of(tmp_path / "run")["code"] == 78
+
+
+def test_the_stopped_rank_may_be_the_first(tmp_path: Path, splits: Path) -> None:
+    ranks = start(endless(tmp_path / "run", splits, limits__lost_rank_seconds=10), ranks=2)
+    wait_for_step(tmp_path / "run", 3, ranks)
+    ranks[0].send_signal(signal.SIGSTOP)
+    try:
+        assert ranks[1].wait(60) == 78
+    finally:
+        ranks[0].send_signal(signal.SIGCONT)
+    code, text = finish(ranks)
+    assert code == 78, text
+    assert "error: rank 0 is lost" in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("first_to_wake", [0, 1])
+def test_a_job_that_was_suspended_as_a_whole_goes_on(tmp_path: Path, splits: Path, first_to_wake: int) -> None:
+    """For longer than all of its limits, and the ranks wake up one after the other."""
+    limits = {"lost_rank_seconds": 5, "step_seconds": 8, "checkpoint_seconds": 8, "startup_seconds": 60}
+    changes = {f"limits__{name}": value for name, value in limits.items()} | {"data__read_deadline_seconds": 6}
+    ranks = start(endless(tmp_path / "run", splits, **changes), ranks=2)
+    for step in (0, 10):
+        wait_for_step(tmp_path / "run", step + 3, ranks)
+        for rank in ranks:
+            rank.send_signal(signal.SIGSTOP)
+        time.sleep(12)
+        ranks[first_to_wake].send_signal(signal.SIGCONT)
+        time.sleep(2)
+        ranks[1 - first_to_wake].send_signal(signal.SIGCONT)
+    wait_for_step(tmp_path / "run", curve(tmp_path / "run")[-1][0] + 10, ranks)
+    ranks[0].send_signal(signal.SIGTERM)
+    code, text = finish(ranks)
+    assert [code, ranks[1].returncode] == [75, 75], text
+
+
+def test_a_process_beside_the_job_cannot_end_it(tmp_path: Path, splits: Path) -> None:
+    """It reaches the stores of the job, and says there what ranks say when they end."""
+    ranks = start(endless(tmp_path / "run", splits), ranks=2)
+    wait_for_step(tmp_path / "run", 3, ranks)
+    reached: list[str] = []
+
+    def write_to(port: int) -> None:
+        with contextlib.suppress(RuntimeError):
+            store = torch.distributed.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=2))
+            for name in store.list_keys():
+                if name.rpartition("/")[2] in ("verdict", "failed") or "beat/" in name:
+                    store.set(name, "0")
+                    reached.append(name)
+            store.set("verdict", json.dumps({"reason": "a reason of its own", "code": 0}))
+
+    # What is no store never answers.
+    strangers = [threading.Thread(target=write_to, args=[port], daemon=True) for port in listening(ranks[0].pid)]
+    for stranger in strangers:
+        stranger.start()
+    for stranger in strangers:
+        stranger.join(3)
+    assert any("beat/1" in name for name in reached), reached
+    wait_for_step(tmp_path / "run", curve(tmp_path / "run")[-1][0] + 10, ranks)
+    time.sleep(3 * BEAT_SECONDS)
+    ranks[0].send_signal(signal.SIGTERM)
+    code, text = finish(ranks)
+    assert [code, ranks[1].returncode] == [75, 75], text
+    assert "a reason of its own" not in text
+
+
+def listening(pid: int) -> list[int]:
+    """Ports on which a process listens."""
+    links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()]
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            columns = line.split()
+            if columns[3] == "0A" and f"socket:[{columns[9]}]" in links:
+                found.append(int(columns[1].rpartition(":")[2], 16))
+    return found
 
 
 @pytest.mark.parametrize("absent", [0, 1])
