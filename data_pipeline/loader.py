@@ -36,7 +36,8 @@ class DataConfig:
     validation_url: str
     """The same for the images that are evaluated."""
     lanes: int = 8
-    """How many places of the data set a global batch draws from; part of the order of samples. A multiple of the
+    """How many places of the data set a global batch draws from; part of the order of samples, so that it may change
+    between two epochs, and not within one. A multiple of the
     number of ranks keeps ranks from reading the same bytes. Small data sets use fewer (a divisor of it). A rank
     holds about lanes / ranks + 2 * fetch_threads blocks of 512 images in memory."""
     fetch_threads: int = 4

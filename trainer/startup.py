@@ -13,6 +13,7 @@ from typing import Any
 
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.loader import Shards, open_shards
+from data_pipeline.order import usable_lanes
 from data_pipeline.storage import Store
 from data_pipeline.wording import counted
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
@@ -177,7 +178,7 @@ def _differences(model: ModelConfig, seed: int, data_digest: str, config: RunCon
 
 
 def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, url: str) -> None:
-    """Raise CheckpointError if a checkpoint is of another model, seed or data set."""
+    """Raise CheckpointError if a checkpoint is of another model, seed or data set, UsageError for another order."""
     theirs = config_from(checkpoint.config, f"{url}/{checkpoint.name}")
     different = _differences(theirs.model, theirs.run.seed, checkpoint.data_digest, config, train_shards)
     if theirs.optimizer.name != config.optimizer.name:
@@ -185,6 +186,15 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, 
     if different:
         raise CheckpointError(
             f"{url} holds checkpoints of another run: {'; '.join(different)}; choose another checkpoint.url"
+        )
+    # An epoch is whole only in one order. Of a data set and a seed, the lanes in use decide it, and nothing else.
+    counts = train_shards.manifest.block_counts
+    lanes, before = (usable_lanes(c.data.lanes, sum(counts), max(counts)) for c in (config, theirs))
+    if lanes != before and checkpoint.samples % sum(counts) and checkpoint.step < config.train.steps:
+        raise UsageError(
+            f"data.lanes is {config.data.lanes}, and {checkpoint.name} was written with {theirs.data.lanes} in the "
+            "middle of an epoch: the order of the images would change, and some would be seen twice and others never; "
+            f"add --set data.lanes={theirs.data.lanes}, or choose another run.dir"
         )
 
 
