@@ -139,8 +139,8 @@ def _component_log_probabilities(parameters: Tensor, images: Tensor) -> tuple[Te
 def log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor) -> Tensor:
     """log(sigmoid(upper) - sigmoid(lower)) of the bin around `centred` = intensity - mean.
 
-    The difference is never formed; sigmoid(u) - sigmoid(l) = sigmoid(u) sigmoid(-l) (1 - exp(l - u)) keeps
-    full precision.
+    The difference of the sigmoids would lose digits. The product sigmoid(u) sigmoid(-l) (1 - exp(l - u)), which equals
+    it, keeps full precision.
     """
     inverse_scales = (-log_scales).exp()
     upper = inverse_scales * (centred + HALF_LEVEL)

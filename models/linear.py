@@ -1,8 +1,7 @@
 """How are matrices multiplied when weights are bf16?
 
-Tensor cores multiply bf16 operands and accumulate in fp32. A CPU without bf16 matrix units emulates bf16
-products 10 to 20 times slower than fp32 ones; casting to fp32, multiplying and rounding the result gives the
-same numbers at full speed.
+Tensor cores multiply bf16 numbers and add up in fp32. A CPU without bf16 matrix units emulates bf16 products, 10 to 20
+times slower than fp32 ones. Casting to fp32, multiplying and rounding the result gives the same numbers at full speed.
 """
 
 import torch

@@ -26,7 +26,7 @@ class Recompute:
     every: int = 0
     """Every n-th unit; 0: none."""
     keeps_attention: bool = False
-    """Of these units, keep the results of attention, which are small for the time that they take."""
+    """Do not recompute attention in these units: its results are small, and take long to compute."""
 
     def includes(self, unit: int) -> bool:
         """Whether the unit of this number (0 is the first) is recomputed."""
@@ -116,11 +116,11 @@ class ModelConfig(ModelShape, Protocol):
 
     @property
     def unit_period(self) -> int:
-        """After so many units of the main stack, the same kinds of units come again."""
+        """The kinds of units in the main stack repeat after this many."""
         ...
 
     def with_units(self, count: int) -> Self:
-        """The same model with so many units in its main stack."""
+        """The same model with this many units in its main stack."""
         ...
 
     def build(self, recompute: Recompute = ...) -> "Model":

@@ -201,5 +201,5 @@ def kernel_mask(features_in: int, features_out: int, kernel: int, mask: Literal[
 
 
 def flops_of_a_pixel(module: nn.Module) -> int:
-    """Of all convolutions in a module, masked products included: they are computed, too."""
+    """Products for one pixel in all convolutions of a module. Masked ones count, because they are computed, too."""
     return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, MaskedConvolution))

@@ -84,7 +84,7 @@ def local_attention(
 
 
 def _fastest(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Backend:
-    """The first of triton, flex and blocked that computes these inputs and is fast at it."""
+    """The first of triton, flex and blocked that can compute these inputs and is fast."""
     if q.device.type != "cuda":
         _log_choice("blocked", f"the others are for CUDA, and the tensors are on {q.device.type}")
         return "blocked"

@@ -1,9 +1,8 @@
 """Which keys does each query see?
 
-A pattern cuts the sequence into query blocks. Every query of a block sees the whole *memory* of that block
-and, of its own block, either everything or (causal) what has been generated so far, itself included. That is
-the whole definition; dense masks, blocked attention, the decoding window and the count of FLOPs are derived
-from it.
+A pattern cuts the sequence into query blocks. Every query of a block sees the whole *memory* of that block. Of its own
+block it sees everything or, if the pattern is causal, what has been generated so far, itself included. That is the
+whole definition. Dense masks, blocked attention, the window of decoding and the count of FLOPs are derived from it.
 
 Two orders of the positions matter besides the raster order in which an image comes:
 - the *generation order* decides what "so far" means: blocks one after the other, raster order inside a block;
@@ -59,7 +58,7 @@ class Pattern:
     causal: bool
     """Whether a query sees only the part of its own block that is generated up to and including itself."""
     digest: str = field(init=False, repr=False)
-    """Of all of the above."""
+    """A checksum of everything above."""
 
     def __post_init__(self) -> None:
         content = hashlib.sha256(repr((self.blocks, self.causal)).encode())

@@ -37,7 +37,7 @@ class TilePlan:
 
 @dataclass(frozen=True)
 class GridPlan:
-    """The same for tiles cut from slot 0, whatever blocks lie in them, as FlexAttention takes it."""
+    """The same for tiles that are cut from slot 0 on, whatever blocks lie in them, as FlexAttention wants it."""
 
     full: tuple[tuple[int, ...], ...]
     """For each tile of queries, the tiles of keys of which each query sees each key, ascending."""

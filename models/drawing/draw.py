@@ -14,18 +14,18 @@ from models.likelihood import CategoricalOutput, Mixture, Output, log_bin_probab
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How far to depart from the model's own distribution; as constructed without arguments, not at all.
+    """How far to depart from the model's own distribution. Without arguments, not at all.
 
     Raises ValueError for values out of range.
     """
 
     temperature: float = 1.0
-    """Categorical: logits are divided by it. Mixture: logits of components are divided, scales multiplied. Below 1 the
-    images are calmer."""
+    """Categorical: logits are divided by it. Mixture: logits of the components are divided by it, scales multiplied.
+    Values below 1 make calmer images."""
     top_k: int = 0
-    """Draw each value among so many likeliest intensities; 0: among all."""
+    """Draw each value from this many of the likeliest intensities; 0: from all."""
     top_p: float = 1.0
-    """Draw each value among the fewest intensities that have this probability together; 1: among all."""
+    """Draw each value from the fewest intensities that have this probability together; 1: from all."""
     guidance: float = 1.0
     """Classifier-free guidance (Ho and Salimans 2022): log p is extrapolated from the model without a class (0)
     through the one with it (1) beyond it (> 1)."""
@@ -62,7 +62,8 @@ def draw(
     """
     if isinstance(output, CategoricalOutput):
         logits = _guided(parameters.double(), without_class, sampling) / sampling.temperature
-        # Gumbel-max: logits that differ little draw mostly the same, which looking ahead (wave_decoder.py) lives on.
+        # Gumbel-max: logits that differ a little mostly draw the same value. Looking ahead depends on that
+        # (models/image_transformer/wave_decoder.py).
         return (_filtered(logits, sampling) - (-uniforms.log()).log()).argmax(-1).to(torch.uint8)
     given = [parameters] if without_class is None else [parameters, without_class]
     mixtures = [_at_temperature(split_mixture(each), sampling.temperature) for each in given]
@@ -72,7 +73,7 @@ def draw(
 
 
 def _draw_component(mixture: Mixture, uniforms: Tensor) -> Tensor:
-    """Of a component drawn first, red, then green, then blue."""
+    """Draw a component, then red, green and blue from it, in this order."""
     component = _draw_index(mixture.logits, uniforms[..., 0])
     index = component[..., None, None].expand(*component.shape, 1, 3)
     means, log_scales, coefficients = (parameter.gather(-2, index).squeeze(-2).unbind(-1) for parameter in mixture[1:])
@@ -90,7 +91,8 @@ def _draw_component(mixture: Mixture, uniforms: Tensor) -> Tensor:
 
 
 def _draw_channels(mixtures: list[Mixture], uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Red, then green, then blue of their 256 probabilities, from the mixture for the class and that for none."""
+    """Draw red, then green, then blue from 256 probabilities each; `mixtures` are that for the class and, for guidance,
+    that for no class."""
     intensities = torch.arange(256, device=uniforms.device)
     centres = intensities.double() / 127.5 - 1
     log_weights = [mixture.logits.log_softmax(-1) for mixture in mixtures]
@@ -129,7 +131,7 @@ def _guided(logits: Tensor, without_class: Tensor | None, sampling: Sampling) ->
 
 
 def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Logits [..., n] with -inf where top-k or top-p exclude a value; of equally likely ones, the lowest stay."""
+    """Logits [..., n], -inf where top-k or top-p exclude a value. Of equally likely values the lowest stay."""
     if not sampling.top_k and sampling.top_p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -138,13 +140,13 @@ def _filtered(logits: Tensor, sampling: Sampling) -> Tensor:
         dropped[..., sampling.top_k :] = True
     if sampling.top_p < 1:
         p = ordered.softmax(-1)
-        dropped |= p.cumsum(-1) - p >= sampling.top_p  # those before it have the probability already
+        dropped |= p.cumsum(-1) - p >= sampling.top_p  # the likelier ones have the probability already
     return logits.masked_fill(dropped.gather(-1, order.argsort(-1)), -math.inf)
 
 
 def _draw_index(logits: Tensor, uniforms: Tensor) -> Tensor:
     """int64 [...]: an index into the last axis of logits [..., n] by inverting the distribution function."""
     p = logits.softmax(-1)
-    # Of the whole, which rounding leaves a little off 1: a value of probability 0 is never drawn.
+    # A share of the last sum, which rounding leaves a little off 1. So a value of probability 0 is never drawn.
     cumulative = p.cumsum(-1)
     return (cumulative <= uniforms[..., None] * cumulative[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -1,4 +1,4 @@
-"""Where are the keys and values of earlier tokens while an image is decoded, and how does the next token see them?
+"""Where are the keys and values of earlier tokens kept while an image is drawn, and how does the next token see them?
 
 Everything is allocated once, for the largest wave of the plan (models/image_transformer/decode_plan.py), and has one
 shape for all steps: which keys a step sees is a comparison of tensors, so that a GPU can replay a step as a captured
@@ -33,7 +33,7 @@ class DecodeCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        # Zeros: a slot that is not seen has weight 0, which only a finite value survives.
+        # Zeros, because a slot that is not seen is multiplied by weight 0, and 0 times infinity is not a number.
         rows, slots = plan.num_windows, plan.window_slots
         self.windows = torch.zeros(layers, 2, rows, batch, key_heads, slots, head_width, dtype=dtype, device=device)
         self.kept = torch.zeros(layers, 2, batch, key_heads, plan.kept_slots, head_width, dtype=dtype, device=device)
@@ -77,7 +77,8 @@ class DecodeCache:
         keys, values = windows
         queries = _by_block(q, rows, steps).unflatten(2, (keys.shape[2], -1)).transpose(3, 4)  # [G, B, M, A, N / M, K]
         queries = queries.to(keys.dtype) * (1 / math.sqrt(q.shape[-1]))
-        # Not the fused operator, and a product for each step: on a CPU the sums of one depend on how many rows it has.
+        # Not the fused operator, and one product for each step: on a CPU the sums of a product depend on its number of
+        # rows, and an image must not depend on the batch.
         scores = _stacked([each @ keys.transpose(-1, -2) for each in queries.unbind(3)], 3)
         weights = (scores.float() + self._bias).softmax(-1).to(values.dtype)
         out = _stacked([each @ values for each in weights.unbind(3)], 2)  # [G, B, A, M, N / M, K]
@@ -111,5 +112,5 @@ def _by_block(x: Tensor, rows: int, steps: int) -> Tensor:
 
 
 def _stacked(parts: list[Tensor], axis: int) -> Tensor:
-    """A single one without a copy, which on a GPU would be one more kernel in every layer."""
+    """torch.stack, but without a copy for a single part: on a GPU that would be one more kernel in every layer."""
     return parts[0].unsqueeze(axis) if len(parts) == 1 else torch.stack(parts, axis)

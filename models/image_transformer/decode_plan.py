@@ -68,7 +68,7 @@ class Wave:
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """The course of decoding one image, and how much memory it takes."""
+    """In which order the blocks of one pattern are decoded, and how much memory that takes."""
 
     waves: tuple[Wave, ...]
     window_slots: int

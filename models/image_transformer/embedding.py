@@ -18,11 +18,10 @@ SINE_LONGEST_WAVELENGTH = 1e4
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose output is scaled by sqrt(width) and starts with unit variance, as in the original
-    code.
+    """nn.Embedding whose output is scaled by sqrt(width) and starts with unit variance, as in the original code.
 
-    The factor matters to Adam, whose steps do not grow with the entries: they move what is looked up by
-    sqrt(width) more.
+    The factor matters under Adam. Its steps have the same size for all entries, so what is looked up moves sqrt(width)
+    times as far.
     """
 
     def __init__(self, num_embeddings: int, width: int) -> None:

@@ -32,7 +32,7 @@ ROTARY_LONGEST_WAVELENGTH = 100.0
 
 
 def norm(block: Block, width: int) -> nn.Module:
-    """LayerNorm in the paper's block, RMSNorm in the modern one."""
+    """LayerNorm for the paper's block, RMSNorm for the modern one."""
     if block == "paper":
         return nn.LayerNorm(width, eps=NORM_EPSILON)
     return nn.RMSNorm(width, eps=NORM_EPSILON)
@@ -158,19 +158,20 @@ def rotary(rows: Tensor, columns: Tensor, head_width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) by its angle, so that products of queries and keys depend on differences of
-    positions only (rotary positions); x [B, N, T, K], computed in fp32."""
+    """Turn each pair (x_i, x_{i + K/2}) by its angle; x [B, N, T, K], computed in fp32.
+
+    Products of queries and keys then depend on differences of positions only (rotary positions).
+    """
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = rotation
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 def _stds(block: Block, num_sublayers: int) -> tuple[Std, Std]:
-    """Initial standard deviations of matrices that read from, and of those that write to, the sum of a layer.
+    """Initial standard deviations of the matrices that read the hidden states, and of those whose result is added.
 
-    The paper's block starts as the original code: variance 0.2 / mean(fan-in, fan-out). The modern block
-    keeps the variance of what it reads, and divides what it writes so that the sum over all sub-layers keeps
-    it too.
+    The paper's block starts like the original code, with variance 0.2 / mean(fan-in, fan-out). In the modern block a
+    matrix that reads keeps the variance; those that write share it, so that their sum over all sub-layers keeps it too.
     """
     if block == "paper":
 

@@ -167,7 +167,7 @@ class Head(nn.Linear):
         components = config.output.components if isinstance(config.output, MixtureOutput) else 0
         super().__init__(config.width, 10 * components if components else 256 * values_per_position)
         self.is_mixture = components > 0
-        # Almost no opinion at first: uniform intensities, or a spread of mixtures.
+        # Almost no opinion at first: uniform intensities, or components that are spread out.
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(config.width))
         with torch.no_grad():
             self.bias.copy_(initial_mixture(components) if components else torch.zeros_like(self.bias))

@@ -35,9 +35,9 @@ def source_positions(pattern: Pattern, shift: Shift) -> Tensor:
     """int64 [L]: storage slot -> raster position of the value it holds as input; -1 where a slot holds the
     start.
 
-    The slot of position t holds the value generated just before t, so a query that sees itself sees no more
-    than the past. "generation" shifts along the generation order. "block" restarts in every query block, as
-    the original's 2D code does: the value generated last in a block is then seen by no one.
+    The slot of position t holds the value generated just before t. So a query that sees itself sees only the past.
+    "generation" shifts along the generation order. "block" restarts in every query block, like the original's 2D code:
+    no position sees the value that is generated last in a block.
     """
     previous = torch.cat([torch.tensor([-1]), pattern.generation_order[:-1]])
     if shift == "block":

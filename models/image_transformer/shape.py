@@ -101,7 +101,7 @@ class ImageTransformerShape:
     """Attention heads."""
     key_heads: int = 0
     """Heads of keys and values, each of which serves heads / key_heads neighbouring heads of queries (grouped-query
-    attention, Ainslie et al. 2023), so that decoding keeps and reads so many times fewer of them; 0 for one each."""
+    attention, Ainslie et al. 2023), so that decoding keeps and reads fewer of them by that factor; 0 for one each."""
     attention_width: int
     """Width of all heads' queries together; also of keys and values where key_heads is 0."""
     ff_width: int

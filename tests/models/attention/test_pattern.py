@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.attention.local_attention import _plan
 from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
 
 
@@ -142,3 +143,19 @@ def test_senseless_sizes_are_refused() -> None:
         local_1d(8, 0, 4)
     with pytest.raises(ValueError, match="memory: -1 is negative"):
         local_1d(8, 4, -1)
+
+
+def test_patterns_of_the_same_content_are_equal_and_share_what_is_made_of_one() -> None:
+    one, same = local_2d(4, 8, (2, 2), (2, 2)), local_2d(4, 8, (2, 2), (2, 2))
+    assert one == same and hash(one) == hash(same) and len({one, same}) == 1
+    others = (local_2d(4, 8, (2, 2), (1, 2)), local_2d(4, 8, (2, 2), (2, 2), causal=False), full(32), full(31))
+    assert all(one != other for other in others) and len({one, *others}) == 5
+    device = torch.device("cpu")
+    assert _plan(one, device) is _plan(same, device)
+
+
+def test_smaller_cells_store_the_same_pattern_in_another_order() -> None:
+    large, small = (local_2d(8, 12, (4, 4), (4, 4), cell=cell) for cell in (None, (2, 1)))
+    assert torch.equal(large.mask(), small.mask()) and torch.equal(large.generation_order, small.generation_order)
+    assert torch.equal(small.storage_order, local_2d(8, 12, (4, 4), (2, 1)).storage_order)
+    assert not torch.equal(large.storage_order, small.storage_order)

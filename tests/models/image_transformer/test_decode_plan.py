@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
-from models.image_transformer.decode_plan import DecodePlan, decode_plan
+from models.image_transformer.decode_plan import DecodePlan, decode_plan, decode_plans
 from models.image_transformer.pixel_order import Shift, source_positions
 from models.image_transformer.shape import make_pattern
 from tests.support.tiny_model import PATTERNS, tiny_config
@@ -106,3 +106,40 @@ def test_waves_need_fewer_steps_for_64x64_sub_pixels(
 def test_a_shift_along_the_generation_order_leaves_one_block_a_wave() -> None:
     pattern = local_2d(64, 192, (8, 32), (8, 16))
     assert decode_plan(pattern, "generation").num_steps == pattern.length
+
+
+TOGETHER: dict[str, tuple[tuple[Pattern, ...], Shift]] = {
+    "blocks that end in different places": ((local_1d(48, 8, 8), full(48), dilated_1d(48, 4, 2, 1, 2)), "generation"),
+    "blocks of no common length": ((local_1d(48, 12, 5), local_1d(48, 16, 16)), "generation"),
+    "2d of one block": ((local_2d(8, 12, (4, 4), (4, 4), cell=(2, 2)), local_2d(8, 12, (4, 4), (2, 6))), "block"),
+}
+
+
+@pytest.mark.parametrize("in_waves", [True, False])
+@pytest.mark.parametrize("case", TOGETHER)
+def test_patterns_keep_step_and_each_query_sees_the_keys_of_each_mask_once(case: str, in_waves: bool) -> None:
+    patterns, shift = TOGETHER[case]
+    plans, stretches = decode_plans(patterns, shift, in_waves)
+    course = [slot for stretch in stretches for step in stretch.slots.T.tolist() for slot in step]
+    assert sorted(course) == list(range(patterns[0].length))
+    for index, (pattern, plan) in enumerate(zip(patterns, plans, strict=True)):
+        mask, seen = pattern.mask_in_storage_order(), seen_by_each(pattern, plan)
+        assert all(sorted(keys) == mask[slot].nonzero().flatten().tolist() for slot, keys in seen.items())
+        # The steps of the stretches are those of the pattern's waves, one after the other.
+        steps = [(number, step) for number, wave in enumerate(plan.waves) for step in range(wave.num_steps)]
+        assert steps == [
+            (stretch.waves[index], stretch.first_steps[index] + step)
+            for stretch in stretches
+            for step in range(stretch.num_steps)
+        ]
+        for stretch in stretches:
+            first = stretch.first_steps[index]
+            of_wave = plan.waves[stretch.waves[index]].slots[:, first : first + stretch.num_steps]
+            assert torch.equal(of_wave, stretch.slots)
+
+
+def test_waves_are_those_that_the_pattern_with_the_widest_memory_allows() -> None:
+    wide, narrow = local_2d(8, 12, (4, 4), (4, 4), cell=(2, 2)), local_2d(8, 12, (4, 4), (4, 2))
+    together = decode_plans((narrow, wide), "block")[0]
+    assert [len(wave.blocks) for wave in together[0].waves] == [len(w.blocks) for w in decode_plan(wide, "block").waves]
+    assert len(decode_plan(narrow, "block").waves) <= len(together[0].waves) < len(wide.blocks)

@@ -304,6 +304,23 @@ def test_no_more_than_the_visible_pairs_are_counted_and_the_backward_pass_takes_
     assert local.account().flops.training == 3 * local.account().flops.forward
 
 
+def test_each_layer_attends_by_its_own_pattern_and_is_counted_so() -> None:
+    patterns = [PATTERNS[name].get("attention", Local1D(query_block=8, memory=8)) for name in ("1d", "full", "dilated")]
+    config = tiny_config(attention=tuple(patterns), layers=4)
+    account = config.account(Recompute(every=3))
+    alone = [tiny_config(attention=pattern, layers=1).account() for pattern in patterns]
+    scores = [of_one.parts["attention scores"].forward for of_one in alone]
+    assert len(set(scores)) == 3
+    assert account.parts["attention scores"].forward == sum(scores) + scores[0]
+    assert account.parts["attention scores"].recomputed == scores[2]
+    # With the dense masks of these patterns it is the same model.
+    blocked, dense = config.build().eval(), config.build().eval()
+    dense.load_state_dict(blocked.state_dict())
+    use_backend(dense, "reference")
+    images = random_images(2, 4)
+    torch.testing.assert_close(blocked(images), dense(images))
+
+
 RECOMPUTED = [("1d", "sub-pixels"), ("2d", "mixture"), ("dilated", "pixels")]
 
 

@@ -14,9 +14,10 @@ from models.drawing import canvas as canvas_module
 from models.drawing.draw import Sampling
 from models.given import Given
 from models.image_transformer.family import ImageTransformer
-from models.image_transformer.shape import Local2D
+from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D
 from models.image_transformer.wave_decoder import WaveDecoder
 from models.likelihood import CategoricalOutput, nats
+from models.recompute_decoder import RecomputeDecoder
 from tests.models.test_likelihood import channel_distributions
 from tests.support.tiny_model import BLOCKS, GIVEN, HEADS, MODERN, PATTERNS, random_given, random_images, tiny_config
 
@@ -79,6 +80,50 @@ def test_cached_parameters_are_those_of_the_full_forward_pass(
     not_given = model.generation_order[keep:]
     assert set(not_given.tolist()) <= set(positions.tolist())
     torch.testing.assert_close(decoded[:, not_given], full[:, not_given], rtol=0, atol=1e-5)
+
+
+TURNS: dict[str, tuple[Any, ...]] = {
+    "1d": (Local1D(query_block=8, memory=3), Full(), Dilated1D(query_block=4, memory=2, gap=1, chunks=2)),
+    "2d, in waves": tuple(
+        Local2D(query_block=(2, 2), memory=memory, shift="block") for memory in ((2, 4), (1, 2), (2, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("known", [None, "first", "some"])
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("turns", TURNS)
+def test_layers_of_different_patterns_draw_what_the_plainest_decoder_draws(
+    turns: str, number: int, known: str | None
+) -> None:
+    model = opinionated(build(attention=TURNS[turns], layers=4, **MODERN))
+    generator = torch.Generator().manual_seed(0)
+    masks = {"first": torch.arange(48) < 9, "some": torch.rand(48, generator=generator) < 0.6, None: None}
+    told = {"images": random_images(number, 4), "known": masks[known]}
+    options: tuple[Any, ...] = (None, partial(model.decoder, in_waves=False, look_ahead=False))
+    expected = generate(model, number, seed=4, decoder=partial(RecomputeDecoder, model), **told)
+    for decoder in options:
+        assert torch.equal(generate(model, number, seed=4, decoder=decoder, **told), expected)
+    steps = [sum(1 for _ in Decoding(model, 3, seed=0, decoder=decoder)) for decoder in options]
+    assert steps == [36 if turns == "2d, in waves" else 48, 48]
+
+
+@pytest.mark.parametrize("pattern", ["1d", "2d block shift", "2d"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_known_values_in_the_middle_stay_and_looking_ahead_and_waves_change_nothing(pattern: str, number: int) -> None:
+    model = opinionated(build(image_size=8, **PATTERNS[pattern]))
+    images = random_images(number, 8)
+    known = torch.zeros(model.length, dtype=torch.bool)
+    known[20:90] = known[101] = known[140:] = True
+    order = model.generation_order
+    drawn = [
+        generate(model, number, seed=0, images=images, known=known, decoder=partial(model.decoder, **how))
+        for how in ({}, {"look_ahead": False}, {"in_waves": False})
+    ]
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    values, given = (each.reshape(number, model.length)[:, order] for each in (drawn[0], images))
+    assert torch.equal(values[:, known], given[:, known])
+    assert not torch.equal(values[:, ~known], given[:, ~known])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
