@@ -1,5 +1,7 @@
 """What do many tests need: a small packed data set of real photographs, a real S3 server, a process group of one."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,9 @@ from data_pipeline.pack import main as pack_main
 from tests.support.s3_server import S3Server
 from trainer.deepspeed_engine import init_distributed
 from trainer.ranks import ranks_from_environment
+
+# Which runs were trained here is remembered outside of their folders; of tests, not beside the user's own.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-")
 
 
 def pack_photographs(dest: str, *, images: int, size: int = 8, split: str = "train", seed: int = 0) -> None:

@@ -33,6 +33,7 @@ from trainer.options import (
     TrackingConfig,
     TrainConfig,
 )
+from trainer.safe_files import read_file
 from trainer.typed_values import flattened, paths, plain, read, set_value, unknown
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -115,7 +116,11 @@ def config_from(values: dict[str, Any], source: str) -> RunConfig:
 
 def load_written(path: Path) -> RunConfig:
     """The checked config that some version of the trainer wrote into a run's folder; raises ConfigError."""
-    return config_from(_read_yaml(path), str(path))
+    try:
+        text = read_file(path, largest=MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return config_from(_parsed(text, path), str(path))
 
 
 def model_config_from(values: dict[str, Any], source: str) -> ModelConfig:
@@ -193,11 +198,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: is larger than 1 MiB, so it is not a config file")
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a SafeLoader)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not a text file in UTF-8") from error
+        return _parsed(path.read_bytes(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    """The sections of a YAML file, not yet checked."""
+    try:
+        values = yaml.load(text.decode(), _Loader)  # noqa: S506 (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not a text file in UTF-8") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

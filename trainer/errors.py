@@ -51,6 +51,18 @@ class ConfigError(ValueError):
     exit_code = USAGE
 
 
+class UnsafeFile(OSError):
+    """A file or folder of a run is a link, a device or too large: it is not opened. The text is one sentence."""
+
+    exit_code = USAGE
+
+
+class RefusedStore(RuntimeError):
+    """What an MLflow store answers, or what it is, would make the trainer write where nobody asked it to."""
+
+    exit_code = REFUSED
+
+
 class MlflowUnreachable(RuntimeError):
     """MLflow does not answer, and the command cannot do without it."""
 

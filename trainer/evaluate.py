@@ -10,6 +10,7 @@ images, and says how the bits are spread over channels and over the image. All o
 
 import argparse
 import contextlib
+import io
 import json
 import math
 import os
@@ -27,8 +28,10 @@ from trainer.command_line import run_tool
 from trainer.errors import code_of
 from trainer.heat_map import heat_map
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
+from trainer.pictures import png
 from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
 from trainer.record.tracker import record_results
+from trainer.safe_files import write_file
 from trainer.scoring import score
 from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
 
@@ -145,12 +148,17 @@ def _report(trained: TrainedModel, shards: Shards, scores: dict[str, float], bit
 def _write(trained: TrainedModel, bits: np.ndarray, details: dict[str, object]) -> list[Path]:
     """The files of the breakdown, in the run's folder `evaluation`."""
     stem = trained.files.folder / "evaluation" / _stem(trained)
-    stem.parent.mkdir(exist_ok=True)
     array, picture, text = (stem.with_name(f"{stem.name}{suffix}") for suffix in (".npy", ".png", ".json"))
-    np.save(array, bits.astype(np.float32))
+    values = io.BytesIO()
+    np.save(values, bits.astype(np.float32))
     maps = {"all channels": bits.mean(axis=2)} | {name: bits[:, :, index] for index, name in enumerate(CHANNELS)}
-    heat_map(maps, "bits per sub-pixel").save(picture)
-    text.write_text(json.dumps(details, indent=1))
+    contents = {
+        picture: png(heat_map(maps, "bits per sub-pixel")),
+        array: values.getvalue(),
+        text: json.dumps(details, indent=1).encode(),
+    }
+    for path, content in contents.items():
+        write_file(path, content, within=trained.files.folder)
     return [picture, array, text]
 
 

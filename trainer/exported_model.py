@@ -24,11 +24,14 @@ from trainer.errors import CheckpointError, ConfigError, UsageError
 from trainer.model_card import ModelCard, card_from, card_from_config
 from trainer.optimizer import orthogonalised_names, state_names
 from trainer.record.run_folder import write_json
+from trainer.safe_files import file_inside, read_file
 from trainer.tensor_file import FileEntry, read_tensors, write_tensors
 from trainer.typed_values import differences, plain
 
 FORMAT_VERSION = 2
 """2 holds a card where 1 held the whole config of the run; both are read."""
+LARGEST_DESCRIPTION = 1 << 20
+"""Bytes of a description that is read."""
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
 
 
@@ -110,8 +113,12 @@ def load_exported(folder: Path) -> ExportedModel:
         raise CheckpointError(
             f"{folder / DESCRIPTION_FILE}: is not the description of an exported model; export the run again"
         ) from error
-    if not path.exists():
-        raise CheckpointError(f"{path}: is missing; copy the folder again, or export the run again")
+    try:
+        file_inside(folder, WEIGHTS_FILE)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: is missing; copy the folder again, or export the run again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     state = read_tensors(_store(folder), WEIGHTS_FILE, entry)
     if state is None:
         raise CheckpointError(
@@ -170,9 +177,9 @@ def first_states(exported: ExportedModel, config: RunConfig) -> Iterator[tuple[s
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION_FILE
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(read_file(path, largest=LARGEST_DESCRIPTION))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or "not JSON"
+        reason = (error.strerror or error) if isinstance(error, OSError) else "not JSON"
         raise CheckpointError(f"{path}: cannot be read ({reason}); copy the folder again") from error
     if not isinstance(description, dict):
         raise CheckpointError(f"{path}: is not the description of an exported model; export the run again")

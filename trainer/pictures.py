@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.errors import UsageError
+from trainer.safe_files import write_file
 
 UNKNOWN = 127
 """Grey: what a model that completes images is not given."""
@@ -95,10 +96,21 @@ def enlarged(images: Tensor, size: int) -> Tensor:
     return images.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, with the folders it needs; UsageError if that cannot be done."""
+def png(picture: Image.Image) -> bytes:
+    """The content of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
+
+
+def save_picture(picture: Image.Image, path: Path, *, within: Path | None = None) -> None:
+    """Write a PNG, with the folders it needs; UsageError if that cannot be done.
+
+    The folders below `within`, and the file, are not written through links (trainer/safe_files.py).
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, "PNG")
+        if within is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, png(picture), within=within)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -6,7 +6,7 @@
     python -m trainer.sample --run runs/quickstart --complete-half
     python -m trainer.sample --run runs/celeba_sr_2d --super-resolve small/ --out faces.png --singles faces/
 
-Without --out, the grid goes into the run's folder `samples` and into its MLflow run.
+Without --out, the grid goes into the run's folder `samples` and, for a run that was trained here, into its MLflow run.
 """
 
 import argparse
@@ -98,9 +98,7 @@ def main() -> int:
     parser.add_argument("--batch-images", type=int, default=64, help="images drawn at once (default 64)")
     parser.add_argument("--out", metavar="FILE.png", type=Path, help="where the grid goes, instead of the run's folder")
     parser.add_argument("--singles", metavar="FOLDER", type=Path, help="write each image as a PNG there, too")
-    parser.add_argument(
-        "--log-to-mlflow", action="store_true", help="with --out: record the grid in the MLflow run, too"
-    )
+    parser.add_argument("--log-to-mlflow", action="store_true", help="with --out: record the grid with the run, too")
     arguments = parser.parse_args()
     return run_tool(lambda: _sample(arguments))
 
@@ -125,15 +123,18 @@ def _sample(arguments: argparse.Namespace) -> None:
     seconds = time.monotonic() - started
 
     picture = grid(drawn.shown, drawn.columns, enlarge=max(1, 128 // trained.card.model.image_size))
-    path = arguments.out or trained.files.folder / "samples" / f"{drawn.name}-step-{trained.step:09d}.png"
-    save_picture(picture, path)
+    inside = trained.files.folder / "samples" / f"{drawn.name}-step-{trained.step:09d}.png"
+    if arguments.out:
+        save_picture(picture, arguments.out)
+    if records := arguments.log_to_mlflow or not arguments.out:
+        save_picture(picture, inside, within=trained.files.folder)
     if arguments.singles:
         for index, image in enumerate(drawn.images):
             save_picture(to_picture(image), arguments.singles / f"{index:05d}.png")
-    if arguments.log_to_mlflow or not arguments.out:
-        record_results(trained.files, trained.step, {}, [path])
+    if records:
+        record_results(trained.files, trained.step, {}, [inside])
     source = f"{trained.weights} weights of step {trained.step}"
-    print(f"{counted(len(drawn.images), 'image')} from {source} in {seconds:.1f} s: {path}")
+    print(f"{counted(len(drawn.images), 'image')} from {source} in {seconds:.1f} s: {arguments.out or inside}")
 
 
 def _checked(arguments: argparse.Namespace) -> Sampling:

@@ -19,16 +19,19 @@ from data_pipeline.wording import counted
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
 from trainer.config import ModelConfig, RunConfig, as_yaml, config_from, model_config_from
 from trainer.deepspeed_engine import accumulation_steps, check_offloading, deepspeed_config
-from trainer.errors import CheckpointError, RunFolderFull, UsageError
+from trainer.errors import CheckpointError, RunFolderFull, UnsafeFile, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
 from trainer.faults.run_lock import RunLock
 from trainer.gpus import missing_precision
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
 from trainer.record.run_folder import RunFiles
+from trainer.safe_files import refuse_links
 from trainer.typed_values import differences, plain
 
 OPENING_DEADLINE_SECONDS = 60.0
+WRITTEN_FOLDERS = ("samples", "repro", "skipped", "profile", "stacks", "evaluation")
+"""Folders of a run that a job writes to. Links in them could lead out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +135,15 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     identity = {"model": plain(config.model), "seed": config.run.seed, "data": train_shards.digest}
     lock = None
     try:
+        for name in WRITTEN_FOLDERS:
+            refuse_links(folder / name)
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         changed = _changed(files.read_state().get("identity"), config, train_shards)
         if not changed and ranks.rank == 0:
             lock = RunLock(files)
             files.write_state(identity=identity)
+    except UnsafeFile as error:
+        raise UsageError(f"run.dir: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFolderFull(

@@ -89,7 +89,8 @@ def test_a_grid_elsewhere_is_recorded_only_on_request(
     assert draw(monkeypatch, trained, "--n", "1", "--out", str(out), recorded=recorded) == 0
     assert out.exists() and not recorded
     assert draw(monkeypatch, trained, "--n", "1", "--out", str(out), "--log-to-mlflow", recorded=recorded) == 0
-    assert recorded == [out]
+    assert recorded == [tmp_path / "run/samples/samples-step-000000007.png"]
+    assert recorded[0].read_bytes() == out.read_bytes()
 
 
 def test_classes_are_drawn_in_turn(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

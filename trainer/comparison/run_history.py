@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from trainer.older_configs import params_of_today
 from trainer.record.mlflow_mirror import open_client
 from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds
 from trainer.record.tracker import one_line
+from trainer.safe_files import read_file
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 MOST_RUNS = 50
@@ -220,8 +222,16 @@ def _pictures_of_folder(files: RunFiles) -> dict[str, dict[int, Callable[[], byt
     for folder in (files.samples, files.folder / "evaluation"):
         for path in sorted(folder.glob("*.png")):
             if match := _PICTURE.fullmatch(path.name):
-                found.setdefault(match["key"], {})[int(match["step"])] = path.read_bytes
+                found.setdefault(match["key"], {})[int(match["step"])] = partial(_read_png, path, files.folder)
     return found
+
+
+def _read_png(path: Path, folder: Path) -> bytes:
+    """A picture of a run's folder, which goes into the page: nothing else must."""
+    content = read_file(path, within=folder)
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        raise UsageError(f"{path}: is not a PNG file; delete it")
+    return content
 
 
 def _pictures_of_run(client: mlflow.MlflowClient, run_id: str) -> dict[str, dict[int, Callable[[], bytes]]]:

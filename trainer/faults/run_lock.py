@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer.errors import RunInUse
 from trainer.record.run_folder import RunFiles
+from trainer.safe_files import open_to_append, read_file
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +28,14 @@ class RunLock:
     def __init__(self, files: RunFiles) -> None:
         """Take the lock and the next attempt number. Raises RunInUse naming the holder, OSError of the disk."""
         self._files = files
-        self._file = (files.folder / "run.lock").open("a+")
+        path = files.folder / "run.lock"
+        self._file = open_to_append(path, shared=True)
         self._looked = time.monotonic()
         self._superseded = False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = _holder(self._file.name)
+            holder = _holder(path)
             job = os.environ.get("SLURM_JOB_ID")
             if not (job and holder.get("job") == job):
                 raise RunInUse(
@@ -44,8 +46,7 @@ class RunLock:
             log.warning("an earlier attempt of this job still runs on %s; it ends when it notices", holder.get("host"))
         self._file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        self._file.write(json.dumps(holder))
-        self._file.flush()
+        self._file.write(json.dumps(holder).encode())
         self.attempt = int(files.read_state().get("attempt", 0)) + 1
         files.write_state(attempt=self.attempt)
 
@@ -58,9 +59,9 @@ class RunLock:
         return self._superseded
 
 
-def _holder(path: str) -> dict[str, object]:
+def _holder(path: Path) -> dict[str, object]:
     try:
-        holder = json.loads(Path(path).read_text())
+        holder = json.loads(read_file(path))
         return holder if isinstance(holder, dict) else {}
     except (OSError, ValueError):
         return {}

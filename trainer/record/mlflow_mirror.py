@@ -9,6 +9,9 @@ import contextlib
 import logging
 import os
 import re
+import sqlite3
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +23,15 @@ from mlflow.data.dataset_source_registry import resolve_dataset_source
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from PIL import Image
 
+from trainer.errors import RefusedStore
+from trainer.pictures import open_picture
 from trainer.record.run_folder import Journal, RunFiles, read_json, write_json
+from trainer.safe_files import file_inside, files_inside, read_file
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +44,23 @@ STORE_CREATION_SECONDS = 120.0
 RUN_KEY = "run.key"
 """Tag to find a run by when the answer to its creation came too late, or when its folder has lost the run's id."""
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+SQLITE = "sqlite:///"
+REMOTE_ARTIFACTS = {
+    "mlflow-artifacts",
+    "http",
+    "https",
+    "s3",
+    "r2",
+    "b2",
+    "gs",
+    "wasbs",
+    "abfss",
+    "hdfs",
+    "viewfs",
+    "ftp",
+    "sftp",
+}
+"""Places of artifacts that are not on this machine. MLflow's others lead to local files, directly or by a detour."""
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes the experiment's page open with its training runs; MLflow's default is a view for chat applications."""
 _NETWORK_FILESYSTEMS = re.compile(
@@ -48,10 +73,14 @@ class MirrorInUse(Exception):
 
 
 class Mirror:
-    """The MLflow run of one run folder. One process at a time sends; when it dies, the kernel releases its lock."""
+    """The MLflow run of one run folder. One process at a time sends; when it dies, the kernel releases its lock.
 
-    def __init__(self, files: RunFiles) -> None:
+    `uri` is the store that the user named. What the folder says of a store is never asked: it may be a stranger's.
+    """
+
+    def __init__(self, files: RunFiles, uri: str) -> None:
         self._files = files
+        self._uri = uri
         self._metrics, self._events = Journal(files.metrics), Journal(files.events)
         self._lock: FileLock | None = None
         self._client: mlflow.MlflowClient | None = None
@@ -70,7 +99,7 @@ class Mirror:
         if not description:
             return  # nothing was recorded
         if self._client is None:
-            self._client = open_client(description["uri"])
+            self._client = open_client(self._uri)
         sent = read_json(self._files.sent)
         if self._attempt != description["attempt"]:
             self._open(description, sent)
@@ -125,8 +154,9 @@ class Mirror:
             if known:
                 tags["resumed_from"] = known  # deleted, or on another server
             began = int(description["attempts"][0]["started"] * 1000)
-            run = client.create_run(_experiment_id(client, description), start_time=began, tags=tags)
+            run = client.create_run(_experiment_id(client, description, self._uri), start_time=began, tags=tags)
         run_id = run.info.run_id
+        _pin_artifacts(run, self._uri)
         if sent.get("run_id") != run_id:
             sent.clear()
             sent |= {"run_id": run_id, "metrics": 0, "events": 0}
@@ -134,7 +164,7 @@ class Mirror:
             _describe(client, run, description, files)
             sent["attempt"] = description["attempt"]
             write_json(files.sent, sent)
-        files.write_state(mlflow_run_id=run_id, mlflow_uri=description["uri"])
+        files.write_state(mlflow_run_id=run_id, mlflow_uri=self._uri)
         if STATUS.get(files.read_state().get("state", "")) == "RUNNING" and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
             sent.pop("status", None)
@@ -184,22 +214,23 @@ class Mirror:
             sent["events"] = position
             write_json(self._files.sent, sent)
         if told:
-            self._client.log_artifact(self._run_id, str(self._files.events))
+            self._client.log_artifact(self._run_id, str(file_inside(self._files.folder, self._files.events.name)))
 
     def _send_event(self, record: dict[str, Any]) -> None:
         assert self._client is not None
         client, run_id = self._client, self._run_id
         if record["event"] == "image":
-            image = _read_image(self._files.folder / record["file"])
+            image = _read_image(self._files.folder, record["file"])
             when = int(record["time"] * 1000)
             if image is not None and not (self._may_be_there and self._has_image(record["step"], when)):
                 client.log_image(run_id, image, key=record["key"], step=record["step"], timestamp=when)
         elif record["event"] == "file":
-            path = self._files.folder / record["file"]
-            if path.exists():
-                client.log_artifact(run_id, str(path), record["folder"] or None)
+            try:
+                path = file_inside(self._files.folder, record["file"])
+            except OSError as error:
+                log.warning("MLflow does not get %s (%s)", self._files.folder / record["file"], error)
             else:
-                log.warning("%s is gone, so MLflow does not get it", path)
+                client.log_artifact(run_id, str(path), record["folder"] or None)
         else:
             text = f"step {record['step']}: {record.get('text', '')}"
             client.set_tag(run_id, f"event.{record['event']}", text[:LARGEST_TAG_CHARACTERS])
@@ -280,6 +311,7 @@ def _only_opener(uri: str) -> Iterator[None]:
     except Timeout:
         raise OSError(f"{uri}: another process has been opening it for {STORE_CREATION_SECONDS:.0f} s") from None
     try:
+        _refuse_other_database(uri, path)
         yield
     finally:
         lock.release()
@@ -290,7 +322,8 @@ def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, An
     if known:
         try:
             run = client.get_run(known)
-            if run.info.lifecycle_stage == "active":
+            # A stranger's folder may name another run of this store.
+            if run.info.lifecycle_stage == "active" and run.data.tags.get(RUN_KEY) == description["key"]:
                 return run
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -303,12 +336,11 @@ def _find_run(client: mlflow.MlflowClient, known: str, description: dict[str, An
     return found[0] if found else None
 
 
-def _experiment_id(client: mlflow.MlflowClient, description: dict[str, Any]) -> str:
+def _experiment_id(client: mlflow.MlflowClient, description: dict[str, Any], uri: str) -> str:
     name, place = description["experiment"], None
-    if description["uri"].startswith("sqlite:///"):
+    if uri.startswith(SQLITE):
         # Beside the store. MLflow would take `mlruns` in the folder where the command is started.
-        folder = Path(description["uri"].removeprefix("sqlite:///")).resolve().parent
-        place = str(folder / "mlruns" / re.sub(r"[^\w.-]", "_", name))
+        place = str(_local_artifacts(uri) / (re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"))
     for _ in range(2):
         if experiment := client.get_experiment_by_name(name):
             if experiment.lifecycle_stage != "active":
@@ -334,9 +366,10 @@ def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any]
     tags = [RunTag(key, value[:LARGEST_TAG_CHARACTERS]) for key, value in (description["tags"] | changed).items()]
     for begin in range(0, max(len(params), len(tags)), 100):
         client.log_batch(run_id, params=params[begin : begin + 100], tags=tags[begin : begin + 100])
-    client.log_artifact(run_id, str(files.config))
-    if files.repro.is_dir():
-        client.log_artifacts(run_id, str(files.repro), "repro")
+    client.log_artifact(run_id, str(file_inside(files.folder, files.config.name)))
+    if os.path.lexists(files.repro):
+        for path in files_inside(files.repro, files.folder):
+            client.log_artifact(run_id, str(path), "repro")
     if not (run.inputs and run.inputs.dataset_inputs):
         client.log_inputs(run_id, datasets=[_dataset_input(data) for data in description["data"]])
 
@@ -350,14 +383,52 @@ def _dataset_input(data: dict[str, Any]) -> DatasetInput:
     return DatasetInput(dataset._to_mlflow_entity(), tags)
 
 
-def _read_image(path: Path) -> Image.Image | None:
+def _read_image(folder: Path, name: str) -> Image.Image | None:
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except OSError as error:
-        log.warning("%s cannot be read (%s), so MLflow does not get it", path, error)
+        return open_picture(read_file(file_inside(folder, name), within=folder))
+    except (OSError, ValueError) as error:
+        log.warning("%s cannot be read (%s), so MLflow does not get it", folder / name, error)
         return None
+
+
+def _pin_artifacts(run: Run, uri: str) -> None:
+    """Let artifacts of a run go where its store has just said, and refuse a place where the store must not write.
+
+    Raises RefusedStore: a store names the place by itself, and this process would write to any local one.
+    """
+    run_id, place = run.info.run_id, str(run.info.artifact_uri)
+    scheme = urllib.parse.urlsplit(place).scheme.lower()
+    if scheme not in REMOTE_ARTIFACTS:
+        local = Path(place if not scheme else urllib.request.url2pathname(urllib.parse.urlsplit(place).path))
+        allowed = scheme in ("", "file") and uri.startswith(SQLITE) and local.is_absolute()
+        if not (allowed and local.resolve().is_relative_to(_local_artifacts(uri).resolve())):
+            raise RefusedStore(
+                f"MLflow at {uri} keeps the files of run {run_id} in {place!r}, a place on this machine that is not "
+                "the folder mlruns beside a sqlite store; nothing is written there"
+            )
+    # MLflow would ask the store again for the place, and keeps it here by itself.
+    _artifact_repos_cache[run_id] = get_artifact_repository(place, tracking_uri=uri)
+
+
+def _local_artifacts(uri: str) -> Path:
+    """The folder for artifacts of a sqlite store."""
+    return Path(uri.removeprefix(SQLITE)).resolve().parent / "mlruns"
+
+
+def _refuse_other_database(uri: str, path: Path) -> None:
+    """Raise RefusedStore for a file that is there and no MLflow store: MLflow would add its tables to any database."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        # Read-only, so that the file stays as it is.
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=10)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.OperationalError):  # locked: a store at work
+            return
+        tables = {str(error)}
+    if tables and not {"experiments", "runs"} & tables:
+        raise RefusedStore(f"{uri} is a file that is no MLflow store; name another file")
 
 
 def _is_gone(error: Exception) -> bool:

@@ -14,11 +14,13 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.storage import atomic_file
 from trainer.record.redaction import redacted
+from trainer.safe_files import LARGEST_JOURNAL, open_to_append, open_to_read, read_file, write_file
 
 log = logging.getLogger(__name__)
 
+PIECE_BYTES = 1 << 20
+"""A longer line is none of ours."""
 LARGEST_BACKLOG_LINES = 100_000
 """Lines kept in memory while the disk is full."""
 _state_lock = threading.Lock()
@@ -44,7 +46,8 @@ class Journal:
                 self._write(data)
             except OSError as error:
                 if len(self._backlog) == 1:
-                    log.warning("%s: cannot be written (%s); its lines are kept in memory", self.path, error.strerror)
+                    why = error.strerror or error
+                    log.warning("%s: cannot be written (%s); its lines are kept in memory", self.path, why)
                 return
             self._backlog, self._torn = [], False
 
@@ -53,7 +56,7 @@ class Journal:
             # Each line is one write in append mode, so lines of several processes (a tool beside the training job) do
             # not mix. The file stays open: every system call releases Python's lock, and while the sender is at work
             # the training thread may have to wait to get it back.
-            self._file = self.path.open("ab", buffering=0)
+            self._file = open_to_append(self.path)
         written = self._file.write(data)
         if written < len(data):
             # Take back what fitted, since it is written again with the rest. If that fails, its line must be ended.
@@ -71,28 +74,39 @@ class Journal:
 
     def repair(self) -> None:
         """Cut off a last line that a killed process has left unfinished."""
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
-        with self.path.open("rb+") as file:
-            content = file.read()
-            if content and not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
+        with open_to_append(self.path, shared=True) as file:
+            end = size = os.fstat(file.fileno()).st_size
+            while end and (piece := os.pread(file.fileno(), min(end, PIECE_BYTES), max(0, end - PIECE_BYTES))):
+                if (last := piece.rfind(b"\n")) >= 0:
+                    end += last + 1 - len(piece)
+                    break
+                end -= len(piece)
+            if end < size:
+                file.truncate(end)
 
     def read(self, position: int, largest_lines: int) -> tuple[list[dict[str, Any]], int]:
         """The records of the next complete lines after a byte position, and the position behind them."""
-        if not self.path.exists():
+        try:
+            file = open_to_read(self.path, largest=LARGEST_JOURNAL)
+        except FileNotFoundError:
             return [], position
         records = []
-        with self.path.open("rb") as file:
+        with file:
             if position > os.fstat(file.fileno()).st_size:  # somebody has replaced the file
                 position = 0
             file.seek(position)
             for _ in range(largest_lines):
-                line = file.readline()
+                line = file.readline(PIECE_BYTES)
+                length = len(line)
+                while line and not line.endswith(b"\n") and (rest := file.readline(PIECE_BYTES)):
+                    line = rest  # of a line that is too long to be one of ours
+                    length += len(rest)
                 if not line.endswith(b"\n"):
                     break
-                position += len(line)
-                if (record := _parse(line)) is not None:
+                position += length
+                if length == len(line) and (record := _parse(line)) is not None:
                     records.append(record)
         return records, position
 
@@ -141,12 +155,15 @@ class RunFiles:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file. If it is damaged, this warns and returns an empty one."""
-    if not path.exists():
-        return {}
+    """A JSON object; empty if there is no such file. If it is damaged, this warns and returns an empty one.
+
+    Raises UnsafeFile for a link and the like, or another OSError.
+    """
     try:
-        value = json.loads(path.read_text())
-    except ValueError:
+        value = json.loads(read_file(path))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         log.warning("%s is damaged and is written anew", path)
@@ -156,8 +173,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace a JSON file atomically. Raises OSError."""
-    with atomic_file(str(path)) as file:
-        file.write(json.dumps(value, indent=1).encode())
+    write_file(path, json.dumps(value, indent=1).encode())
 
 
 def working_seconds(attempts: list[dict[str, Any]], times: list[float]) -> Iterator[tuple[dict[str, Any], float]]:
@@ -176,6 +192,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None for the remains of one that a full disk or a lost machine has left."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

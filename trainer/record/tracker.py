@@ -8,8 +8,9 @@ training: a warning says so, another one says when it is back, and nothing is lo
 import getpass
 import logging
 import re
-import shutil
+import shlex
 import statistics
+import sys
 import threading
 import time
 import uuid
@@ -23,8 +24,10 @@ from PIL import Image
 from data_pipeline.wording import counted
 from trainer.config import RunConfig, as_yaml, flat
 from trainer.errors import MlflowUnreachable
+from trainer.pictures import png
 from trainer.ranks import Ranks, from_rank_0
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse
+from trainer.record.own_runs import own_store, remember_store, store_of_environment
 from trainer.record.provenance import (
     code_changes,
     code_tags,
@@ -37,6 +40,7 @@ from trainer.record.provenance import (
 from trainer.record.redaction import redact, redacted
 from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds, write_json
 from trainer.record.system_metrics import SystemMetrics
+from trainer.safe_files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -80,11 +84,12 @@ class Tracker:
             if record["event"] == "image":
                 self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
         now = time.time()
-        _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
+        key = _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
+        remember_store(files.folder, key, config.tracking.uri)
         files.write_state(state="running", started=now)
         last_step = max(self._last_steps.values(), default=0)
         self.event(last_step, "start", f"on {counted(world_size, 'rank')}", world_size=world_size)
-        self._uploader = Uploader(files)
+        self._uploader = Uploader(files, config.tracking.uri)
         self._uploader.start()
         self._system: SystemMetrics | None = None
         if config.tracking.system_metrics:
@@ -115,11 +120,8 @@ class Tracker:
         self._last_images[key] = step
         path = self._files.samples / f"{key.replace('/', '_')}-step-{step:09d}.png"
         try:
-            path.parent.mkdir(exist_ok=True)
-            if isinstance(image, Image.Image):
-                image.save(path)
-            elif Path(image).resolve() != path.resolve():
-                shutil.copyfile(image, path)
+            content = png(image) if isinstance(image, Image.Image) else Path(image).read_bytes()
+            write_file(path, content, within=self._files.folder)
         except OSError as error:
             log.warning("%s: cannot be written (%s); training goes on without this picture", path, error)
             return
@@ -146,8 +148,8 @@ class Tracker:
         unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
         if problem is not None:
             log.warning(
-                "%s and the end of the run not sent to MLflow (%s); run: python -m trainer.tracking sync %s",
-                counted(unsent, "point"), problem, self._files.folder,
+                "%s and the end of the run not sent to MLflow (%s); run: %s",
+                counted(unsent, "point"), problem, sync_command(self._files),
             )  # fmt: skip
 
     def _log_system(self, values: dict[str, float]) -> None:
@@ -203,10 +205,10 @@ def open_tracker(
 class Uploader(threading.Thread):
     """Sends every few seconds what is new in the run's files. While MLflow is away, it tries less and less often."""
 
-    def __init__(self, files: RunFiles) -> None:
+    def __init__(self, files: RunFiles, uri: str) -> None:
         super().__init__(name="mlflow", daemon=True)
         self._files = files
-        self._mirror = Mirror(files)
+        self._mirror = Mirror(files, uri)
         self._closing = threading.Event()
         self._opened = threading.Event()
         self._problem: str | None = "no answer yet"
@@ -257,7 +259,11 @@ class Uploader(threading.Thread):
 def record_results(
     files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path], folder: str = "samples"
 ) -> None:
-    """Add what a tool found out about a run to its files and to MLflow, where artifacts go into `folder`."""
+    """Add what a tool found out about a run to its files and to MLflow, where artifacts go into `folder`.
+
+    MLflow is asked only if this user trained the run here, or if the environment names a store: otherwise the files
+    have it alone, and a line says so.
+    """
     journal, events, now = Journal(files.metrics), Journal(files.events), time.time()
     last_steps = files.last_steps()
     named = {metric_name(name): float(value) for name, value in metrics.items()}
@@ -268,20 +274,35 @@ def record_results(
         events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": folder})
     journal.close()
     events.close()
+    if not (description := read_json(files.description)):
+        return  # an exported model, which has no run in MLflow
+    uri = own_store(str(description.get("key")), files.folder) or store_of_environment()
+    if uri is None:
+        print(
+            f"recorded in {files.folder} only, as the run was not trained here by you; to send it to MLflow: "
+            f"{sync_command(files)}",
+            file=sys.stderr,
+        )
+        return
     try:
-        catch_up(files, end=False)
+        catch_up(files, uri, end=False)
     except MirrorInUse:
         pass  # the training job sends it
     except Exception as error:  # noqa: BLE001 (the results are in the files, whatever MLflow says)
         log.warning(
-            "MLflow does not answer (%s); the results are in %s, and python -m trainer.tracking sync %s sends them",
-            one_line(error), files.folder, files.folder,
+            "MLflow does not answer (%s); the results are in %s, and %s sends them",
+            one_line(error), files.folder, sync_command(files),
         )  # fmt: skip
 
 
-def catch_up(files: RunFiles, *, end: bool) -> Mirror:
+def sync_command(files: RunFiles) -> str:
+    """The command that sends a run to MLflow, for a shell."""
+    return f"python -m trainer.tracking sync {shlex.quote(str(files.folder))}"
+
+
+def catch_up(files: RunFiles, uri: str, *, end: bool) -> Mirror:
     """Send everything that MLflow does not have yet, from this process. Raises what Mirror.catch_up raises."""
-    mirror = Mirror(files)
+    mirror = Mirror(files, uri)
     try:
         mirror.catch_up(end=end)
     finally:
@@ -311,16 +332,18 @@ def _describe_run(
     artifacts: Mapping[str, str],
     more_tags: Mapping[str, str],
     now: float,
-) -> None:
-    """Write down what MLflow is told when it opens the run, so that this can happen at any later time."""
+) -> str:
+    """Write down what MLflow is told when it opens the run, so that this can happen at any later time.
+
+    Returns the run's key.
+    """
     text = redact(as_yaml(config))
-    files.config.write_text(text)
-    files.repro.mkdir(exist_ok=True)
+    write_file(files.config, text.encode())
     repro = {"packages.txt": packages(), "environment.txt": environment(), **artifacts}
     if config.tracking.code_changes:
         repro["git.diff"] = code_changes()
     for name, content in repro.items():
-        (files.repro / name).write_text(redact(content))
+        write_file(files.repro / name, redact(content).encode(), within=files.folder)
     before = read_json(files.description)
     # The run's lock counts attempts. Without one they are counted here.
     attempt = files.read_state().get("attempt", before.get("attempt", 0) + 1)
@@ -334,11 +357,12 @@ def _describe_run(
     for number, entry in enumerate(attempts, start=1):
         tags |= {f"attempt.{number}.{key}": str(value) for key, value in entry.items()}
     params = {key: str(value)[:MAX_PARAM_CHARACTERS] for key, value in flat(config).items()}
+    key = str(before.get("key") or uuid.uuid4().hex)
     description = {
         "uri": config.tracking.uri,
         "experiment": config.tracking.experiment,
         "name": config.run.name,
-        "key": before.get("key") or uuid.uuid4().hex,
+        "key": key,
         "attempt": attempt,
         "attempts": attempts,
         "params": params,
@@ -346,6 +370,7 @@ def _describe_run(
         "data": data,
     }
     write_json(files.description, redacted(description))
+    return key
 
 
 def _summary(files: RunFiles) -> dict[str, float]:

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 
+from tests.support.launch import mlflow_store
 from tests.trainer.record.test_tracker import BITS, history, runs_in, tracker_in
 from trainer.record import mlflow_mirror
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse, on_network_disk, open_client
@@ -55,7 +56,7 @@ def test_what_was_sent_twice_is_there_once(tmp_path: Path) -> None:
         tracker.log(step, {BITS: 1.0 / step, "nan": float("nan")})
     tracker.close("finished", code=0, reason="", step=200)
     RunFiles(tmp_path / "run").sent.unlink()  # as when the process dies between sending and remembering it
-    mirror = Mirror(RunFiles(tmp_path / "run"))
+    mirror = Mirror(RunFiles(tmp_path / "run"), mlflow_store(tmp_path))
     mirror.catch_up(end=True)
     mirror.close()
     assert history(tmp_path) == [(step, 1.0 / step) for step in range(1, 201)]
@@ -65,7 +66,10 @@ def test_what_was_sent_twice_is_there_once(tmp_path: Path) -> None:
 
 def test_one_process_sends_at_a_time(tmp_path: Path) -> None:
     tracker_in(tmp_path).close("finished", code=0, reason="", step=0)
-    first, second = Mirror(RunFiles(tmp_path / "run")), Mirror(RunFiles(tmp_path / "run"))
+    first, second = (
+        Mirror(RunFiles(tmp_path / "run"), mlflow_store(tmp_path)),
+        Mirror(RunFiles(tmp_path / "run"), mlflow_store(tmp_path)),
+    )
     first.catch_up(end=True)
     with pytest.raises(MirrorInUse, match="another process sends .*/run to MLflow"):
         second.catch_up(end=True)
