@@ -182,6 +182,15 @@ class Store:
 
         return with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)
 
+    def forget(self, name: str) -> None:
+        """Let the system drop what it holds of a local file in memory, so that the next read asks the disk.
+
+        A request and no more: other processes may hold it, and some systems have no such call.
+        """
+        if self.is_local and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), open(self._path(name), "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
     def exists(self, name: str) -> bool:
         filesystem, path = open_filesystem(self.url), self._path(name)
         what = f"look for {self.url_of(name)}"

@@ -8,33 +8,42 @@ checkpoint, and neither is one whose files differ from its manifest. No pointer 
 Each file is read once, by one rank, which hands its tensors on to the others (`LoadedCheckpoint`).
 """
 
+import hashlib
 import itertools
 import json
 import logging
 import math
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from data_pipeline.storage import DataError, Store
+from data_pipeline.wording import counted
 from trainer.config import RunConfig
 from trainer.engine import Engine, State
 from trainer.errors import CheckpointError, UsageError
 from trainer.faults.replicas import check_replicas
 from trainer.options import CheckpointConfig
 from trainer.ranks import Ranks, from_all_ranks, from_rank, from_rank_0
-from trainer.tensor_file import FileEntry, read_tensors, write_tensors
+from trainer.tensor_file import FileEntry, is_as_written, read_tensors, write_tensors
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+WITHOUT_DIGEST = 2
+"""The format before manifests had a digest of themselves. It is read as well."""
 MANIFEST = "manifest.json"
 STORE_DEADLINE_SECONDS = 120.0
+WRITES = 3
+"""So many times a file is written that reads back differently."""
+LONGEST_PAUSE_SECONDS = 10.0
+"""Between two tries of a checkpoint that training does not go on without."""
 FAILURES_IN_A_ROW = 3
 """After so many failed checkpoints in a row the run ends: it would only have more work to lose."""
 Weights = Literal["raw", "ema", "avg"]
@@ -128,13 +137,7 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        if writing.ident is not None:
-            writing.join()
-        entries = from_all_ranks(writing.result)
-        problem = next((entry for entry in entries if isinstance(entry, str)), None)
-        checkpoint = Checkpoint(**(asdict(writing.checkpoint) | {"files": entries}))
-        if problem is None:
-            problem = from_rank_0(self._commit(checkpoint) if self._ranks.rank == 0 else None)
+        checkpoint, problem = self._finish(writing)
         if problem is None:
             self._failures = 0
             return checkpoint
@@ -145,6 +148,46 @@ class Checkpoints:
         if self._ranks.rank == 0:
             log.warning("%s; training goes on, and the checkpoints before it stay", text)
         return None
+
+    def complete_last(self, patience_seconds: float, alive: Callable[[], None] = lambda: None) -> str | None:
+        """As `complete`, where nothing else is left to be done: tries again for so long. Collective.
+
+        Returns what went wrong, None if all is well. `alive` is called before each further try.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        deadline, pause = time.monotonic() + patience_seconds, 1.0
+        while True:
+            checkpoint, problem = self._finish(writing)
+            if problem is None or not from_rank_0(time.monotonic() + pause < deadline):
+                return problem
+            if self._ranks.rank == 0:
+                log.warning("checkpoint %s was not written: %s; trying again", checkpoint.name, problem)
+            time.sleep(pause)
+            alive()
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+            writing.write()
+
+    def newest_step(self) -> int | None:
+        """The step of the newest checkpoint that has a manifest; None if there is none. Collective."""
+        try:
+            complete = list_complete(self._store) if self._ranks.rank == 0 else []
+        except (CheckpointError, DataError):
+            complete = []
+        step: int | None = from_rank_0(complete[-1].step if complete else None)
+        return step
+
+    def _finish(self, writing: "_Writing") -> tuple[Checkpoint, str | None]:
+        """Wait for all ranks' files and make the checkpoint complete; returns it, and what went wrong. Collective."""
+        if writing.ident is not None:
+            writing.join()
+        entries = from_all_ranks(writing.result)
+        problem = next((entry for entry in entries if isinstance(entry, str)), None)
+        checkpoint = Checkpoint(**(asdict(writing.checkpoint) | {"files": entries}))
+        if problem is None:
+            problem = from_rank_0(self._commit(checkpoint) if self._ranks.rank == 0 else None)
+        return checkpoint, problem
 
     def newest(self, note: Callable[[str], None]) -> "LoadedCheckpoint | None":
         """Read the newest checkpoint whose every byte is right; None if there is none. Collective.
@@ -185,8 +228,16 @@ class Checkpoints:
     def _commit(self, checkpoint: Checkpoint) -> str | None:
         """Write the manifest, then tidy up. On rank 0. Returns what went wrong with the manifest."""
         manifest = {"format_version": FORMAT_VERSION} | asdict(checkpoint)
+        content = json.dumps(manifest | {"digest": digest_of(manifest)}, indent=1).encode()
+        path = f"{checkpoint.name}/{MANIFEST}"
         try:
-            self._store.write(f"{checkpoint.name}/{MANIFEST}", json.dumps(manifest, indent=1).encode())
+            for _ in range(WRITES):
+                self._store.write(path, content)
+                self._store.forget(path)
+                if self._store.read(path) == content:
+                    break
+            else:
+                return _reads_differently(self._store.url_of(path))
         except DataError as error:
             return str(error)
         try:
@@ -200,7 +251,8 @@ class Checkpoints:
 
         In the newest folder all files stay: an older attempt that still runs may yet write a manifest for its own.
         """
-        complete = list_complete(self._store)
+        # Newer ones are damaged, or the work of another attempt: nothing is deleted because of them.
+        complete = [checkpoint for checkpoint in list_complete(self._store) if checkpoint.step <= newest.step]
         kept = {checkpoint.name for checkpoint in to_keep(complete, self._settings)} | {newest.name}
         names = {checkpoint.name for checkpoint in complete}
         for folder in self._store.names():
@@ -263,11 +315,22 @@ class _Writing(threading.Thread):
         self._store, self._name, self._tensors = store, name, tensors
 
     def run(self) -> None:
+        self.write()
+
+    def write(self) -> None:
+        """Write the file, and read it back. After a failure it can be called again."""
+        if isinstance(self.result, dict):
+            return  # of another rank's failure
+        path = f"{self.checkpoint.name}/{self._name}"
         try:
-            self.result = write_tensors(self._store, f"{self.checkpoint.name}/{self._name}", self._tensors)
+            for _ in range(WRITES):
+                entry = write_tensors(self._store, path, self._tensors)
+                if is_as_written(self._store, path, entry):
+                    self.result, self._tensors = entry, {}
+                    return
+            self.result = _reads_differently(self._store.url_of(path))
         except Exception as error:  # noqa: BLE001 (nobody could catch it here; `complete` tells all ranks)
             self.result = str(error) or type(error).__name__
-        self._tensors = {}
 
 
 def to_keep(complete: list[Checkpoint], settings: CheckpointConfig) -> list[Checkpoint]:
@@ -292,19 +355,14 @@ def list_complete(store: Store) -> list[Checkpoint]:
         if not _STEP_FOLDER.fullmatch(folder) or not store.exists(f"{folder}/{MANIFEST}"):
             continue  # still being written, or its attempt was killed
         try:
-            manifest = json.loads(store.read(f"{folder}/{MANIFEST}"))
-            version = manifest.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{store.url_of(folder)} was written in checkpoint format {version} and this version of the "
-                    f"trainer reads {FORMAT_VERSION}: use the version that wrote it, or another run.dir"
-                )
-            checkpoint = Checkpoint(**manifest)
-            if checkpoint.name == folder and all(map(_is_entry, checkpoint.files)):
-                found.append(checkpoint)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
+            checkpoint = _from_manifest(json.loads(store.read(f"{folder}/{MANIFEST}")), store.url_of(folder))
+        except DataError:
+            raise
+        except (ValueError, RecursionError):
+            checkpoint = None
+        if checkpoint is not None and checkpoint.name == folder:
+            found.append(checkpoint)
+        else:
             log.warning("%s has a damaged manifest and is passed over", store.url_of(folder))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -370,7 +428,7 @@ def remove(store: Store, folder: str) -> None:
 
 
 _STEP_FOLDER = re.compile(r"step-[0-9]{9}")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*\.safetensors")  # no way out of the folder
+_FILE_NAME = re.compile(r"rank-(?P<rank>[0-9]{5})-of-(?P<ranks>[0-9]{5})\.attempt-[0-9]+\.safetensors")
 
 
 def _read(store: Store, checkpoint: Checkpoint, file: FileEntry) -> dict[str, Tensor] | None:
@@ -378,9 +436,65 @@ def _read(store: Store, checkpoint: Checkpoint, file: FileEntry) -> dict[str, Te
     return read_tensors(store, f"{checkpoint.name}/{file['name']}", file)
 
 
-def _is_entry(file: FileEntry) -> bool:
-    """Whether a manifest's entry names a file of its folder. Raises KeyError or TypeError if it is no entry at all."""
-    return bool(_FILE_NAME.fullmatch(file["name"])) and file["bytes"] >= 0 and len(file["sha256"]) == 64
+def digest_of(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, apart from its `digest`."""
+    said = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _from_manifest(manifest: object, url: str) -> Checkpoint | None:
+    """What a manifest says; None if it is damaged. Raises CheckpointError for one of another format."""
+    if not isinstance(manifest, dict):
+        return None
+    manifest = dict(manifest)
+    digest = manifest.pop("digest", None)
+    if digest is not None and digest != digest_of(manifest):
+        return None
+    version = manifest.pop("format_version", None)
+    if type(version) is not int:
+        return None
+    if version not in (WITHOUT_DIGEST, FORMAT_VERSION):
+        raise CheckpointError(
+            f"{url} was written in checkpoint format {version} and this version of the "
+            f"trainer reads {FORMAT_VERSION}: use the version that wrote it, or another run.dir"
+        )
+    if (digest is None) != (version == WITHOUT_DIGEST):
+        return None
+    if manifest.keys() != {field.name for field in fields(Checkpoint)}:
+        return None
+    checkpoint = Checkpoint(**manifest)
+    counts = checkpoint.step, checkpoint.updates, checkpoint.samples
+    right = (
+        all(type(count) is int and count >= 0 for count in counts)
+        and checkpoint.updates <= checkpoint.step
+        and (checkpoint.bits_per_dim is None or type(checkpoint.bits_per_dim) is float)
+        and isinstance(checkpoint.config, dict)
+        and isinstance(checkpoint.data_digest, str)
+        and isinstance(checkpoint.files, list)
+        and all(map(_is_entry, checkpoint.files))
+        and _are_all(checkpoint.files)
+    )
+    return checkpoint if right else None
+
+
+def _is_entry(file: object) -> bool:
+    """Whether a manifest's entry names a file of its folder."""
+    if not isinstance(file, dict) or file.keys() != FileEntry.__annotations__.keys():
+        return False
+    name, size, digest = file["name"], file["bytes"], file["sha256"]
+    is_name = isinstance(name, str) and _FILE_NAME.fullmatch(name) is not None
+    return is_name and type(size) is int and size >= 0 and isinstance(digest, str) and len(digest) == 64
+
+
+def _are_all(files: list[FileEntry]) -> bool:
+    """Whether files are those of all ranks that wrote a checkpoint, so that no parameter is missing."""
+    places = [_FILE_NAME.fullmatch(file["name"]) for file in files]
+    found = [(int(place["rank"]), int(place["ranks"])) for place in places if place is not None]
+    return bool(files) and found == [(rank, len(files)) for rank in range(len(files))]
+
+
+def _reads_differently(url: str) -> str:
+    return f"{url} was written {counted(WRITES, 'time')} and read back differently: does its disk or network flip bits?"
 
 
 def _copy_on_host(tensor: Tensor) -> Tensor:

@@ -276,7 +276,9 @@ def close_job(job: Job, state: TrainingState, *, finished: bool) -> int:
         job.progress.note(f"finished: {job.config.run.dir}")
     else:
         job.stop.forget_stop_file()
-        job.tracker.close("stopped", code=STOPPED, reason=job.stop.reason, step=state.step)
-        job.progress.note(f"stopped at step {state.step} on request; the same command goes on from there")
+        reason = f"{job.stop.reason}; {state.unsaved}" if state.unsaved else job.stop.reason
+        job.tracker.close("stopped", code=STOPPED, reason=reason, step=state.step)
+        rest = state.unsaved or "the same command goes on from there"
+        job.progress.note(f"stopped at step {state.step} on request; {rest}")
     torch.distributed.destroy_process_group()
     return FINISHED if finished else STOPPED

@@ -17,7 +17,7 @@ from models.likelihood import nats
 from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig
 from trainer.engine import Engine, Update
-from trainer.errors import Diverged, Superseded
+from trainer.errors import CheckpointError, Diverged, Superseded
 from trainer.faults.divergence import SkipCounter, SpikeAlarm
 from trainer.faults.preemption import StopRequest
 from trainer.faults.stragglers import SLOW_POINTS, StragglerWatch
@@ -38,6 +38,12 @@ SAVED_SKIPPED_BATCHES = 10
 """So many skipped updates of an attempt leave their batches in the run's folder, where somebody can look at them."""
 
 
+FINISHED_PATIENCE_SECONDS = 60.0
+"""How long the last checkpoint of a run is tried again. Nothing else is left to be done then."""
+STOPPED_PATIENCE_SECONDS = 20.0
+"""The same for that of a requested stop, after which the machine is soon taken away."""
+
+
 class Interrupted(Exception):
     """All ranks agreed to stop in the middle of an evaluation."""
 
@@ -52,6 +58,8 @@ class TrainingState:
     """Updates applied."""
     samples: int = 0
     """Training images consumed."""
+    unsaved: str | None = None
+    """After a requested stop whose checkpoint could not be written: why, and from which step the run goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,7 @@ def train(job: Job, state: TrainingState) -> bool:
     """Train from `state` on and keep it current. Returns True at the end, False after a requested stop.
 
     Raises DataError when training data cannot be read, Diverged when gradients stay non-finite, Superseded when a newer
-    attempt has taken over, CheckpointError when checkpoints cannot be written any more.
+    attempt has taken over, CheckpointError when checkpoints, or the last one, cannot be written any more.
     """
     settings = job.config.train
     meter = Meter(job.engine.device, work_of(job.config, job.ranks.world_size, job.engine.device))
@@ -131,10 +139,11 @@ def train(job: Job, state: TrainingState) -> bool:
             if _agree(job, state, skips):
                 return _stop(job, state)
         job.tracker.log(state.step, job.profiler.close(state.step))
-        _save(job, state, _evaluate(job, state, None))
+        score = _evaluate(job, state, None)
     except Interrupted:
         return _stop(job, state)
-    job.checkpoints.complete()
+    if problem := _save_last(job, state, score, FINISHED_PATIENCE_SECONDS):
+        raise CheckpointError(f"all steps are done, but {problem}")
     return True
 
 
@@ -310,9 +319,23 @@ def _agree(job: Job, state: TrainingState, skips: SkipCounter) -> bool:
 
 def _stop(job: Job, state: TrainingState) -> bool:
     if state.step:
-        _save(job, state, None)
-        job.checkpoints.complete()
+        state.unsaved = _save_last(job, state, None, STOPPED_PATIENCE_SECONDS)
     return False
+
+
+def _save_last(job: Job, state: TrainingState, bits_per_dim: float | None, patience_seconds: float) -> str | None:
+    """Save, and wait until it is done. If that fails for so long, returns why and from where the run goes on."""
+    patience = min(patience_seconds, job.config.limits.checkpoint_seconds)
+    job.watchdog.phase("checkpoint")
+    if problem := job.checkpoints.complete_last(0.0):  # one that was being written; this one takes its place
+        log.warning("an older checkpoint was not written: %s", problem)
+    _save(job, state, bits_per_dim)
+    problem = job.checkpoints.complete_last(patience, job.watchdog.alive)
+    if problem is None:
+        return None
+    safe = job.checkpoints.newest_step()
+    rest = "no checkpoint is complete" if safe is None else f"the same command goes on from step {safe}, which is safe"
+    return f"the checkpoint of step {state.step} cannot be written: {problem}; {rest}"
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -73,6 +73,20 @@ def read_tensors(store: Store, path: str, entry: FileEntry) -> dict[str, Tensor]
         raise CheckpointError(f"{store.url_of(path)}: is not a safetensors file of fp32 tensors ({error})") from error
 
 
+def is_as_written(store: Store, path: str, entry: FileEntry) -> bool:
+    """Whether the store gives the bytes of that entry back. Raises DataError.
+
+    On this machine's disks the system is asked to read them from the disk, and not from memory.
+    """
+    store.forget(path)
+    if store.size(path) != entry["bytes"]:
+        return False
+    checksum = hashlib.sha256()
+    for begin in range(0, entry["bytes"], REQUEST_BYTES):
+        checksum.update(store.read(path, begin, min(begin + REQUEST_BYTES, entry["bytes"])))
+    return checksum.hexdigest() == entry["sha256"]
+
+
 def write_small_file(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a file of tensors of any type, outside of checkpoints. Raises OSError."""
     path.write_bytes(safetensors.torch.save(tensors))

@@ -24,7 +24,7 @@ from data_pipeline.storage import EXIT_UNREACHABLE, DataError, Store
 from tests.support.launch import QUICKSTART
 from tests.support.mapped_memory import mapped_bytes
 from trainer import tensor_file
-from trainer.checkpoint import Checkpoints
+from trainer.checkpoint import Checkpoints, digest_of
 from trainer.config import load_config
 from trainer.engine import State
 from trainer.errors import CheckpointError
@@ -170,7 +170,7 @@ def replace_newest(folder: Path, change: Callable[[bytes], bytes], *, tell: bool
     (manifest_path.parent / entry["name"]).write_bytes(content)
     if tell:
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        manifest_path.write_text(json.dumps(manifest))
+        manifest_path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
 
 
 def save_large(ranks: Ranks, folder: Path) -> int:

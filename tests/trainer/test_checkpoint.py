@@ -3,13 +3,16 @@
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from data_pipeline.storage import Store
 from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.support.s3_server import S3Server
 from trainer import checkpoint, export
-from trainer.checkpoint import Checkpoint, Checkpoints, list_complete, read_weights, to_keep
+from trainer.checkpoint import Checkpoint, Checkpoints, digest_of, list_complete, read_weights, to_keep
 from trainer.config import CheckpointConfig, RunConfig, as_yaml, load_config
 from trainer.engine import TorchEngine
 from trainer.errors import CheckpointError, UsageError
@@ -73,6 +76,12 @@ def save(checkpoints: Checkpoints, engine: TorchEngine, config: RunConfig, step:
 
 def saved(step: int, bits_per_dim: float | None = None) -> Checkpoint:
     return Checkpoint(step, step, step, bits_per_dim, {}, "d", [])
+
+
+def write_manifest(path: Path, **changes: object) -> None:
+    """Change a manifest, and its digest with it."""
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(manifest | {"digest": digest_of(manifest)}))
 
 
 def silent(text: str) -> None:
@@ -214,6 +223,131 @@ def test_a_disk_that_fails_costs_a_checkpoint_and_keeps_the_last_good_one(
     assert left == 2 * ["manifest.json"] + 2 * ["rank-00000-of-00001.attempt-1.safetensors"]
 
 
+@pytest.mark.parametrize("where", ["rank-", "manifest"])
+def test_a_disk_that_flips_a_bit_now_and_then_costs_a_second_write(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    flips = bits_flip(monkeypatch, where, [True, False])
+    checkpoints = checkpoints_in(tmp_path)
+    assert save(checkpoints, engine, config, 1) is not None
+    assert next(flips, None) is None
+    newest = checkpoints.newest(silent)
+    assert newest is not None and newest.checkpoint.step == 1
+
+
+@pytest.mark.parametrize("where", ["rank-", "manifest"])
+def test_a_disk_that_flips_bits_costs_checkpoints_and_keeps_the_last_good_ones(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, where: str, caplog: Any
+) -> None:
+    checkpoints = checkpoints_in(tmp_path)
+    for step in (1, 2):
+        assert save(checkpoints, engine, config, step) is not None
+    bits_flip(monkeypatch, where, itertools.repeat(True))
+    for step in (3, 4):
+        assert save(checkpoints, engine, config, step) is None
+        assert f"step-{step:09d} was not written" in caplog.text and "read back differently" in caplog.text
+    with pytest.raises(CheckpointError, match="3 checkpoints in a row have failed"):
+        save(checkpoints, engine, config, 5)
+    weights = read_weights(url_in(tmp_path), "avg", 2)
+    assert [checkpoint.step for checkpoint in weights.checkpoints] == [2, 1]
+
+
+def bits_flip(monkeypatch: pytest.MonkeyPatch, where: str, when: Iterable[bool]) -> Iterator[bool]:
+    """Flip one bit of files whose name begins with `where` when they are put in their place, as `when` says."""
+    replace, flips = os.replace, iter(when)
+
+    def flip_and_replace(source: str, place: str) -> None:
+        if Path(place).name.startswith(where) and next(flips):
+            content = bytearray(Path(source).read_bytes())
+            content[len(content) // 2] ^= 1
+            Path(source).write_bytes(content)
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", flip_and_replace)
+    return flips
+
+
+def test_damaged_checkpoints_that_are_newer_do_not_push_good_ones_out(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    checkpoints = checkpoints_in(tmp_path)
+    for step in (1, 2, 8, 9):
+        save(checkpoints_in(tmp_path, keep_last=4), engine, config, step)
+    for path in (tmp_path / "checkpoints").glob("step-00000000[89]/*.safetensors"):
+        path.write_bytes(b"")
+    assert save(checkpoints, engine, config, 3) is not None  # the run went on from step 2
+    assert [checkpoint.step for checkpoint in read_weights(url_in(tmp_path), "avg", 9).checkpoints] == [3, 2]
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_sends_the_run_to_the_older_checkpoint(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    for step in (1, 2):
+        save(checkpoints_in(tmp_path), engine, config, step)
+    path = tmp_path / "checkpoints/step-000000002/manifest.json"
+    content, chance = path.read_bytes(), random.Random(0)
+    version = content.index(b'"format_version": ') + len(b'"format_version": ')
+    places = [(version, bit) for bit in range(8)]
+    places += [(chance.randrange(len(content)), chance.randrange(8)) for _ in range(200)]
+    for place, bit in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1], (place, bit)
+    path.write_bytes(content)
+    assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"files": []},
+        {"files": None},
+        {"files": ["rank-00000-of-00001.attempt-1.safetensors"]},
+        {"samples": -8},
+        {"samples": 16.0},
+        {"samples": "16"},
+        {"updates": True},
+        {"updates": 3},
+        {"bits_per_dim": "3.0"},
+        {"config": []},
+        {"data_digest": None},
+        {"format_version": "3"},
+        {"more": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_manifest_that_says_something_odd_is_damaged(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, changes: dict[str, object], sealed: bool
+) -> None:
+    """With a digest of what it says, and as in the format that had none."""
+    for step in (1, 2):
+        save(checkpoints_in(tmp_path), engine, config, step)
+    path = tmp_path / "checkpoints/step-000000002/manifest.json"
+    if sealed:
+        write_manifest(path, **changes)
+    else:
+        manifest = json.loads(path.read_text()) | {"format_version": 2} | changes
+        del manifest["digest"]
+        path.write_text(json.dumps(manifest))
+    assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1]
+
+
+def test_a_manifest_of_the_format_without_a_digest_is_read_if_it_names_the_files_of_all_ranks(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig
+) -> None:
+    save(checkpoints_in(tmp_path), engine, config, 1)
+    folder = tmp_path / "checkpoints/step-000000001"
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format_version": 2}
+    del manifest["digest"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1]
+    manifest["files"][0]["name"] = "rank-00000-of-00002.attempt-1.safetensors"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert list_complete(Store(url_in(tmp_path), 1.0)) == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
 def test_a_disk_that_becomes_read_only_costs_a_checkpoint(
     tmp_path: Path, engine: TorchEngine, config: RunConfig, monkeypatch: pytest.MonkeyPatch, caplog: Any
@@ -290,9 +424,8 @@ def test_checkpoints_on_s3(
 def test_a_manifest_cannot_name_files_elsewhere(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     path = tmp_path / "checkpoints/step-000000001/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"][0]["name"] = "../../secret.safetensors"
-    path.write_text(json.dumps(manifest))
+    (entry,) = json.loads(path.read_text())["files"]
+    write_manifest(path, files=[entry | {"name": "../../secret.safetensors"}])
     with pytest.raises(CheckpointError, match="every checkpoint is damaged"):
         read_weights(url_in(tmp_path), "raw")
 
@@ -308,11 +441,10 @@ def test_a_tampered_file_with_a_matching_manifest_is_refused_without_running_it(
     tampered = [pickle.dumps(Payload(executed)), (2**62).to_bytes(8, "little") + b"{}", b""]
     tampered.append(len(header).to_bytes(8, "little") + header + bytes(12))
     for content in tampered:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        entry = manifest["files"][0]
+        entry = json.loads((folder / "manifest.json").read_text())["files"][0]
         entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         (folder / entry["name"]).write_bytes(content)
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder / "manifest.json", files=[entry])
         with pytest.raises(CheckpointError, match="attempt-1.safetensors"):
             read_weights(url_in(tmp_path), "raw")
     assert not executed.exists()
@@ -393,8 +525,8 @@ def test_an_export_reads_each_file_once_and_says_where_it_comes_from(
 def test_a_checkpoint_of_another_format_is_named(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 1)
     path = tmp_path / "checkpoints/step-000000001/manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 7}))
-    with pytest.raises(CheckpointError, match="checkpoint format 7 and this version of the trainer reads 2"):
+    write_manifest(path, format_version=7)
+    with pytest.raises(CheckpointError, match="checkpoint format 7 and this version of the trainer reads 3"):
         read_weights(url_in(tmp_path), "raw")
 
 

@@ -4,17 +4,20 @@ In this process, with the plain torch engine: no launcher, no DeepSpeed (see tes
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from data_pipeline.storage import DataError, Store
 from tests.support.training_job import VALIDATION_IMAGES, BrokenEngine, config_of, job_of, new_model, pictures
+from trainer import loop
 from trainer.checkpoint import Checkpoint, read_weights
 from trainer.config import RunConfig
 from trainer.engine import TorchEngine
-from trainer.errors import Diverged, Superseded
+from trainer.errors import CheckpointError, Diverged, Superseded
 from trainer.loop import TrainingState, train
 
 # Bits per dimension and gradient norm at each of the twenty steps of `config_of`, and the two evaluations.
@@ -132,6 +135,53 @@ def test_a_requested_stop_leaves_a_checkpoint_from_which_the_same_losses_follow(
     assert train(job, TrainingState(checkpoint.step, checkpoint.updates, checkpoint.samples))
     assert [value for _, value in recorded.curve("train/bits_per_dim")] == pytest.approx(LOSSES[7:], abs=1e-5)
     assert [step for step, _ in recorded.curve("val/bits_per_dim")] == [20]  # no first evaluation once more
+
+
+def no_space(monkeypatch: pytest.MonkeyPatch, folder: str, tries: int) -> list[str]:
+    """Let so many writes into a checkpoint's folder fail; returns what was tried."""
+    write, tried = Store.write_pieces, []
+
+    def write_or_fail(self: Store, name: str, pieces: Any) -> int:
+        if name.startswith(folder):
+            tried.append(name)
+            if len(tried) <= tries:
+                raise DataError("the disk is full")
+        return write(self, name, pieces)
+
+    monkeypatch.setattr(Store, "write_pieces", write_or_fail)
+    monkeypatch.setattr(loop, "FINISHED_PATIENCE_SECONDS", 3.5)
+    monkeypatch.setattr(loop, "STOPPED_PATIENCE_SECONDS", 3.5)
+    return tried
+
+
+def test_the_last_checkpoint_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = no_space(monkeypatch, "step-000000004", 2)
+    job, _ = job_of(config_of(tmp_path, train__steps=4))
+    assert train(job, TrainingState())
+    assert len(tried) == 3 and checkpoint_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_the_step_that_is_safe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    tried = no_space(monkeypatch, "step-000000004", 100)
+    changes = {"train__steps": 4, "checkpoint__every_steps": 3, "checkpoint__background": background}
+    job, _ = job_of(config_of(tmp_path, **changes))
+    with pytest.raises(CheckpointError, match="step 4 cannot be written: the disk is full; .* from step 3, which is"):
+        train(job, TrainingState())
+    assert len(tried) > 1 and checkpoint_steps(tmp_path) == [3]
+
+
+def test_a_requested_stop_that_cannot_save_says_from_where_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_space(monkeypatch, "step-000000005", 100)
+    state = TrainingState()
+    job, _ = job_of(config_of(tmp_path, checkpoint__every_steps=3), stop=lambda: state.step == 5)
+    assert not train(job, state)
+    assert state.unsaved is not None and "the same command goes on from step 3" in state.unsaved
+    assert checkpoint_steps(tmp_path) == [3]
 
 
 def test_a_stop_in_the_last_evaluation_leaves_the_score_to_the_next_attempt(tmp_path: Path) -> None:
