@@ -7,6 +7,7 @@ drawn at a time; the browser gets its pixels as they are drawn, as one JSON obje
 """
 
 import argparse
+import asyncio
 import base64
 import io
 import json
@@ -24,12 +25,13 @@ import uvicorn
 from PIL import Image, ImageOps
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch import Tensor
 
 from data_pipeline.loader import evaluation_batches, open_shards
@@ -46,6 +48,8 @@ from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("demo_page.html")
 LARGEST_UPLOAD = 10 << 20
+LONGEST_UPLOAD_SECONDS = 30.0
+MOST_CONNECTIONS = 64
 LARGEST_PICTURE = 50_000_000
 """Pixels of an uploaded image."""
 SECONDS_A_MESSAGE = 0.04
@@ -135,18 +139,17 @@ class Demo:
 
     async def draw(self, request: Request) -> Response:
         """One JSON object a line: what is given first, then pixels as they are drawn."""
+        # First of all, since to decode a picture takes much more memory than its file: one at a time.
+        if not self.busy.acquire(blocking=False):
+            await _body(request, keep=False)  # or the visitor would not get the answer
+            return PlainTextResponse("Another image is being drawn; stop it, or wait until it is done.", 409)
         try:
             wish = _wish(request.query_params, self)
             upload = await _body(request)
             original = await run_in_threadpool(_picture, upload, self.trained.card.model.image_size)
             if original is None and wish.mode != "new":
                 raise BadRequest("Drop an image on the page first, or take one of the examples.")
-        except BadRequest as error:
-            return PlainTextResponse(str(error), 400)
-        if not self.busy.acquire(blocking=False):
-            return PlainTextResponse("Another image is being drawn; stop it, or wait until it is done.", 409)
-        self.stopped.clear()
-        try:
+            self.stopped.clear()
             drawing = _Drawing(self.trained, wish, original)
         except BaseException:
             self.busy.release()
@@ -173,8 +176,31 @@ class _Lines(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except ClientDisconnect:
+            pass
         finally:
             self._busy.release()
+
+
+class _SameSite:
+    """Refuses what the pages of other sites ask for: any page that a visitor has open can send requests here."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app: ASGIApp = self._app
+        if scope["type"] == "http" and _is_from_elsewhere(scope["path"], Headers(scope=scope)):
+            app = PlainTextResponse("Only the page of this demo may ask for that.", 403)
+        await app(scope, receive, send)
+
+
+def _is_from_elsewhere(path: str, headers: Headers) -> bool:
+    origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+    if origin is not None and origin != f"http://{headers.get('host', '')}":
+        return True
+    # A link may lead to the page itself. Programs that are no browsers send neither header.
+    return site not in ("same-origin", "none") and path != "/"
 
 
 class _Drawing:
@@ -246,9 +272,19 @@ class _Drawing:
 
 
 def make_app(demo: Demo) -> Starlette:
-    """The application; requests must name this machine, so that no other site can read it through a visitor's DNS."""
+    """The application; requests must name this machine, so that no other site can read it through a visitor's DNS, and
+    must not come from a page of another site."""
     hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
-    return Starlette(routes=demo.routes(), middleware=[hosts])
+    handlers = {BadRequest: _refuse, ClientDisconnect: _give_up}
+    return Starlette(routes=demo.routes(), middleware=[hosts, Middleware(_SameSite)], exception_handlers=handlers)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    return PlainTextResponse(str(error), 400)
+
+
+async def _give_up(request: Request, error: Exception) -> Response:
+    return Response()  # nobody reads it
 
 
 def _wish(given: Mapping[str, str], demo: Demo) -> Wish:
@@ -274,12 +310,19 @@ def _wish(given: Mapping[str, str], demo: Demo) -> Wish:
     return Wish(mode, seed, label, keep, sampling)
 
 
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > LARGEST_UPLOAD:
-            raise BadRequest(f"The file is larger than {LARGEST_UPLOAD >> 20} MB; choose a smaller image.")
+async def _body(request: Request, *, keep: bool = True) -> bytes:
+    """What is uploaded; without `keep`, it is only received. Raises BadRequest for what is too large or too slow."""
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(LONGEST_UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > LARGEST_UPLOAD:
+                    raise BadRequest(f"The file is larger than {LARGEST_UPLOAD >> 20} MB; choose a smaller image.")
+                if keep:
+                    body += chunk
+    except TimeoutError:
+        raise BadRequest(f"The file took longer than {LONGEST_UPLOAD_SECONDS:.0f} seconds to arrive.") from None
     return bytes(body)
 
 
@@ -291,11 +334,15 @@ def _picture(upload: bytes, size: int) -> Tensor | None:
         picture = open_picture(upload, LARGEST_PICTURE)
     except ValueError as error:
         raise BadRequest(f"The file {error}; choose a PNG, JPEG or WebP image.") from None
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        backdrop = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(backdrop, picture.convert("RGBA"))
-    return to_tensor(ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BOX))
+    ImageOps.exif_transpose(picture, in_place=True)
+    transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
+    mode = "RGBA" if transparent else "RGB"
+    if picture.mode != mode:
+        picture = picture.convert(mode)
+    picture = ImageOps.fit(picture, (size, size), Image.Resampling.BOX)
+    if transparent:  # when it is small: each copy of a large picture is hundreds of megabytes
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return to_tensor(picture)
 
 
 def _base64(pixels: Tensor) -> str:
@@ -346,7 +393,10 @@ def _serve(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--port: {arguments.port} cannot be used ({error}); choose another, or 0") from None
     demo = prepare(load_trained_model(arguments.run, arguments.weights, arguments.last))
     print(f"open http://{HOST}:{listener.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
-    server = uvicorn.Server(uvicorn.Config(make_app(demo), log_level="warning", timeout_graceful_shutdown=1))
+    settings = uvicorn.Config(
+        make_app(demo), log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=MOST_CONNECTIONS
+    )
+    server = uvicorn.Server(settings)
     server.run(sockets=[listener])
 
 

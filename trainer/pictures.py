@@ -14,6 +14,8 @@ from trainer.safe_files import write_file
 
 UNKNOWN = 127
 """Grey: what a model that completes images is not given."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Of Pillow's: it gives others to programs (EPS to Ghostscript), and few people check their decoders."""
 GAP = 2
 """Pixels between the images of a grid, before enlarging."""
 
@@ -42,7 +44,7 @@ def open_picture(content: bytes, max_pixels: int = 1 << 26) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(content))
+            picture = Image.open(io.BytesIO(content), formats=FORMATS)
             if picture.width * picture.height > max_pixels:
                 raise ValueError(f"has {picture.width} x {picture.height} pixels; more than {max_pixels} are not read")
             picture.load()

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import socket
+import struct
 import sys
 import threading
 import time
@@ -57,10 +58,10 @@ class Server:
         self.server.should_exit = True
         self.thread.join(SECONDS)
 
-    def open(self, method: str, path: str, body: bytes = b"", host: str | None = None) -> http.client.HTTPResponse:
+    def open(self, method: str, path: str, body: bytes = b"", **headers: str) -> http.client.HTTPResponse:
         """The answer to a request, of which only the head has been read."""
         connection = http.client.HTTPConnection(HOST, self.port, timeout=SECONDS)
-        connection.request(method, path, body, {"Host": host} if host else {})
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
         return connection.getresponse()
 
     def get(self, path: str) -> bytes:
@@ -276,6 +277,80 @@ def test_the_page_names_no_other_host_and_other_hosts_cannot_name_it(tmp_path: P
     assert "//" not in page.replace("http://www.w3.org/2000/svg", "").replace("xmlns='http://www.w3.org/", "")
     assert server.open("GET", "/", host="evil.example").status == 400
     assert server.open("GET", "/", host=f"localhost:{server.port}").status == 200
+
+
+def test_pages_of_other_sites_are_refused(tmp_path: Path, data: Path, serve: Any) -> None:
+    server = serve(tiny_run(tmp_path / "run", data))
+    own = f"http://{HOST}:{server.port}"
+    for path in ("/draw?mode=new", "/stop"):
+        for origin in (
+            "https://evil.example",
+            "null",
+            f"http://{HOST}:1",
+            f"https://{HOST}:{server.port}",
+            f"{own}.evil.example",
+        ):
+            assert server.open("POST", path, origin=origin).status == 403
+        for site in ("cross-site", "same-site"):
+            assert server.open("POST", path, sec_fetch_site=site).status == 403
+    assert server.open("GET", "/model", sec_fetch_site="cross-site").status == 403
+    assert server.open("GET", "/", sec_fetch_site="cross-site").status == 200  # somebody follows a link
+    assert not server.demo.stopped.is_set()
+    answer = server.open("POST", "/draw?mode=new", origin=own, sec_fetch_site="same-origin")
+    assert answer.status == 200
+    answer.read()
+
+
+def test_a_picture_is_not_decoded_while_another_is_drawn(
+    tmp_path: Path, data: Path, serve: Any, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(tiny_run(tmp_path / "run", data))
+    first = server.open("POST", "/draw?mode=new")
+    first.readline()
+
+    def decode(content: bytes, max_pixels: int) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(demo, "open_picture", decode)
+    assert server.open("POST", "/draw?mode=complete", png(random_images(1, 8)[0])).status == 409
+    held.set()
+    first.read()
+
+
+def test_visitors_who_leave_are_no_error(
+    tmp_path: Path, data: Path, serve: Any, held: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(tiny_run(tmp_path / "run", data))
+    for request in (b"Content-Length: 100000\r\n\r\nhalf", b"Content-Length: 0\r\n\r\n"):
+        with socket.create_connection((HOST, server.port), timeout=SECONDS) as visitor:
+            visitor.sendall(b"POST /draw?mode=new HTTP/1.1\r\nHost: 127.0.0.1\r\n" + request)
+            time.sleep(0.2)
+            visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leave at once
+        held.set()
+        until = time.monotonic() + SECONDS
+        while server.demo.busy.locked():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        held.clear()
+    held.set()
+    assert server.draw(mode="new")[-1]["done"] == 64
+    assert not caplog.records
+
+
+def test_a_slow_upload_makes_room(tmp_path: Path, data: Path, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "LONGEST_UPLOAD_SECONDS", 0.2)
+    server = serve(tiny_run(tmp_path / "run", data))
+    with socket.create_connection((HOST, server.port), timeout=SECONDS) as visitor:
+        visitor.sendall(b"POST /draw?mode=new HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n\r\n")
+        assert visitor.recv(1000).startswith(b"HTTP/1.1 400")
+    assert server.draw(mode="new")[-1]["done"] == 64
+
+
+def test_a_format_that_pillow_gives_to_a_program_is_not_read(tmp_path: Path, data: Path, serve: Any) -> None:
+    server = serve(tiny_run(tmp_path / "run", data))
+    script = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(script, "EPS")
+    assert "is not an image that can be read" in server.refusal(script.getvalue(), mode="complete")
 
 
 def test_the_data_gives_examples_and_names_and_may_be_away(

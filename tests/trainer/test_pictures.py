@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.support.tiny_model import random_images
-from trainer.pictures import GAP, enlarged, grid, interleave, open_picture, to_picture, to_tensor
+from trainer.pictures import FORMATS, GAP, enlarged, grid, interleave, open_picture, to_picture, to_tensor
 
 
 def test_a_grid_shows_each_image_in_its_place_enlarged() -> None:
@@ -49,3 +49,9 @@ def test_a_picture_of_too_many_pixels_is_not_decoded() -> None:
     Image.new("1", (3000, 3000)).save(file, "PNG")
     with pytest.raises(ValueError, match="has 3000 x 3000 pixels; more than 1000000 are not read"):
         open_picture(file.getvalue(), max_pixels=1_000_000)
+
+
+def test_all_formats_that_are_read_are_known() -> None:
+    Image.init()
+    assert set(FORMATS) <= Image.OPEN.keys()
+    assert not {"EPS", "WMF", "FITS"} & set(FORMATS)
