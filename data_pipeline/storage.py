@@ -15,7 +15,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, BinaryIO, TypeVar
@@ -51,8 +51,23 @@ S3_SETTINGS: dict[str, Any] = {
     },
 }
 
-# Errors of S3 that another try does not change, and for which s3fs has no exception type.
-PERMANENT_S3_CODES = ("InvalidBucketName", "InvalidToken", "AuthorizationHeaderMalformed")
+# Answers that say "not you, or not so" as a rule (HTTP 400 to 499), and of which these may pass nevertheless.
+PASSING_STATUSES = (408, 409, 425, 429)
+PASSING_S3_CODES = (
+    "BadDigest",
+    "BandwidthLimitExceeded",
+    "IncompleteBody",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "XAmzContentSHA256Mismatch",
+)
+NOT_IMPLEMENTED, INSUFFICIENT_STORAGE = 501, 507
+FULL_S3_CODES = ("QuotaExceeded", "XMinioStorageFull")
+# Errors that botocore raises before it asks anybody.
+SETTINGS_ERRORS = ("NoRegionError", "ParamValidationError", "PartialCredentialsError", "ProfileNotFound")
 
 PIECE_BYTES = 1 << 20
 TORN_FILE = ".unfinished-"  # in the name of a local file while it is written
@@ -517,8 +532,11 @@ def with_retries(
 
 def classify(error: Exception) -> tuple[str, int] | None:
     """Why another try cannot help, with the exit code; None when the failure may pass."""
+    status, code = status_of(error), s3_code(error)
     if isinstance(error, FileNotFoundError):
         return "there is no such bucket, folder or object", EXIT_USAGE
+    if status == INSUFFICIENT_STORAGE or code in FULL_S3_CODES:
+        return f"the store has no space left ({reason_of(error)})", EXIT_CANNOT_WRITE
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"the disk is full or not writable ({reason_of(error)})", EXIT_CANNOT_WRITE
     if isinstance(error, OSError) and error.errno == errno.EREMCHG:  # what s3fs makes of S3's redirects
@@ -529,17 +547,37 @@ def classify(error: Exception) -> tuple[str, int] | None:
         return "it is a folder, and a file is expected", EXIT_USAGE
     if isinstance(error, NotADirectoryError):
         return "a part of this path is a file, not a folder", EXIT_USAGE
-    if s3_code(error) in PERMANENT_S3_CODES:
-        return reason_of(error), EXIT_USAGE
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"there can be no such path ({error.strerror})", EXIT_USAGE
+    refused = status is not None and 400 <= status < 500 and status not in PASSING_STATUSES
+    if status == NOT_IMPLEMENTED or (refused and code not in PASSING_S3_CODES):
+        return f"the store refuses it ({reason_of(error)})", EXIT_USAGE
+    if type(error).__name__ in SETTINGS_ERRORS or (isinstance(error, ValueError) and "nvalid endpoint" in str(error)):
+        return f"the settings for the store are wrong ({reason_of(error)})", EXIT_USAGE
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", EXIT_USAGE
     return None
 
 
+def s3_answer(error: Exception) -> Mapping[str, Any]:
+    """The answer of S3 that an error was made of; empty when it did not come from there."""
+    for source in (error, error.__cause__, error.__context__):
+        if isinstance(answer := getattr(source, "response", None), Mapping):
+            return answer
+    return {}
+
+
 def s3_code(error: Exception) -> str:
     """The code that S3 gave to an error, e.g. InvalidRange; empty when it did not come from there."""
-    answer = getattr(error.__cause__, "response", None) or {}
-    return str(answer.get("Error", {}).get("Code", ""))
+    return str(s3_answer(error).get("Error", {}).get("Code", ""))
+
+
+def status_of(error: Exception) -> int | None:
+    """The HTTP status of the answer that an error was made of; None when it was not made of one."""
+    # The clients of other stores than S3 have it in the error itself.
+    of_clients = (getattr(error, name, None) for name in ("status", "status_code", "code"))
+    of_s3 = s3_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return next((status for status in (of_s3, *of_clients) if isinstance(status, int)), None)
 
 
 def reason_of(error: Exception) -> str:

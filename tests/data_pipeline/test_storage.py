@@ -375,6 +375,11 @@ def test_a_busy_breaking_or_trickling_server_gives_the_right_bytes_in_the_end(
         ("expired", "access is denied .*made up", 2),
         ("elsewhere", "the bucket is in another region", 2),
         ("busy", "gave up after .* tries; last: ", 69),
+        ("invalid", "the store refuses it .*made up", 2),
+        ("no code", "the store refuses it .*SomethingElse.*made up", 2),
+        ("not allowed", "access is denied .*made up", 2),
+        ("not implemented", "the store refuses it .*made up", 2),
+        ("no bucket", "there is no such bucket", 2),
     ],
 )
 def test_an_answer_that_stays_is_named(
@@ -386,6 +391,58 @@ def test_an_answer_that_stays_is_named(
     with pytest.raises(DataError, match=rf"^cannot read s3://{s3_bucket}/x \(bytes 0-100\): .*{message}") as caught:
         store.read("x", 0, 100)
     assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "code"),
+    [
+        ("full", "the store has no space left .*InsufficientStorage", 73),
+        ("quota", "the store has no space left .*QuotaExceeded", 73),
+        ("invalid", "the store refuses it .*made up", 2),
+        ("forbidden", "access is denied", 2),
+        ("no bucket", "there is no such bucket", 2),
+        ("not implemented", "the store refuses it .*made up", 2),
+    ],
+)
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "in pieces"])
+def test_a_write_that_the_store_will_never_take_ends_at_once(
+    fault: str, message: str, code: int, in_pieces: bool, faulty_s3: FaultyS3, s3_bucket: str
+) -> None:
+    store = Store(f"s3://{s3_bucket}", 600.0)
+    faulty_s3.meet(fault, times=10**9, writes=True)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=rf"^cannot write s3://{s3_bucket}/x: .*{message}") as caught:
+        if in_pieces:
+            store.write_pieces("x", lambda: iter([memoryview(b"123")]))
+        else:
+            store.write("x", b"123")
+    assert caught.value.exit_code == code and time.monotonic() - started < 30
+
+
+@pytest.mark.usefixtures("no_waiting")
+@pytest.mark.parametrize("fault", ["slow", "spoiled", "broken"])
+def test_a_write_that_fails_for_a_while_is_tried_again(fault: str, faulty_s3: FaultyS3, s3_bucket: str) -> None:
+    store = Store(f"s3://{s3_bucket}", 120.0)
+    faulty_s3.meet(fault, times=6, writes=True)
+    store.write("x", b"123")
+    assert store.read("x") == b"123" and faulty_s3.met == 6
+
+
+def test_wrong_settings_are_not_tried_again(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match="the settings for the store are wrong .*bad name") as caught:
+        Store("s3://bad name/x", 600.0).write("y", b"1")
+    assert caught.value.exit_code == 2
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "nonsense")
+    forget_filesystems()
+    with pytest.raises(DataError, match="the settings for the store are wrong .*nonsense") as caught:
+        Store(f"s3://{s3_bucket}/x", 600.0).write("y", b"1")
+    assert caught.value.exit_code == 2
+
+
+def test_a_name_that_no_disk_takes_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there can be no such path .File name too long") as caught:
+        Store(str(tmp_path), 600.0).write(300 * "x", b"1")
+    assert caught.value.exit_code == 2
 
 
 def test_a_server_that_is_away_too_long_is_one_sentence(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,16 +13,26 @@ ANSWERS = {
     "skewed": (403, "RequestTimeTooSkewed"),
     "elsewhere": (301, "PermanentRedirect"),
     "forbidden": (403, "AccessDenied"),
+    "invalid": (400, "InvalidArgument"),
+    "no code": (400, "SomethingElse"),
+    "no bucket": (404, "NoSuchBucket"),
+    "not allowed": (405, "MethodNotAllowed"),
+    "not implemented": (501, "NotImplemented"),
+    "full": (507, "InsufficientStorage"),
+    "quota": (403, "QuotaExceeded"),
+    "slow": (400, "RequestTimeout"),
+    "broken": (500, "InternalError"),
+    "spoiled": (400, "BadDigest"),
 }
 HOP_HEADERS = {"connection", "transfer-encoding", "keep-alive"}
 
 
 class FaultyS3:
-    """A server of its own in front of an S3 endpoint; the first ``times`` reads of a byte range meet the fault."""
+    """A server of its own in front of an S3 endpoint; the first ``times`` ranged reads, or writes, meet the fault."""
 
     def __init__(self, endpoint: str) -> None:
         self.target = urlsplit(endpoint).netloc
-        self.fault, self.left, self.met = "none", 0, 0
+        self.fault, self.left, self.met, self.writes = "none", 0, 0, False
         self.lock = threading.Lock()
         outer = self
 
@@ -44,8 +54,8 @@ class FaultyS3:
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server.server_address[1]}"
 
-    def meet(self, fault: str, times: int) -> None:
-        self.fault, self.left, self.met = fault, times, 0
+    def meet(self, fault: str, times: int, *, writes: bool = False) -> None:
+        self.fault, self.left, self.met, self.writes = fault, times, 0, writes
 
     def stop(self) -> None:
         self.server.shutdown()
@@ -54,7 +64,8 @@ class FaultyS3:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         with self.lock:
-            strikes = "Range" in request.headers and self.left > 0
+            meant = request.command == "PUT" if self.writes else "Range" in request.headers
+            strikes = meant and self.left > 0
             self.left -= strikes
             self.met += strikes
         if strikes and self.fault in ANSWERS:
