@@ -64,7 +64,7 @@ PASSING_S3_CODES = (
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 )
-NOT_IMPLEMENTED, INSUFFICIENT_STORAGE = 501, 507
+PRECONDITION_FAILED, NOT_IMPLEMENTED, INSUFFICIENT_STORAGE = 412, 501, 507
 FULL_S3_CODES = ("QuotaExceeded", "XMinioStorageFull")
 # Errors that botocore raises before it asks anybody.
 SETTINGS_ERRORS = ("NoRegionError", "ParamValidationError", "PartialCredentialsError", "ProfileNotFound")
@@ -175,6 +175,34 @@ class Store:
                     raise CorruptRead(f"the store kept {size} of {len(data)} bytes")
 
         with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """As ``write`` for a small object, unless there is one of this name; returns whether this call wrote it.
+
+        Of several writers one succeeds. If an answer is lost, False is returned for an object that this call wrote. A
+        store without conditional writes may let two succeed; the last one's object stays.
+        """
+        filesystem, path = open_filesystem(self.url), self._path(name)
+
+        def attempt() -> bool:
+            if self.is_local:
+                filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+                return create_local(path, data)
+            try:
+                filesystem.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if status_of(error) == PRECONDITION_FAILED:
+                    return False
+                if status_of(error) != NOT_IMPLEMENTED:
+                    raise
+                if filesystem.exists(path):
+                    return False
+                filesystem.pipe_file(path, data)
+            return True
+
+        return with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)
 
     def write_pieces(self, name: str, pieces: Callable[[], Iterable[memoryview]]) -> int:
         """As ``write``, for content that is not in memory as a whole; returns its bytes.
@@ -479,6 +507,29 @@ def atomic_file(path: str, *, durable: bool = True) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def create_local(path: str, data: bytes) -> bool:
+    """Write a local file, whole, unless there is one; returns whether it was written."""
+    temporary = f"{path}{TORN_FILE}{random.getrandbits(64):016x}"
+    with atomic_file(temporary) as file:
+        file.write(data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # A filesystem without links: the file is created alone, and filled afterwards.
+        try:
+            with open(path, "xb") as alone:
+                alone.write(data)
+        except FileExistsError:
+            return False
+    finally:
+        os.unlink(temporary)
+    return True
 
 
 @contextlib.contextmanager

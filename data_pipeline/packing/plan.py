@@ -3,19 +3,16 @@
 What decides the bytes of the result is the plan. Its digest is the identity of the data set.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, digest_of, read_manifest
+from data_pipeline.manifest import MANIFEST_NAME, Manifest, read_manifest
 from data_pipeline.packing.resize import IMAGENET_VERSIONS, PROTOCOLS, describe
 from data_pipeline.packing.source import Source
-from data_pipeline.packing.tasks import JOURNAL
-from data_pipeline.storage import DataError, Store, read_json
+from data_pipeline.storage import DataError, Store
 
 LARGEST_IMAGE_SIZE = 1024
-PLAN_NAME = f"{JOURNAL}/plan.json"
 
 
 @dataclass(frozen=True)
@@ -80,18 +77,3 @@ def damaged_shards(store: Store, manifest: Manifest, named: Sequence[str]) -> li
         raise DataError(f"--rewrite {min(strange)}: {store.url} has no such shard, it has {known}")
     sizes = store.walk()
     return [n for n, shard in enumerate(shards) if shard.name in named or sizes.get(shard.name) != shard.bytes]
-
-
-def claim(store: Store, plan: dict[str, Any]) -> None:
-    """Write the plan to the destination; DataError if another plan, or something else, is there."""
-    if store.exists(PLAN_NAME):
-        if digest_of(read_json(store, PLAN_NAME, 1 << 26)) != digest_of(plan):
-            raise DataError(
-                f"{store.url} holds the unfinished packing of another data set or of other settings; "
-                "finish that one, choose another --dest, or remove it"
-            )
-        return
-    others = [name for name in store.names() if name != JOURNAL]
-    if others:
-        raise DataError(f"{store.url} is not empty (it holds {others[0]}); choose another --dest or remove it")
-    store.write(PLAN_NAME, json.dumps(plan, indent=1).encode())

@@ -17,19 +17,11 @@ import numpy as np
 
 from data_pipeline.manifest import Block, Manifest, Shard, digest_of, open_store, write_manifest
 from data_pipeline.order import permutation
-from data_pipeline.packing.plan import Settings, claim, damaged_shards, find_finished, plan_of, protocol_of
+from data_pipeline.packing.claim import JOURNAL, ShardRecord, check_claim, claim, read_record, record_name
+from data_pipeline.packing.plan import Settings, damaged_shards, find_finished, plan_of, protocol_of
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.packing.source import Source
-from data_pipeline.packing.tasks import (
-    BLOCK_IMAGES,
-    JOURNAL,
-    ShardRecord,
-    ShardTask,
-    Staged,
-    StageTask,
-    read_staged,
-    record_name,
-)
+from data_pipeline.packing.tasks import BLOCK_IMAGES, ShardTask, Staged, StageTask, read_staged
 from data_pipeline.packing.workers import run_all
 from data_pipeline.storage import (
     EXIT_CANNOT_WRITE,
@@ -38,7 +30,6 @@ from data_pipeline.storage import (
     TORN_FILE,
     DataError,
     Store,
-    read_json,
 )
 from data_pipeline.wording import counted
 
@@ -92,17 +83,18 @@ def pack(
     finished = find_finished(store, digest)
     if rewrite and finished is None:
         raise DataError(f"--rewrite {rewrite[0]}: {store.url} holds no finished data set; pack without --rewrite")
-    damaged = damaged_shards(store, finished, rewrite) if finished else []
     if finished is None:
         claim(store, plan)
-    elif not damaged:
+        finished = find_finished(store, digest)  # another command may have finished meanwhile
+    damaged = damaged_shards(store, finished, rewrite) if finished else []
+    if finished is not None and not damaged:
         store.remove(JOURNAL)
         return finished, False
     try:
         return pack_missing(source, settings, store, workforce, digest, finished, damaged)
     except DataError:
-        # The last task cleans up: it removes records and scratch space, which this one may still be reading.
-        if workforce.task_count > 1 and finished is None and (manifest := find_finished(store, digest)):
+        # Who finishes cleans up: it removes claim, records and scratch space, which this one may still be reading.
+        if finished is None and (manifest := find_finished(store, digest)):
             return manifest, False
         raise
 
@@ -123,13 +115,15 @@ def pack_missing(
     prepare_scratch(workspace)
     staged = stage(source, settings, workspace, workforce)
     if finished is None:
-        records = write_shards(settings, staged, store, workspace, workforce, None)
+        records = write_shards(settings, digest, staged, store, workspace, workforce, None)
         manifest = manifest_of_packed(source, settings, digest, staged, records)
+        check_claim(store, digest)
         write_manifest(store, manifest)
     else:
         manifest = finished
         try:
-            write_shards(settings, staged, store, workspace, workforce, {n: finished.shards[n].sha256 for n in damaged})
+            only = {number: finished.shards[number].sha256 for number in damaged}
+            write_shards(settings, digest, staged, store, workspace, workforce, only)
         except DataError as error:
             if error.exit_code == EXIT_CORRUPT:  # the source has changed: its staged pixels must not be used again
                 clean_up(store, workspace)
@@ -202,6 +196,7 @@ def limit_skipped(records: list[Staged | None], workforce: Workforce) -> None:
 
 def write_shards(
     settings: Settings,
+    digest: str,
     staged: list[Staged],
     store: Store,
     workspace: Path,
@@ -224,22 +219,25 @@ def write_shards(
     bounds = shard_bounds(count, settings.shard_images)
     wanted = range(len(bounds)) if only is None else list(only)
     for number in wanted:
-        if record_name(number) in written:
-            records[number] = ShardRecord(**read_json(store, record_name(number), 1 << 24))
+        if record_name(number) in written and (record := read_record(store, number, digest)):
+            records[number] = record
         elif workforce.owns(number):
             name = f"{settings.split}-{number:06d}.tar"
             samples = order[slice(*bounds[number])]
             where = (str(workspace), store.url, store.deadline_seconds)
             sha256 = only[number] if only else None
-            tasks.append(ShardTask(*where, number, name, settings.size, samples, labels[samples], starts, sha256))
+            tasks.append(
+                ShardTask(*where, number, name, settings.size, samples, labels[samples], starts, sha256, digest)
+            )
     workers = max(1, min(workforce.workers, len(tasks) // SHARDS_PER_WORKER))
     with PackingProgress("writing shards", sum(len(task.samples) for task in tasks)) as progress:
         for index, record in run_all(tasks, workers, progress.counter):
             records[tasks[index].number] = record
     written = {f"{JOURNAL}/{name}" for name in store.names(JOURNAL)}
     for number in wanted:  # others were at work meanwhile
-        if number not in records and record_name(number) in written:
-            records[number] = ShardRecord(**read_json(store, record_name(number), 1 << 24))
+        missing = number not in records and record_name(number) in written
+        if missing and (record := read_record(store, number, digest)):
+            records[number] = record
     if unfinished := len(wanted) - len(records):
         raise DataError(
             f"this task's share is written, {counted(unfinished, 'shard')} of others not yet: run this again later",

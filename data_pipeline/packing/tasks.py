@@ -14,13 +14,13 @@ import numpy as np
 import xxhash
 
 from data_pipeline.decode import decode_image
+from data_pipeline.packing.claim import ShardRecord, check_claim, write_record
 from data_pipeline.packing.resize import to_pixels
 from data_pipeline.packing.source import Group, Item
 from data_pipeline.packing.workers import count_progress
 from data_pipeline.shard_format import SampleLayout, encode_samples, end_of_shard
 from data_pipeline.storage import EXIT_CANNOT_WRITE, EXIT_CORRUPT, EXIT_UNREACHABLE, DataError, Store, atomic_file
 
-JOURNAL = "_packing"
 BLOCK_IMAGES = 512
 CHUNK_IMAGES = 64
 
@@ -122,8 +122,10 @@ class ShardTask:
     """int64: number of the first sample of every group, and the total."""
     sha256: str | None
     """The checksum that the shard must have when it is written again for a manifest that exists; otherwise None."""
+    plan: str
+    """Digest of the plan that decides the bytes."""
 
-    def run(self) -> "ShardRecord":
+    def run(self) -> ShardRecord:
         stride = SampleLayout(self.size).stride
         count = len(self.samples)
         tail = end_of_shard(count * stride)
@@ -145,9 +147,11 @@ class ShardTask:
                 "the source or the software changed; pack everything again to another --dest",
                 EXIT_CORRUPT,
             )
+        if self.sha256 is None:
+            check_claim(store, self.plan)
         store.write(self.name, bytes(data))
-        record = ShardRecord(self.name, len(data), count, sha256, blocks)
-        store.write(record_name(self.number), json.dumps(asdict(record)).encode())
+        record = ShardRecord(self.name, len(data), count, sha256, blocks, self.plan)
+        write_record(store, self.number, record)
         return record
 
     def _images(self) -> np.ndarray:
@@ -169,24 +173,8 @@ class ShardTask:
         return images
 
 
-@dataclass(frozen=True)
-class ShardRecord:
-    """The journal entry of a shard that is written: what the manifest says about it."""
-
-    name: str
-    bytes: int
-    count: int
-    sha256: str
-    blocks: list[tuple[int, int, int, str]]
-    """begin, end, count and XXH3 of each."""
-
-
 def staged_path(scratch: str, number: int) -> str:
     return f"{scratch}/group-{number:06d}"
-
-
-def record_name(number: int) -> str:
-    return f"{JOURNAL}/shard-{number:06d}.json"
 
 
 def read_staged(scratch: str, number: int, size: int) -> Staged | None:

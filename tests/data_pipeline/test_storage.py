@@ -1,12 +1,15 @@
 """Do reads and writes survive what storage does, and do failures name the URL, the range and the reason?"""
 
+import errno
 import gc
+import os
 import pickle
 import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -171,6 +174,37 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         open_filesystem("memory://").pseudo_dirs[:] = [""]
     else:
         yield str(tmp_path / "root")
+
+
+def test_of_many_writers_one_creates_an_object(root: str) -> None:
+    store = Store(root, 30.0)
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda number: store.create("deep/x", b"%d" % number), range(8)))
+    (winner,) = [number for number, first in enumerate(created) if first] if "s3:" not in root else [None]
+    assert any(created) and not store.create("deep/x", b"late")  # Swift looks for the object, then writes
+    assert winner is None or store.read("deep/x") == b"%d" % winner
+    assert store.walk().keys() == {"deep/x"}
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_is_created_where_there_are_no_links(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("os.link", fail)
+    store = Store(str(tmp_path), 0.0)
+    assert store.create("x", b"first") and not store.create("x", b"second")
+    assert store.walk() == {"x": 5} and store.read("x") == b"first"
+
+
+def test_an_object_is_created_by_a_store_that_knows_no_conditions(faulty_s3: FaultyS3, s3_bucket: str) -> None:
+    store = Store(f"s3://{s3_bucket}", 30.0)
+    for number in (1, 2):
+        faulty_s3.meet("not implemented", times=1, writes=True)
+        assert store.create("x", b"%d" % number) == (number == 1)
+    assert store.read("x") == b"1"
 
 
 def test_every_path_is_literal(root: str) -> None:

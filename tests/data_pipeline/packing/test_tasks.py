@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.manifest import digest_of
+from data_pipeline.packing.claim import claim
 from data_pipeline.packing.source import Item
 from data_pipeline.packing.tasks import CHUNK_IMAGES, ShardTask, StageTask, read_staged
 from data_pipeline.shard_format import decode_samples
-from data_pipeline.storage import DataError
+from data_pipeline.storage import DataError, Store
 from tests.support.imagenet_forms import random_pixels
 
 
@@ -57,7 +59,9 @@ def test_a_shard_holds_the_samples_it_was_told_to_in_order(tmp_path: Path) -> No
         StageTask(str(tmp_path), number, Pixels(int(starts[number]), count), 8, "cifar10", False).run()
     samples = np.random.default_rng(0).permutation(703)[:650]
     labels = samples % 7
-    task = ShardTask(str(tmp_path), str(tmp_path / "d"), 0.0, 0, "x.tar", 8, samples, labels, starts, None)
+    store, plan = Store(str(tmp_path / "d"), 0.0), {"seed": 1}
+    claim(store, plan)
+    task = ShardTask(str(tmp_path), store.url, 0.0, 0, "x.tar", 8, samples, labels, starts, None, digest_of(plan))
     record = task.run()
     data = (tmp_path / "d" / "x.tar").read_bytes()
     images, got_labels = decode_samples(data[: record.blocks[-1][1]], 8)
