@@ -161,7 +161,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(read_file(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where a file has the name of its folder
         return {}
     except (ValueError, RecursionError):
         value = None
