@@ -365,7 +365,7 @@ def test_the_folder_of_another_run_is_refused(
 ) -> None:
     arguments = settings(reference, splits, train__steps=STEPS, model__ff_width=32)
     text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
-    assert f"run.dir: {reference} holds a run with another model" in text
+    assert f"run.dir: {reference} holds another run: model.ff_width 16 there, 32 here; choose another run.dir" in text
 
 
 def test_check_prints_config_size_and_deepspeeds_part_without_training(
