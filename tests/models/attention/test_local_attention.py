@@ -128,7 +128,7 @@ def test_half_precision_on_a_cpu_is_fp32_arithmetic_on_rounded_numbers(name: str
 @pytest.mark.parametrize("scale", [-0.5, 0.0, 3.0])
 @pytest.mark.parametrize("name", ["1d", "1d no memory", "2d partial flange"])
 def test_any_scale_multiplies_the_scores_of_visible_keys_only(name: str, scale: float, backend: str) -> None:
-    torch.manual_seed(0)  # the bounds below are tight for fp32 at scale 3: one draw in a whole run of all tests was beyond them
+    torch.manual_seed(0)  # the bounds are tight for fp32 at scale 3: an unseeded draw was once beyond them
     pattern = PATTERNS[name]
     q, k, v, dout = (torch.randn(1, 2, pattern.length, 4) for _ in range(4))
     # The loop divides by the square root of the width of 4.
