@@ -236,11 +236,11 @@ def test_a_run_that_always_dies_is_given_up(slurm: Lab, data: str, tmp_path: Pat
 
 def test_a_mistake_in_the_config_fails_at_once_before_and_in_the_job(slurm: Lab, data: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    wrong = arguments(run_dir, data, train__global_batch_images=31)
+    wrong = arguments(run_dir, data, train__global_batch_images=30)
     options = ["--config", "configs/quickstart.yaml", *wrong, "--nodes", "2", "--time", "10", "--preflight", "no"]
     result = submit(slurm, *options, check=False)
     assert result.returncode == 2
-    assert "train.global_batch_images: 31" in result.stderr
+    assert "train.global_batch_images: 30" in result.stderr
     job = submit(slurm, *options, "--no-check").stdout.splitlines()[0].removeprefix("job: ")
     wait_for_end(slurm, run_dir, job, "FAILED")
     assert slurm.job(job)["ExitCode"] == "2:0"
