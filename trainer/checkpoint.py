@@ -42,7 +42,7 @@ MANIFEST = "manifest.json"
 STORE_DEADLINE_SECONDS = 120.0
 WRITES = 3
 """So many times a file is written that reads back differently."""
-LONGEST_PAUSE_SECONDS = 10.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 10.0
 """Between two tries of a checkpoint that training does not go on without."""
 FAILURES_IN_A_ROW = 3
 """After so many failed checkpoints in a row the run ends: it would only have more work to lose."""
@@ -79,14 +79,25 @@ def checkpoints_url(run_dir: str, config: RunConfig) -> str:
 class Checkpoints:
     """The checkpoints of one run, in a folder or under any URL that the data pipeline can open."""
 
-    def __init__(self, url: str, ranks: Ranks, device: torch.device, settings: CheckpointConfig, attempt: int) -> None:
-        """`device` is where loaded tensors go. `attempt` becomes part of the files' names.
+    def __init__(
+        self,
+        url: str,
+        ranks: Ranks,
+        device: torch.device,
+        settings: CheckpointConfig,
+        attempt: int,
+        completed: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """`device` is where loaded tensors go. `attempt` becomes part of the files' names. Rank 0 calls `completed`.
+
+        It is called with the step of each checkpoint that is complete, before older ones are deleted.
 
         So two attempts that overlap (a node was lost and came back) write different files, and the manifest that comes
         last, whichever it is, describes a complete checkpoint.
         """
         self._store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
         self._ranks, self._device, self._settings, self._attempt = ranks, device, settings, attempt
+        self._completed = completed
         self._writing: _Writing | None = None
         self._failures = 0
 
@@ -157,12 +168,12 @@ class Checkpoints:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        deadline, pause = time.monotonic() + patience_seconds, 1.0
+        deadline, pause = time.monotonic() + patience_seconds, FIRST_PAUSE_SECONDS
         while True:
             checkpoint, problem = self._finish(writing)
             if problem is None or not from_rank_0(time.monotonic() + pause < deadline):
                 return problem
-            if self._ranks.rank == 0:
+            if self._ranks.rank == 0 and pause == FIRST_PAUSE_SECONDS:
                 log.warning("checkpoint %s was not written: %s; trying again", checkpoint.name, problem)
             time.sleep(pause)
             alive()
@@ -240,6 +251,7 @@ class Checkpoints:
                 return _reads_differently(self._store.url_of(path))
         except DataError as error:
             return str(error)
+        self._completed(checkpoint.step)
         try:
             self._tidy(checkpoint)
         except DataError as error:  # the new checkpoint is complete all the same
@@ -351,9 +363,7 @@ def list_complete(store: Store) -> list[Checkpoint]:
     Raises CheckpointError for one of another format, DataError if the store cannot be read.
     """
     found = []
-    for folder in store.names():
-        if not _STEP_FOLDER.fullmatch(folder) or not store.exists(f"{folder}/{MANIFEST}"):
-            continue  # still being written, or its attempt was killed
+    for folder in folders_with_manifest(store):
         try:
             checkpoint = _from_manifest(json.loads(store.read(f"{folder}/{MANIFEST}")), store.url_of(folder))
         except DataError:
@@ -365,6 +375,14 @@ def list_complete(store: Store) -> list[Checkpoint]:
         else:
             log.warning("%s has a damaged manifest and is passed over", store.url_of(folder))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def folders_with_manifest(store: Store) -> list[str]:
+    """Names of all checkpoints of a store, damaged or not, oldest first.
+
+    Other folders are still being written, or their attempts were killed. Raises DataError.
+    """
+    return [f for f in store.names() if _STEP_FOLDER.fullmatch(f) and store.exists(f"{f}/{MANIFEST}")]
 
 
 @dataclass(frozen=True)
@@ -399,7 +417,7 @@ def read_weights(url: str, weights: Weights, last: int = 1) -> SavedWeights:
     if used:
         state = {name: total / len(used) for name, total in sums.items()} if weights == "avg" else sums
         return SavedWeights(state, tuple(used))
-    if any(_STEP_FOLDER.fullmatch(folder) and store.exists(f"{folder}/{MANIFEST}") for folder in store.names()):
+    if folders_with_manifest(store):
         raise CheckpointError(f"{url}: every checkpoint is damaged; copy the folder again, or train on")
     raise UsageError(f"{url}: holds no complete checkpoint; is it of the right run (run.dir of its config)?")
 

@@ -1,6 +1,7 @@
 """How is a training job built, how does it go on from a checkpoint, and how does it end?"""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -15,7 +16,17 @@ from data_pipeline.loader import evaluation_batches, train_batches
 from trainer.checkpoint import Checkpoints, LoadedCheckpoint, checkpoints_url
 from trainer.config import RunConfig
 from trainer.deepspeed_engine import DeepSpeedEngine, deepspeed_config, init_distributed
-from trainer.errors import FINISHED, HANG, STOPPED, LostRank, NoProgress, Superseded, code_of, is_foreseen
+from trainer.errors import (
+    FINISHED,
+    HANG,
+    STOPPED,
+    CheckpointError,
+    LostRank,
+    NoProgress,
+    Superseded,
+    code_of,
+    is_foreseen,
+)
 from trainer.exported_model import first_states, load_first_weights, origin_tags
 from trainer.faults.preemption import StopRequest
 from trainer.faults.watchdog import Verdict, Watchdog
@@ -26,8 +37,10 @@ from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank_0, meeting
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker, one_line, open_tracker
 from trainer.scoring import score
-from trainer.startup import Start, check_fits, count_start
+from trainer.startup import Start, check_fits, count_start, why_not_anew
 from trainer.training_samples import draw_grid
+
+log = logging.getLogger(__name__)
 
 MEETING_SECONDS = 600.0
 """A rank that has not started after so long is missing."""
@@ -73,11 +86,18 @@ def build_engine(config: RunConfig, ranks: Ranks, device: torch.device) -> DeepS
     return DeepSpeedEngine(config.model.build(config.train.recompute), config, ranks, device)
 
 
-def open_checkpoints(start: Start, device: torch.device) -> Checkpoints:
+def open_checkpoints(start: Start, files: RunFiles, device: torch.device) -> Checkpoints:
     """The run's checkpoints, with this attempt's number in the names of new files; collective."""
+
+    def remember(step: int) -> None:
+        try:
+            files.write_state(checkpoint_step=step)
+        except OSError as error:
+            log.warning("%s: cannot be written (%s)", files.state, error)
+
     attempt = from_rank_0(start.lock.attempt if start.lock else 0)
     url = checkpoints_url(start.config.run.dir, start.config)
-    return Checkpoints(url, start.ranks, device, start.config.checkpoint, attempt)
+    return Checkpoints(url, start.ranks, device, start.config.checkpoint, attempt, remember)
 
 
 def newest_checkpoint(
@@ -85,9 +105,14 @@ def newest_checkpoint(
 ) -> LoadedCheckpoint | None:
     """The checkpoint to go on from, read; None for a new run. Collective.
 
-    Raises NoProgress if several starts in a row got no further than that.
+    Raises NoProgress if several starts in a row got no further than that, CheckpointError if the run had a checkpoint
+    and none can be used.
     """
     newest = checkpoints.newest(progress.note)
+    if newest is None and (
+        problem := from_rank_0(why_not_anew(files, start.config) if start.ranks.rank == 0 else None)
+    ):
+        raise CheckpointError(problem)
     step = newest.checkpoint.step if newest else 0
     if problem := from_rank_0(count_start(files, start.config, step) if start.ranks.rank == 0 else None):
         raise NoProgress(problem)
@@ -101,12 +126,16 @@ def begin_from(source: Path, engine: DeepSpeedEngine, config: RunConfig) -> dict
     return origin_tags(source, exported)
 
 
-def start_tracker(start: Start, origin: dict[str, str]) -> Tracker | NoTracker:
-    """Begin to record the run in its folder and in MLflow; `origin` is what is recorded about its first weights."""
+def start_tracker(start: Start, origin: dict[str, str], step: int) -> Tracker | NoTracker:
+    """Begin to record the run in its folder and in MLflow, from a step on.
+
+    `origin` is what is recorded about its first weights.
+    """
     config, ranks = start.config, start.ranks
     return open_tracker(
         config,
         ranks,
+        step=step,
         datasets={"training": start.train_shards, "validation": start.validation_shards},
         artifacts={"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)},
         tags={f"origin.{key}": value for key, value in origin.items()},

@@ -38,9 +38,9 @@ SAVED_SKIPPED_BATCHES = 10
 """So many skipped updates of an attempt leave their batches in the run's folder, where somebody can look at them."""
 
 
-FINISHED_PATIENCE_SECONDS = 60.0
+FINISHED_PATIENCE_SECONDS = 30.0
 """How long the last checkpoint of a run is tried again. Nothing else is left to be done then."""
-STOPPED_PATIENCE_SECONDS = 20.0
+STOPPED_PATIENCE_SECONDS = 10.0
 """The same for that of a requested stop, after which the machine is soon taken away."""
 
 

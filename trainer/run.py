@@ -98,12 +98,12 @@ def run(start: Start) -> int:
     tracker, state = None, TrainingState()
     try:
         engine = build_engine(config, ranks, device)
-        checkpoints = open_checkpoints(start, device)
+        checkpoints = open_checkpoints(start, files, device)
         newest = newest_checkpoint(start, files, checkpoints, progress)
         origin = start.origin
         if newest is None and start.source:
             origin = begin_from(start.source, engine, config)
-        tracker = start_tracker(start, origin)
+        tracker = start_tracker(start, origin, newest.checkpoint.step if newest else 0)
         if newest is None:
             announce_new_run(start, files, tracker, progress, origin)
         else:

@@ -16,7 +16,7 @@ from data_pipeline.loader import Shards, open_shards
 from data_pipeline.order import usable_lanes
 from data_pipeline.storage import Store
 from data_pipeline.wording import counted
-from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, list_complete
+from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, folders_with_manifest, list_complete
 from trainer.config import ModelConfig, RunConfig, as_yaml, config_from, model_config_from
 from trainer.deepspeed_engine import accumulation_steps, check_offloading, deepspeed_config
 from trainer.errors import CheckpointError, RunFolderFull, UnsafeFile, UsageError
@@ -203,6 +203,29 @@ def check_fits(checkpoint: Checkpoint, config: RunConfig, train_shards: Shards, 
             "middle of an epoch: the order of the images would change, and some would be seen twice and others never; "
             f"add --set data.lanes={theirs.data.lanes}, or choose another run.dir"
         )
+
+
+def why_not_anew(files: RunFiles, config: RunConfig) -> str | None:
+    """A sentence if a run of which no checkpoint can be used has had one; None if it may begin at step 0.
+
+    An attempt that was killed before its first checkpoint has nothing to go on from, and the run begins anew.
+    """
+    url = checkpoints_url(config.run.dir, config)
+    state = files.read_state()
+    damaged = folders_with_manifest(Store(url, STORE_DEADLINE_SECONDS))
+    had_one = isinstance(state.get("checkpoint_step"), int)
+    # What attempts of older versions left. They recorded no `checkpoint_step`.
+    ended = state.get("state") in ("finished", "stopped") and bool(state.get("step"))
+    trained = files.last_steps().get("train/bits_per_dim", 0)
+    if not (damaged or had_one or ended or trained >= 2 * config.checkpoint.every_steps):
+        return None
+    found = f"only damaged ones ({', '.join(damaged)})" if damaged else "none"
+    steps = f"has trained to step {trained}" if trained else "has trained"
+    return (
+        f"{files.folder} {steps}, and of its checkpoints there are {found} in {url}: nothing was deleted, and the run "
+        "does not begin again at step 0 by itself. Put a copy of its checkpoints there, or correct checkpoint.url; to "
+        "begin anew, choose another run.dir, or delete both"
+    )
 
 
 def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:

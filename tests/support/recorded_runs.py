@@ -29,6 +29,7 @@ def make_run(folder: Path, name: str, best: float, *overrides: str, data: Simple
     tracker = Tracker(
         load_config(QUICKSTART, settings),
         world_size=4,
+        step=0,
         datasets={"training": shards("A", digest="cd"), "validation": data},
     )
     for step in range(1, 41):

@@ -1,42 +1,76 @@
-"""Is a job refused whose data, weights or earlier attempts do not fit its config?"""
+"""Does a run begin at step 0 only if nothing is lost by it?"""
+
+import json
+from pathlib import Path
 
 import pytest
 
-from data_pipeline.loader import Shards
-from tests.support.launch import QUICKSTART
-from trainer.checkpoint import Checkpoint
-from trainer.config import RunConfig, load_config
-from trainer.errors import UsageError
-from trainer.startup import check_fits
-from trainer.typed_values import plain
+from tests.support.launch import finish, settings, start, train
+from tests.support.training_job import config_of
+from trainer.record.run_folder import Journal, RunFiles
+from trainer.startup import why_not_anew
 
 
-def config_with(**options: int) -> RunConfig:
-    return load_config(str(QUICKSTART), [f"{name.replace('__', '.')}={value}" for name, value in options.items()])
+def trained_to(files: RunFiles, step: int) -> None:
+    journal = Journal(files.metrics)
+    journal.append({"step": step, "time": 1.0, "metrics": {"train/bits_per_dim": 5.0}})
+    journal.append({"step": step + 1000, "time": 1.0, "metrics": {"system/cpu": 5.0}})
+    journal.close()
 
 
-def checkpoint_of(config: RunConfig, shards: Shards, *, samples: int, step: int = 5) -> Checkpoint:
-    return Checkpoint(step, step, samples, None, plain(config), shards.digest, [])
+def test_a_new_folder_and_one_that_was_killed_before_its_first_checkpoint_begin_anew(tmp_path: Path) -> None:
+    files, config = RunFiles(tmp_path), config_of(tmp_path, checkpoint__every_steps=10)
+    assert why_not_anew(files, config) is None
+    files.write_state(state="running", attempt=2, start_step=0, step=0)
+    trained_to(files, 19)  # the first one is on its way in the background
+    (tmp_path / "checkpoints/step-000000010").mkdir(parents=True)
+    assert why_not_anew(files, config) is None
+    files.write_state(state="stopped", step=0, reason="in the first evaluation")
+    assert why_not_anew(files, config) is None
 
 
-def test_another_number_of_lanes_is_refused_within_an_epoch(shards: Shards) -> None:
-    """The data set has 3000 images in 6 blocks, so that 4 lanes are 4, and 8 are 4 as well."""
-    first, url = config_with(data__lanes=1), "url"
-    for samples in (1, 2999, 3001, 8000):
-        with pytest.raises(
-            UsageError, match="data.lanes is 4, and step-000000005 was written with 1 .*data.lanes=1, or"
-        ):
-            check_fits(checkpoint_of(first, shards, samples=samples), config_with(data__lanes=4), shards, url)
-    for samples in (0, 3000, 9000):
-        check_fits(checkpoint_of(first, shards, samples=samples), config_with(data__lanes=4), shards, url)
-    finished = checkpoint_of(first, shards, samples=1, step=first.train.steps)
-    check_fits(finished, config_with(data__lanes=4), shards, url)
+@pytest.mark.parametrize("known_by", ["checkpoint", "end", "points", "damaged checkpoint"])
+def test_a_folder_that_knows_steps_does_not_begin_anew(tmp_path: Path, known_by: str) -> None:
+    files, config = RunFiles(tmp_path), config_of(tmp_path, checkpoint__every_steps=10)
+    match known_by:
+        case "checkpoint":
+            files.write_state(state="running", checkpoint_step=10)
+        case "end":
+            files.write_state(state="finished", step=12)
+        case "points":
+            trained_to(files, 20)
+        case "damaged checkpoint":
+            (tmp_path / "checkpoints/step-000000010").mkdir(parents=True)
+            (tmp_path / "checkpoints/step-000000010/manifest.json").write_text("{")
+    said = why_not_anew(files, config)
+    assert said is not None and "nothing was deleted" in said and "choose another run.dir" in said
+    assert ("step-000000010" in said) == (known_by == "damaged checkpoint")
+    assert ("step 20" in said) == (known_by == "points")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"data__lanes": 8}, {"data__fetch_threads": 1}, {"train__global_batch_images": 8, "train__micro_batch_images": 4}],
-)
-def test_what_leaves_the_order_alone_may_change_within_an_epoch(shards: Shards, options: dict[str, int]) -> None:
-    before = checkpoint_of(config_with(data__lanes=4), shards, samples=1)
-    check_fits(before, config_with(**({"data__lanes": 4} | options)), shards, "url")
+@pytest.mark.parametrize("loss", ["damaged files", "no manifests", "no folder", "another URL"])
+def test_a_run_whose_checkpoints_are_lost_is_refused_and_keeps_everything(
+    tmp_path: Path, splits: Path, loss: str
+) -> None:
+    run_dir, changes = tmp_path / "run", {"train__steps": 8, "checkpoint__every_steps": 4}
+    train(settings(run_dir, splits, **changes))
+    attempt = json.loads((run_dir / "run_state.json").read_text())
+    assert attempt["checkpoint_step"] == 8
+    match loss:
+        case "damaged files":
+            for path in run_dir.glob("checkpoints/*/*.safetensors"):
+                path.write_bytes(path.read_bytes()[:-1])
+        case "no manifests":
+            for path in run_dir.glob("checkpoints/*/manifest.json"):
+                path.unlink()
+        case "no folder":
+            (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+        case "another URL":
+            changes["checkpoint__url"] = str(tmp_path / "elsewhere")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and "step-0" in str(path)}
+    points = (run_dir / "metrics.jsonl").read_bytes()
+    code, text = finish(start(settings(run_dir, splits, **changes | {"train__steps": 12}), ranks=1))
+    assert code == 74 and "Traceback" not in text, text
+    assert f"{run_dir} has trained to step 8" in text and "nothing was deleted" in text
+    assert before and all(path.read_bytes() == content for path, content in before.items())
+    assert (run_dir / "metrics.jsonl").read_bytes() == points

@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -140,10 +140,14 @@ class RunFiles:
         """What the last attempt left in `run_state.json`; empty for a new run."""
         return read_json(self.state)
 
-    def write_state(self, **changes: Any) -> None:
-        """Change entries of `run_state.json` in one atomic replacement, without secrets. Raises OSError."""
+    def write_state(self, *, forget: Collection[str] = (), **changes: Any) -> None:
+        """Change entries of `run_state.json` in one atomic replacement, without secrets. Raises OSError.
+
+        Entries in `forget` are removed.
+        """
         with _state_lock:
-            write_json(self.state, self.read_state() | redacted(changes))
+            kept = {name: value for name, value in self.read_state().items() if name not in forget}
+            write_json(self.state, kept | redacted(changes))
 
     def last_steps(self) -> dict[str, int]:
         """The last step recorded of each metric."""

@@ -65,11 +65,12 @@ class Tracker:
         config: RunConfig,
         *,
         world_size: int,
+        step: int,
         datasets: Mapping[str, Any],
         artifacts: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Begin to record in the folder `config.run.dir`, or go on there.
+        """Begin to record in the folder `config.run.dir`, or go on there, from `step` on.
 
         `datasets` maps training and validation to opened shards. `artifacts` are texts to keep with the run, by file
         name (DeepSpeed's configuration). `tags` are added to those that every run has.
@@ -86,9 +87,8 @@ class Tracker:
         now = time.time()
         key = _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
         remember_store(files.folder, key, config.tracking.uri)
-        files.write_state(state="running", started=now)
-        last_step = max(self._last_steps.values(), default=0)
-        self.event(last_step, "start", f"on {counted(world_size, 'rank')}", world_size=world_size)
+        files.write_state(forget=("code", "reason", "ended"), state="running", started=now)
+        self.event(step, "start", f"at step {step}, on {counted(world_size, 'rank')}", world_size=world_size)
         self._uploader = Uploader(files, config.tracking.uri)
         self._uploader.start()
         self._system: SystemMetrics | None = None
@@ -181,6 +181,7 @@ def open_tracker(
     config: RunConfig,
     ranks: Ranks,
     *,
+    step: int,
     datasets: Mapping[str, Any],
     artifacts: Mapping[str, str] | None = None,
     tags: Mapping[str, str] | None = None,
@@ -192,7 +193,9 @@ def open_tracker(
     tracker: Tracker | NoTracker = NoTracker()
     problem = None
     if ranks.rank == 0:
-        tracker = Tracker(config, world_size=ranks.world_size, datasets=datasets, artifacts=artifacts, tags=tags)
+        tracker = Tracker(
+            config, world_size=ranks.world_size, step=step, datasets=datasets, artifacts=artifacts, tags=tags
+        )
         problem = tracker.wait_until_open(REQUIRED_SECONDS) if config.tracking.required else None
     if config.tracking.required and (problem := from_rank_0(problem)) is not None:
         raise MlflowUnreachable(

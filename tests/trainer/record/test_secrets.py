@@ -118,7 +118,7 @@ def test_texts_given_to_the_tracker_lose_their_secrets(tmp_path: Path, monkeypat
         monkeypatch.setenv(name, value)
     config = config_in(tmp_path, "run.name=wJalr/SECRET+0002", "data.train_url=https://host/x?X-Amz-Signature=SECRET")
     texts = {"deepspeed.json": '{"password": "SECRET"}'}
-    tracker = Tracker(config, world_size=1, datasets=DATASETS, artifacts=texts)
+    tracker = Tracker(config, world_size=1, step=0, datasets=DATASETS, artifacts=texts)
     tracker.event(1, "loss_spike", "401 for session-SECRET-0003", url="s3://me:SECRET@bucket")
     reason = f"cannot read https://host/?X-Amz-Credential=SECRET with {SECRETS['AWS_SECRET_ACCESS_KEY']}"
     tracker.close("failed", code=69, reason=reason, step=1)

@@ -21,7 +21,7 @@ from trainer import tracking
 from trainer.config import RunConfig, load_config
 from trainer.errors import MlflowUnreachable
 from trainer.ranks import Ranks
-from trainer.record.run_folder import RunFiles
+from trainer.record.run_folder import Journal, RunFiles
 from trainer.record.tracker import CLOSE_SECONDS, NoTracker, Tracker, metric_name, open_tracker, record_results
 
 SHARDS = SimpleNamespace(
@@ -44,8 +44,10 @@ def config_in(folder: Path, *overrides: str) -> RunConfig:
     return load_config(QUICKSTART, [f"run.dir={folder}/run", f"tracking.uri={mlflow_store(folder)}", *overrides])
 
 
-def tracker_in(folder: Path, *overrides: str, world_size: int = 1) -> Tracker:
-    tracker = open_tracker(config_in(folder, *overrides), Ranks(0, world_size, 0, world_size), datasets=DATASETS)
+def tracker_in(folder: Path, *overrides: str, world_size: int = 1, step: int = 0) -> Tracker:
+    tracker = open_tracker(
+        config_in(folder, *overrides), Ranks(0, world_size, 0, world_size), step=step, datasets=DATASETS
+    )
     assert isinstance(tracker, Tracker)
     return tracker
 
@@ -122,6 +124,22 @@ def test_the_end_of_a_run_is_told_truthfully(tmp_path: Path, state: str, status:
     assert (written["state"], written["code"], written["reason"], written["step"]) == (state, 3, "because", 5)
 
 
+def test_a_new_attempt_says_where_it_began_and_nothing_of_how_the_one_before_ended(tmp_path: Path) -> None:
+    first = tracker_in(tmp_path)
+    first.log(9, {"train/bits_per_dim": 7.0})
+    first.close("failed", code=78, reason="rank 1 is lost", step=9)
+    second = tracker_in(tmp_path, step=4)
+    files = RunFiles(tmp_path / "run")
+    assert files.read_state()["state"] == "running"
+    assert not {"code", "reason", "ended"} & files.read_state().keys()
+    second.close("stopped", code=75, reason="received a signal", step=5)
+    starts = [event for event in Journal(files.events).records() if event["event"] == "start"]
+    assert [(event["step"], event["text"]) for event in starts] == [
+        (0, "at step 0, on 1 rank"),
+        (4, "at step 4, on 1 rank"),
+    ]
+
+
 def test_a_killed_run_that_nobody_continues_is_failed_once_it_is_synchronised(tmp_path: Path) -> None:
     killed_attempt(tmp_path, "tracker.log(1, {'train/bits_per_dim': 7.0})")
     for _ in range(2):  # the second time changes nothing
@@ -133,7 +151,7 @@ def test_a_killed_run_that_nobody_continues_is_failed_once_it_is_synchronised(tm
 
 def test_code_packages_data_and_texts_are_recorded(tmp_path: Path) -> None:
     config = config_in(tmp_path)
-    tracker = Tracker(config, world_size=1, datasets=DATASETS, artifacts={"deepspeed.json": '{"zero": 2}'})
+    tracker = Tracker(config, world_size=1, step=0, datasets=DATASETS, artifacts={"deepspeed.json": '{"zero": 2}'})
     tracker.close("finished", code=0, reason="", step=1)
     (run,) = runs_in(tmp_path)
     (dataset,) = run.inputs.dataset_inputs
@@ -153,7 +171,7 @@ def test_code_packages_data_and_texts_are_recorded(tmp_path: Path) -> None:
 
 
 def test_other_ranks_record_nothing(tmp_path: Path) -> None:
-    tracker = open_tracker(config_in(tmp_path), Ranks(1, 2, 1, 2), datasets=DATASETS)
+    tracker = open_tracker(config_in(tmp_path), Ranks(1, 2, 1, 2), step=0, datasets=DATASETS)
     assert isinstance(tracker, NoTracker)
     tracker.log(1, {BITS: 8.0})
     tracker.event(1, "loss_spike", "x")
@@ -262,7 +280,7 @@ def test_a_server_that_was_never_there_costs_a_warning_and_gets_everything_later
     monkeypatch.setattr("trainer.record.tracker.SEND_EVERY_SECONDS", 0.01)
     config = config_in(tmp_path, f"tracking.uri=http://127.0.0.1:{free_port()}")
     with caplog.at_level(logging.WARNING):
-        tracker = Tracker(config, world_size=1, datasets=DATASETS)
+        tracker = Tracker(config, world_size=1, step=0, datasets=DATASETS)
         for step in (1, 2, 3):
             tracker.log(step, {BITS: 8.0 - step})
         deadline = time.monotonic() + 60
