@@ -171,6 +171,21 @@ def build_muon(model: Model, config: Muon) -> torch.optim.Optimizer:
     return optimizer
 
 
+def skip_what_overflows(zero: Any) -> None:
+    """Let stage 3 skip updates of which a gradient's square is too large for fp32, as the other stages do.
+
+    It computes norms in fp64, and takes such a gradient for a good one. Adam keeps squares in fp32: an infinite one
+    stays for ever, and that weight is never changed again.
+    """
+    norms_of_groups = zero._get_norm_groups
+
+    def norms() -> list[Tensor]:
+        # Of a negative norm DeepSpeed knows that it is not valid.
+        return [torch.where(norm.float().square().isfinite(), norm, -1.0) for norm in norms_of_groups()]
+
+    zero._get_norm_groups = norms
+
+
 class DeepSpeedEngine:
     """ZeRO 0-3 in fp32, bf16 or fp16. State goes in and out as full fp32 tensors: they fit any stage and world size."""
 
@@ -194,6 +209,8 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
         )
+        if config.train.zero_stage == 3:
+            skip_what_overflows(self._engine.optimizer)
         self._sharded = config.train.zero_stage > 0
         self._norm_is_of_updates = isinstance(config.optimizer, Muon) and config.train.zero_stage == 3
         self._replicated = config.train.zero_stage < 3

@@ -151,6 +151,24 @@ def test_an_update_with_a_gradient_that_is_not_finite_leaves_the_state_as_it_was
     losses(engine, range(2, 3))
 
 
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_an_update_with_a_gradient_whose_square_is_not_finite_is_skipped_as_well(
+    device: torch.device, stage: int, precision: str, clip: float
+) -> None:
+    """The gradient is finite, and Adam's second moment of it would be infinite for ever."""
+    config = tiny(stage, precision, **{"optimizer.clip_grad_norm": clip})
+    engine = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(engine, range(2))
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in engine.state()}
+    for factor in (1e32, 1.0):
+        engine.backward(engine.forward(random_images(4, 8), NOTHING).mean() * factor)
+    assert engine.update(0.003).outcome == "skipped"
+    for name, state in engine.state():
+        assert all(torch.equal(before[name][key], value) for key, value in state.items()), name
+    losses(engine, range(2, 3))
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_optimizer_in_host_memory_gives_the_same_losses(device: torch.device, stage: int) -> None:
     config = tiny(stage, "bf16")
