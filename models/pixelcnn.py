@@ -29,6 +29,8 @@ from models.model import Account, Flops, Model, Recompute, check_inputs, num_par
 from models.recompute_decoder import RecomputeDecoder
 
 FIRST_KERNEL, KERNEL = 7, 3
+LARGEST = {"image_size": 1024, "features": 1 << 16, "layers": 4096, "head_features": 1 << 18}
+"""Far beyond what anybody trains. A config may come from a stranger, and its sizes decide what a computer does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class PixelCNNConfig:
             f"{name}: {getattr(self, name)} is less than {least}" + (", one for each colour" if least == 3 else "")
             for name, least in smallest.items()
             if getattr(self, name) < least
+        ]
+        problems += [
+            f"{name}: {getattr(self, name)} is more than {most}"
+            for name, most in LARGEST.items()
+            if getattr(self, name) > most
         ]
         if problems:
             raise ValueError("\n".join(problems))

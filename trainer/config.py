@@ -213,7 +213,7 @@ def _parsed(text: bytes, path: Path) -> dict[str, Any]:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         raise ConfigError(f"{path}{where}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-99-99
         raise ConfigError(f"{path}: is not YAML") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold the sections {', '.join(SECTIONS)}")
@@ -228,7 +228,7 @@ def _apply_override(values: dict[str, Any], override: str, notes: list[str]) -> 
         return [f"--set {override}: write it as section.key=value, for example --set model.layers=4"]
     try:
         value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return [f"--set {override}: the value is not YAML"]
     if keys[0] not in SECTIONS:
         return [f"--set {override}: {unknown(keys[0], list(SECTIONS), '', 'section')}"]

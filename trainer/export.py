@@ -13,7 +13,7 @@ from trainer.checkpoint import Weights
 from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.exported_model import Origin, is_exported, write_exported
-from trainer.record.run_folder import Journal, RunFiles
+from trainer.record.run_folder import RunFiles
 from trainer.trained_model import add_run_arguments, load_trained_model
 
 
@@ -50,7 +50,7 @@ def export(run_dir: str, weights: Weights, last: int, to: Path) -> None:
 def _evaluated(files: RunFiles, step: int, weights: Weights) -> float | None:
     """Bits per dimension that trainer.evaluate recorded for these weights at this step, the last time."""
     name, found = f"final/{weights}_bits_per_dim", None
-    for point in Journal(files.metrics).records():
+    for point in files.points().records():
         if point["step"] == step and name in point["metrics"]:
             found = point["metrics"][name]
     return found

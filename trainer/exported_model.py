@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.storage import DataError, Store
+from models.model import num_parameters
 from trainer.checkpoint import Weights
 from trainer.config import ModelConfig, RunConfig
 from trainer.engine import State
@@ -26,10 +27,11 @@ from trainer.optimizer import orthogonalised_names, state_names
 from trainer.record.run_folder import write_json
 from trainer.safe_files import file_inside, read_file
 from trainer.tensor_file import FileEntry, read_tensors, write_tensors
-from trainer.typed_values import differences, plain
+from trainer.typed_values import differences, plain, read
 
 FORMAT_VERSION = 2
 """2 holds a card where 1 held the whole config of the run; both are read."""
+FAR_TOO_LARGE = 8
 LARGEST_DESCRIPTION = 1 << 20
 """Bytes of a description that is read."""
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
@@ -108,7 +110,9 @@ def load_exported(folder: Path) -> ExportedModel:
         card = (
             card_from_config(description["config"], source) if version == 1 else card_from(description["card"], source)
         )
-        origin = Origin(**description["origin"])
+        origin, problems = read(Origin, description["origin"], "origin")
+        if problems or type(entry["bytes"]) is not int or type(entry["sha256"]) is not str:
+            raise TypeError(problems)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"{folder / DESCRIPTION_FILE}: is not the description of an exported model; export the run again"
@@ -119,12 +123,18 @@ def load_exported(folder: Path) -> ExportedModel:
         raise CheckpointError(f"{path}: is missing; copy the folder again, or export the run again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
+    # A model that is somewhat too large is found below, where the tensor that is missing has a name.
+    if (needed := 4 * num_parameters_of(card.model)) > FAR_TOO_LARGE * entry["bytes"]:
+        raise CheckpointError(
+            f"{path}: has {entry['bytes']:,} bytes, and the model of {DESCRIPTION_FILE} takes {needed:,}; "
+            "export the run again"
+        )
     state = read_tensors(_store(folder), WEIGHTS_FILE, entry)
     if state is None:
         raise CheckpointError(
             f"{path}: is not the file that {DESCRIPTION_FILE} describes (incomplete or changed); copy the folder again"
         )
-    if problem := _misfit(card.model, state):
+    if problem := misfit(card.model, state):
         raise CheckpointError(f"{path}: does not fit the model of {DESCRIPTION_FILE}: {problem}; export the run again")
     return ExportedModel(card=card, origin=origin, state=state, digest=entry["sha256"])
 
@@ -186,7 +196,16 @@ def _description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def _misfit(model: ModelConfig, state: dict[str, Tensor]) -> str | None:
+def num_parameters_of(model: ModelConfig) -> int:
+    """Trainable numbers of a model, without building it: what one and two periods of its units have tells the rest."""
+    period = model.unit_period
+    with torch.device("meta"):
+        one, two = (num_parameters(model.with_units(count * period).build()) for count in (1, 2))
+    return one + (two - one) * (model.num_units - period) // period
+
+
+def misfit(model: ModelConfig, state: dict[str, Tensor]) -> str | None:
+    """What of the tensors does not fit the model, in a phrase; None if all do. No memory is taken for weights."""
     with torch.device("meta"):
         expected = model.build().state_dict()
     if odd := sorted(expected.keys() ^ state.keys()):

@@ -26,7 +26,7 @@ from trainer.errors import UsageError
 from trainer.gpus import GPUS, Gpu, find_gpu
 from trainer.memory import States, Target, activation_bytes, num_orthogonalised, state_bytes
 from trainer.options import Muon
-from trainer.record.run_folder import Journal
+from trainer.record.run_folder import Journal, Point
 
 ASSUMED_MFU = 0.4
 """Of the dense peak; published trainers of dense transformers in bf16 reach 0.35 to 0.5 on H100s."""
@@ -393,9 +393,8 @@ def _speed(config: RunConfig, cluster: Cluster, flops: Flops, parameters: int, r
 
 
 def _points(metrics_file: Path) -> Iterator[dict[str, float]]:
-    for record in Journal(metrics_file).records():
-        if isinstance(metrics := record.get("metrics"), dict):
-            yield metrics
+    for record in Journal(metrics_file, Point).records():
+        yield record["metrics"]
 
 
 def _memory_table(plan: Plan) -> list[str]:

@@ -115,7 +115,10 @@ def _open(path: Path, within: Path, flags: int) -> int:
 def _folder_of(path: Path, within: Path, *, make: bool) -> Iterator[int]:
     """The folder that holds a file, opened without following a link below `within`."""
     steps = path.parent.relative_to(within).parts
-    here = os.open(within, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        here = os.open(within, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except NotADirectoryError as error:  # the user names a file, or something below one: there is no such folder
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(within)) from error
     try:
         place = within
         for step in steps:

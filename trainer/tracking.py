@@ -16,7 +16,7 @@ from trainer.command_line import run_tool
 from trainer.errors import MlflowUnreachable, RefusedStore, UnsafeFile, UsageError
 from trainer.record.mlflow_mirror import SQLITE, Mirror, MirrorInUse
 from trainer.record.own_runs import is_store, own_store, store_of_environment
-from trainer.record.run_folder import RunFiles, read_json
+from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import catch_up, one_line
 
 
@@ -36,7 +36,7 @@ def _sync(files: RunFiles, to: str | None) -> None:
     Raises UsageError for a folder without a run or a store that nobody named, RefusedStore, MlflowUnreachable.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    if not (description := read_json(files.description)):
+    if not (description := files.read_description()):
         raise UsageError(f"{files.folder}: holds no run (no {files.description.name})")
     uri = to or own_store(str(description.get("key"))) or store_of_environment()
     if uri is None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from models.model import Model
 from trainer.checkpoint import Checkpoint, Weights, checkpoints_url, read_weights
 from trainer.config import load_written
-from trainer.errors import UsageError
-from trainer.exported_model import is_exported, load_exported
+from trainer.errors import CheckpointError, UsageError
+from trainer.exported_model import is_exported, load_exported, misfit
 from trainer.model_card import ModelCard, card_of
 from trainer.record.run_folder import RunFiles
 
@@ -66,6 +66,8 @@ def load_trained_model(run_dir: str, weights: Weights, last: int = 1) -> Trained
     config = load_written(files.config)
     saved = read_weights(checkpoints_url(run_dir, config), weights, last)
     step, checkpoints = saved.checkpoints[0].step, saved.checkpoints
+    if problem := misfit(config.model, saved.state):
+        raise CheckpointError(f"{run_dir}: the newest checkpoint does not fit the model of config.yaml: {problem}")
     return _on_device(card_of(config), config.run.name, saved.state, step, weights, files, checkpoints)
 
 

@@ -13,10 +13,16 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""Of steps, images and the like."""
+Key = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+"""A random number in hexadecimal digits."""
+Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
+"""Seconds since 1970."""
 INVALID = object()
 """In place of a value that has a problem."""
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
@@ -30,6 +36,18 @@ def read(hint: Any, value: object, path: str, missing: Mapping[str, Any] = NOTHI
     """
     reader = _Reader(hint, missing)
     return reader.read(hint, value, path), reader.problems
+
+
+def misfits(record: type, text: bytes) -> list[str]:
+    """The entries of a JSON object that are missing or of another type than the fields of a dataclass.
+
+    Entries without a field are not looked at. What is not a JSON object gives one empty name.
+    """
+    try:
+        _adapter(record).validate_json(text, strict=True)
+    except ValidationError as error:
+        return sorted({str(item["loc"][0]) if item["loc"] else "" for item in error.errors(include_input=False)})
+    return []
 
 
 def plain(value: object) -> Any:

@@ -16,6 +16,17 @@ from models.image_transformer.layer import Block, NormPlace
 from models.image_transformer.pixel_order import Input, Shift, grid_shape
 from models.likelihood import MixtureOutput, Output
 
+LARGEST = {
+    "image_size": 1024,
+    "layers": 4096,
+    "width": 1 << 17,
+    "heads": 1 << 14,
+    "attention_width": 1 << 17,
+    "ff_width": 1 << 20,
+}
+"""Far beyond what anybody trains. A config may come from a stranger, and its sizes decide what a computer does."""
+MOST_CLASSES = 10_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Local1D:
@@ -178,12 +189,18 @@ def _common_cell(config: ImageTransformerShape) -> tuple[int, int]:
 
 def _range_problems(config: ImageTransformerShape) -> list[str]:
     problems = []
-    for name in ("image_size", "layers", "width", "heads", "attention_width", "ff_width"):
+    for name, most in LARGEST.items():
         if getattr(config, name) < 1:
             problems.append(f"{name}: {getattr(config, name)} is not positive")
+        if getattr(config, name) > most:
+            problems.append(f"{name}: {getattr(config, name)} is more than {most}")
     for name in ("key_heads", "num_classes"):
         if getattr(config, name) < 0:
             problems.append(f"{name}: {getattr(config, name)} is negative")
+    if config.num_classes > MOST_CLASSES:
+        problems.append(f"num_classes: {config.num_classes} is more than {MOST_CLASSES}")
+    if config.encoder_layers > LARGEST["layers"]:
+        problems.append(f"super_resolution.encoder_layers: {config.encoder_layers} is more than {LARGEST['layers']}")
     for name in ("dropout", "label_dropout"):
         if not 0 <= getattr(config, name) < 1:
             problems.append(f"{name}: {getattr(config, name)} is not in [0, 1)")

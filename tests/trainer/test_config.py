@@ -89,6 +89,7 @@ def test_all_problems_are_reported_at_once() -> None:
         ("=3", "write it as section.key=value"),
         ("train=3", "write it as section.key=value"),
         ("train.steps=[", "the value is not YAML"),
+        ("run.seed=2020-99-99", "the value is not YAML"),
         ("run.name=2020-01-01", "run.name: must be text, a number, true, false, a list or null, not"),
     ],
 )
@@ -115,6 +116,7 @@ def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
         (b"x: " + b"a" * (1 << 20), "is larger than 1 MiB"),
         (b"run: 3\n", "run: must be a section with the keys name, dir"),
         (b"[" * 5000, "is not YAML"),
+        (b"run: {seed: 2020-99-99}", "is not YAML"),
         (b"a: &a [x, x]\nb: &b [*a, *a]\nrun: {name: *b}\n", "bad.yaml:2:8: *a: aliases are not allowed here"),
     ],
 )

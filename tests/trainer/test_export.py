@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,21 @@ import torch
 
 from models.given import NOTHING
 from models.likelihood import MixtureOutput, nats
-from models.model import Model
+from models.model import Model, num_parameters
 from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
 from tests.support.tiny_model import random_images
 from trainer import export as export_tool
 from trainer.checkpoint import Checkpoint, Weights
 from trainer.config import RunConfig, as_yaml, load_config
 from trainer.engine import TorchEngine
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, ConfigError, UsageError
 from trainer.exported_model import (
     Origin,
     first_states,
     is_exported,
     load_exported,
     load_first_weights,
+    num_parameters_of,
     write_exported,
 )
 from trainer.model_card import card_of
@@ -176,6 +178,61 @@ def test_a_damaged_or_other_model_is_refused_in_one_sentence(folder: Path, kind:
     with pytest.raises(CheckpointError, match=message) as error:
         load_exported(folder)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": 10_000_000},
+        {"layers": 4096},  # allowed, but not in a file of this size
+        {"image_size": 1_000_000_000},
+        {"width": 1_000_000_000},
+        {"width": 65536, "ff_width": 65536},
+        {"ff_width": 10**30},
+        {"num_classes": 10_000_000},
+        {"super_resolution": {"small_size": 4, "encoder_layers": 10_000_000}},
+        {"layers": 2.0},
+        {"layers": "2"},
+    ],
+    ids=str,
+)
+def test_an_absurd_model_is_refused_before_anything_is_built(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    description = json.loads(path.read_text())
+    description["card"]["model"] |= changes
+    path.write_text(json.dumps(description))
+    began = time.process_time()
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_exported(folder)
+    assert str(caught.value).count("\n") == 0
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"origin": {"run": ["x"]}},
+        {"origin": None},
+        {"file": {"bytes": 1.0, "sha256": "x"}},
+        {"file": {"bytes": 10**30, "sha256": 3}},
+        {"file": []},
+        {"card": 5},
+        {"format_version": [1]},
+    ],
+    ids=str,
+)
+def test_odd_values_of_a_description_are_one_sentence(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_exported(folder)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_the_parameters_of_a_model_are_counted_without_building_it() -> None:
+    for units in (1, 2, 5):
+        model = config_of().model.with_units(units)
+        assert num_parameters_of(model) == num_parameters(model.build())
 
 
 def test_nothing_is_overwritten(folder: Path) -> None:

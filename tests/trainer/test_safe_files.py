@@ -80,6 +80,13 @@ def test_the_folder_that_the_user_names_may_be_a_link(mine: Path) -> None:
     assert read_file(run / "samples" / "x") == b"1"
 
 
+def test_there_is_nothing_below_a_file(mine: Path) -> None:
+    for path in (mine / "x", mine / "run" / "x", mine.parent / "nowhere" / "x"):
+        with pytest.raises(FileNotFoundError):
+            read_file(path)
+    assert RunFiles(mine / "run").read_state() == {}
+
+
 @pytest.mark.parametrize("name", ["", "/etc/passwd", "../mine.json", "a/../../mine.json", "./x", "a//b", "x\0"])
 def test_only_names_inside_are_files_of_a_folder(mine: Path, name: str) -> None:
     with pytest.raises(UnsafeFile, match="is no name of a file in this folder"):

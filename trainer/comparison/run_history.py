@@ -16,7 +16,7 @@ from trainer.config import flat, load_written
 from trainer.errors import ConfigError, MlflowUnreachable, UsageError
 from trainer.older_configs import params_of_today
 from trainer.record.mlflow_mirror import open_client
-from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds
+from trainer.record.run_folder import RunFiles, working_seconds
 from trainer.record.tracker import one_line
 from trainer.safe_files import read_file
 
@@ -112,11 +112,11 @@ def history_of_folder(folder: Path) -> RunHistory:
     if not files.metrics.exists():
         raise UsageError(f"{folder}: holds no run (no {files.metrics.name}); give the run.dir of a config")
     points: dict[str, dict[int, tuple[float, float]]] = {}
-    for record in Journal(files.metrics).records():
+    for record in files.points().records():
         for name, value in record["metrics"].items():
             if name.startswith(_CURVES):
                 points.setdefault(name, {}).setdefault(record["step"], (record["time"], value))
-    description = read_json(files.description)
+    description = files.read_description()
     params = description.get("params")
     if params is None:
         try:

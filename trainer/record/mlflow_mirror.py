@@ -30,7 +30,7 @@ from PIL import Image
 
 from trainer.errors import RefusedStore
 from trainer.pictures import open_picture
-from trainer.record.run_folder import Journal, RunFiles, read_json, write_json
+from trainer.record.run_folder import RunFiles, write_json
 from trainer.safe_files import file_inside, files_inside, read_file
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ LINES_A_REQUEST = 50
 LARGEST_REQUEST = 1000
 """Points in one request: MLflow's limit. Those of parameters and tags are 100."""
 LARGEST_TAG_CHARACTERS = 5000
+LARGEST_NAME_CHARACTERS = 200
 REQUEST_SECONDS = "10"
 STORE_CREATION_SECONDS = 120.0
 RUN_KEY = "run.key"
@@ -81,7 +82,7 @@ class Mirror:
     def __init__(self, files: RunFiles, uri: str) -> None:
         self._files = files
         self._uri = uri
-        self._metrics, self._events = Journal(files.metrics), Journal(files.events)
+        self._metrics, self._events = files.points(), files.happenings()
         self._lock: FileLock | None = None
         self._client: mlflow.MlflowClient | None = None
         self._run_id = ""
@@ -95,12 +96,12 @@ class Mirror:
         Raises MirrorInUse, or any error of MLflow, its store or its network. The next call goes on from there.
         """
         self._take_lock()
-        description = read_json(self._files.description)
+        description = self._files.read_description()
         if not description:
             return  # nothing was recorded
         if self._client is None:
             self._client = open_client(self._uri)
-        sent = read_json(self._files.sent)
+        sent = self._files.read_sent()
         if self._attempt != description["attempt"]:
             self._open(description, sent)
         try:
@@ -121,7 +122,7 @@ class Mirror:
 
     def unsent_points(self) -> int:
         """Values of metrics that have not arrived."""
-        sent = read_json(self._files.sent)
+        sent = self._files.read_sent()
         return sum(len(record["metrics"]) for record in self._metrics.records(sent.get("metrics", 0)))
 
     def close(self) -> None:
@@ -220,20 +221,24 @@ class Mirror:
         assert self._client is not None
         client, run_id = self._client, self._run_id
         if record["event"] == "image":
-            image = _read_image(self._files.folder, record["file"])
+            image = _read_image(self._files.folder, record.get("file", ""))
             when = int(record["time"] * 1000)
             if image is not None and not (self._may_be_there and self._has_image(record["step"], when)):
-                client.log_image(run_id, image, key=record["key"], step=record["step"], timestamp=when)
+                client.log_image(
+                    run_id, image, key=_image_key(record.get("key", "")), step=record["step"], timestamp=when
+                )
         elif record["event"] == "file":
+            name = record.get("file", "")
             try:
-                path = file_inside(self._files.folder, record["file"])
+                path = file_inside(self._files.folder, name)
             except OSError as error:
-                log.warning("MLflow does not get %s (%s)", self._files.folder / record["file"], error)
+                log.warning("MLflow does not get %s (%s)", self._files.folder / name, error)
             else:
-                client.log_artifact(run_id, str(path), record["folder"] or None)
+                client.log_artifact(run_id, str(path), _artifact_folder(record.get("folder", "")))
         else:
             text = f"step {record['step']}: {record.get('text', '')}"
-            client.set_tag(run_id, f"event.{record['event']}", text[:LARGEST_TAG_CHARACTERS])
+            name = re.sub(r"[^\w.-]", "_", record["event"])[:LARGEST_NAME_CHARACTERS]
+            client.set_tag(run_id, f"event.{name}", text[:LARGEST_TAG_CHARACTERS])
 
     def _has_image(self, step: int, when: int) -> bool:
         assert self._client is not None
@@ -389,6 +394,16 @@ def _read_image(folder: Path, name: str) -> Image.Image | None:
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s), so MLflow does not get it", folder / name, error)
         return None
+
+
+def _artifact_folder(name: str) -> str | None:
+    """A folder of a run's artifacts, in a form that MLflow takes; None for their top."""
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or None
+
+
+def _image_key(key: str) -> str:
+    """The name of a series of pictures, in a form that MLflow takes."""
+    return "/".join(part for part in re.sub(r"[^\w\-./ ]", "_", key).split("/") if part.strip(".")) or "unnamed"
 
 
 def _pin_artifacts(run: Run, uri: str) -> None:

@@ -86,12 +86,30 @@ def redacted(value: Any) -> Any:
     return value
 
 
+LIVE_LINE = "\r\x1b[K"
+_STEERING = re.compile(
+    r"(?!\x1b\[[0-9;]{0,16}m|\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+"""Control characters but for line feeds, tabs and colours, and characters that turn the direction of what follows."""
+
+
 def guard_output() -> None:
     """Redact whatever this process prints or logs from now on. Every main() calls it first."""
     if not isinstance(sys.stdout, _RedactingStream):
         sys.stdout, sys.stderr = (cast(TextIO, _RedactingStream(stream)) for stream in (sys.stdout, sys.stderr))
     # Handlers of libraries still hold the old streams.
     logging.setLogRecordFactory(_RedactedRecord)
+
+
+def shown(text: str) -> str:
+    """The text with what would steer a terminal written out: an escape sequence as `\\x1b`.
+
+    Names and messages come from files of others, too. Colours are let through, and at the beginning the sequence by
+    which a live line of ours replaces the one before.
+    """
+    live = text.startswith(LIVE_LINE)
+    rest = text[len(LIVE_LINE) :] if live else text
+    return (LIVE_LINE if live else "") + _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), rest)
 
 
 class _RedactingStream:
@@ -101,7 +119,7 @@ class _RedactingStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redact(text))
+        self._stream.write(shown(redact(text)))
         return len(text)
 
     def writelines(self, lines: list[str]) -> None:

@@ -10,12 +10,14 @@ import logging
 import os
 import threading
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainer.record.redaction import redacted
 from trainer.safe_files import LARGEST_JOURNAL, open_to_append, open_to_read, read_file, write_file
+from trainer.typed_values import Count, Key, Time, misfits
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +28,121 @@ LARGEST_BACKLOG_LINES = 100_000
 _state_lock = threading.Lock()
 
 
-class Journal:
-    """A file of JSON lines that only grows. Readers see whole lines only."""
+@dataclass(frozen=True)
+class Point:
+    """A line of `metrics.jsonl`."""
 
-    def __init__(self, path: Path) -> None:
+    step: Count
+    time: Time
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Event:
+    """A line of `events.jsonl`; each kind of event has entries of its own, too."""
+
+    step: Count
+    time: Time
+    event: str
+    text: str = ""
+    key: str = ""
+    """Of a picture: which series of pictures it is part of."""
+    file: str = ""
+    """Of a picture or a file: where it is in the run's folder."""
+    folder: str = ""
+    """Of a file: where MLflow keeps it."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must not change between two attempts of a run."""
+
+    model: dict[str, Any]
+    seed: int
+    data: str
+
+
+@dataclass(frozen=True)
+class RunState:
+    """`run_state.json`: what the last attempt left."""
+
+    state: Literal["running", "finished", "stopped", "failed"] | None = None
+    code: int | None = None
+    reason: str | None = None
+    step: Count | None = None
+    started: Time | None = None
+    ended: Time | None = None
+    attempt: Count | None = None
+    checkpoint_step: Count | None = None
+    identity: Identity | None = None
+    origin: dict[str, str] | None = None
+    start_step: Count | None = None
+    start_config: str | None = None
+    starts_without_progress: Count | None = None
+    mlflow_run_id: str | None = None
+    mlflow_uri: str | None = None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a run."""
+
+    started: Time
+    world_size: Count
+    host: str = ""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Training or validation images."""
+
+    context: str
+    url: str
+    name: str
+    digest: str
+    images: Count
+    image_size: Count
+    form: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """`mlflow_run.json`: what MLflow is told of a run."""
+
+    uri: str
+    experiment: str
+    name: str
+    key: Key
+    attempt: Count
+    attempts: list[Attempt]
+    params: dict[str, str]
+    tags: dict[str, str]
+    data: list[DataSet]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """`mlflow_sent.json`: what MLflow has of a run; lines of the journals are counted in bytes."""
+
+    run_id: str = ""
+    metrics: Count = 0
+    events: Count = 0
+    attempt: Count | None = None
+    checkpoint_step: Count | None = None
+    status: str | None = None
+
+
+class Journal:
+    """A file of JSON lines that only grows. Readers see whole lines only.
+
+    `kind` is the record that lines hold. A line that holds another is passed over, and the first one is warned of.
+    """
+
+    def __init__(self, path: Path, kind: type | None = None) -> None:
         self.path = path
+        self._kind = kind
+        self._warned = False
         self._lock = threading.Lock()
         self._backlog: list[bytes] = []
         self._torn = False
@@ -106,7 +218,7 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 position += length
-                if length == len(line) and (record := _parse(line)) is not None:
+                if length == len(line) and (record := self._parse(line)) is not None:
                     records.append(record)
         return records, position
 
@@ -118,6 +230,22 @@ class Journal:
             if following == position:
                 return
             position = following
+
+    def _parse(self, line: bytes) -> dict[str, Any] | None:
+        """The record of a line; None for the remains of one that a full disk or a lost machine has left, and for what
+        is no record of this kind."""
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        if self._kind is not None and (odd := misfits(self._kind, line)):
+            if not self._warned:
+                log.warning("%s: a line is passed over, as %s is missing or odd in it", self.path, " and ".join(odd))
+                self._warned = True
+            return None
+        return value
 
 
 class RunFiles:
@@ -136,9 +264,28 @@ class RunFiles:
         """What MLflow is told when the run is opened there: parameters, tags, data sets."""
         self.sent = folder / "mlflow_sent.json"
 
+    def points(self) -> Journal:
+        """What was measured: `Point` records."""
+        return Journal(self.metrics, Point)
+
+    def happenings(self) -> Journal:
+        """What happened: `Event` records."""
+        return Journal(self.events, Event)
+
     def read_state(self) -> dict[str, Any]:
-        """What the last attempt left in `run_state.json`; empty for a new run."""
-        return read_json(self.state)
+        """What the last attempt left in `run_state.json`: a `RunState`, or empty for a new run.
+
+        This warns of an entry that is damaged, and leaves it out.
+        """
+        return _read_json(self.state, RunState, keep_others=True)
+
+    def read_description(self) -> dict[str, Any]:
+        """The `Description`; empty if there is none, or, with a warning, if it is damaged."""
+        return _read_json(self.description, Description)
+
+    def read_sent(self) -> dict[str, Any]:
+        """What MLflow has: `Sent`; empty if it has nothing, or, with a warning, if that is damaged."""
+        return _read_json(self.sent, Sent)
 
     def write_state(self, *, forget: Collection[str] = (), **changes: Any) -> None:
         """Change entries of `run_state.json` in one atomic replacement, without secrets. Raises OSError.
@@ -152,27 +299,33 @@ class RunFiles:
     def last_steps(self) -> dict[str, int]:
         """The last step recorded of each metric."""
         last: dict[str, int] = {}
-        for point in Journal(self.metrics).records():
+        for point in self.points().records():
             for name in point["metrics"]:
                 last[name] = max(last.get(name, -1), point["step"])
         return last
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, record: type, *, keep_others: bool = False) -> dict[str, Any]:
     """A JSON object; empty if there is no such file. If it is damaged, this warns and returns an empty one.
 
+    With `keep_others`, an entry that does not fit the record leaves the others as they are.
     Raises UnsafeFile for a link and the like, or another OSError.
     """
     try:
-        value = json.loads(read_file(path))
-    except (FileNotFoundError, NotADirectoryError):  # the latter where a file has the name of its folder
+        text = read_file(path)
+    except FileNotFoundError:
         return {}
+    odd = misfits(record, text)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
+        odd = [""]
+    if odd and (not keep_others or "" in odd):
         log.warning("%s is damaged and is written anew", path)
         return {}
-    return value
+    if odd:
+        log.warning("%s: %s is damaged and is left out", path, " and ".join(odd))
+    return {name: entry for name, entry in value.items() if name not in odd}
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -190,12 +343,3 @@ def working_seconds(attempts: list[dict[str, Any]], times: list[float]) -> Itera
     for attempt, end in zip(attempts, ends, strict=True):
         alive = [time for time in times if attempt["started"] <= time < end]
         yield attempt, max(alive, default=attempt["started"]) - attempt["started"]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None for the remains of one that a full disk or a lost machine has left."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None

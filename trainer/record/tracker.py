@@ -38,7 +38,7 @@ from trainer.record.provenance import (
     packages,
 )
 from trainer.record.redaction import redact, redacted
-from trainer.record.run_folder import Journal, RunFiles, read_json, working_seconds, write_json
+from trainer.record.run_folder import RunFiles, working_seconds, write_json
 from trainer.record.system_metrics import SystemMetrics
 from trainer.safe_files import write_file
 
@@ -76,13 +76,13 @@ class Tracker:
         name (DeepSpeed's configuration). `tags` are added to those that every run has.
         """
         self._files = files = RunFiles(Path(config.run.dir))
-        self._metrics, self._events = Journal(files.metrics), Journal(files.events)
+        self._metrics, self._events = files.points(), files.happenings()
         for journal in (self._metrics, self._events):
             journal.repair()
         self._last_steps = files.last_steps()
         self._last_images: dict[str, int] = {}
         for record in self._events.records():
-            if record["event"] == "image":
+            if record["event"] == "image" and "key" in record:
                 self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
         now = time.time()
         key = _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
@@ -267,7 +267,7 @@ def record_results(
     MLflow is asked only if this user trained the run here, or if the environment names a store: otherwise the files
     have it alone, and a line says so.
     """
-    journal, events, now = Journal(files.metrics), Journal(files.events), time.time()
+    journal, events, now = files.points(), files.happenings(), time.time()
     last_steps = files.last_steps()
     named = {metric_name(name): float(value) for name, value in metrics.items()}
     if fresh := {name: value for name, value in named.items() if step > last_steps.get(name, -1)}:
@@ -277,7 +277,7 @@ def record_results(
         events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": folder})
     journal.close()
     events.close()
-    if not (description := read_json(files.description)):
+    if not (description := files.read_description()):
         return  # an exported model, which has no run in MLflow
     uri = own_store(str(description.get("key")), files.folder) or store_of_environment()
     if uri is None:
@@ -347,7 +347,7 @@ def _describe_run(
         repro["git.diff"] = code_changes()
     for name, content in repro.items():
         write_file(files.repro / name, redact(content).encode(), within=files.folder)
-    before = read_json(files.description)
+    before = files.read_description()
     # The run's lock counts attempts. Without one they are counted here.
     attempt = files.read_state().get("attempt", before.get("attempt", 0) + 1)
     machine = machine_tags(world_size)
@@ -378,11 +378,11 @@ def _describe_run(
 
 def _summary(files: RunFiles) -> dict[str, float]:
     """The few figures that compare runs in MLflow's table and parallel coordinates."""
-    points = list(Journal(files.metrics).records())
+    points = list(files.points().records())
     times = [point["time"] for point in points] + [time.time()]
     values = {name: [point["metrics"][name] for point in points if name in point["metrics"]]
               for name in ("val/bits_per_dim", "perf/images_per_s")}  # fmt: skip
-    attempts = read_json(files.description).get("attempts", [])
+    attempts = files.read_description().get("attempts", [])
     seconds = sum(entry["world_size"] * duration for entry, duration in working_seconds(attempts, times))
     summary = {"final/gpu_hours": seconds / 3600}
     if values["val/bits_per_dim"]:

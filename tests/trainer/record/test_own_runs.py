@@ -16,7 +16,7 @@ from trainer.errors import RefusedStore
 from trainer.record import mlflow_mirror, tracker
 from trainer.record.mlflow_mirror import Mirror, open_client
 from trainer.record.own_runs import own_store, remember_store, store_of_environment
-from trainer.record.run_folder import Journal, RunFiles, read_json, write_json
+from trainer.record.run_folder import Journal, RunFiles, write_json
 from trainer.record.tracker import record_results
 
 KEY = "0123456789abcdef" * 2
@@ -31,7 +31,7 @@ def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFiles:
     shutil.copytree(folder, tmp_path / "run", dirs_exist_ok=True)
     files = RunFiles(tmp_path / "run")
     files.sent.unlink()
-    write_json(files.description, read_json(files.description) | {"key": uuid.uuid4().hex})
+    write_json(files.description, files.read_description() | {"key": uuid.uuid4().hex})
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return files
 

@@ -134,3 +134,84 @@ def test_an_attempt_ends_with_its_last_sign_of_life() -> None:
     attempts = [{"started": 10.0}, {"started": 100.0}, {"started": 200.0}]
     spent = working_seconds(attempts, [12.0, 30.0, 150.0])
     assert [seconds for _, seconds in spent] == [20.0, 50.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 80.0, "time": 1.0, "metrics": {}}',
+        '{"step": -1, "time": 1.0, "metrics": {}}',
+        '{"step": 1e400, "time": 1.0, "metrics": {}}',
+        '{"step": 2, "time": NaN, "metrics": {}}',
+        '{"step": 2, "time": 1e300, "metrics": {}}',
+        '{"step": 2, "time": 1.0}',
+        '{"step": 2, "time": 1.0, "metrics": {"x": "1"}}',
+        '{"step": 2, "time": 1.0, "metrics": [1]}',
+        '{"step": true, "time": 1.0, "metrics": {}}',
+        '{"step": 2, "time": 1.0, "metrics": {}, "x": ' + "[" * 100_000,
+        "[]",
+        "3" * 10_000,
+    ],
+    ids=lambda line: line[:40],
+)
+def test_an_odd_point_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture, line: str) -> None:
+    files = RunFiles(tmp_path)
+    good = '{"step": 1, "time": 1, "metrics": {"a": NaN, "b": 2}, "more": 3}'
+    files.metrics.write_text(f"{line}\n{good}\n{line}\n{good}\n")
+    assert [record["step"] for record in files.points().records()] == [1, 1]
+    assert files.last_steps() == {"a": 1, "b": 1}
+    assert len([text for text in caplog.messages if "a line is passed over" in text]) <= 2  # one for each reading
+
+
+def test_a_line_that_is_too_long_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"n": 1}\n' + b"\0" * (5 << 20) + b'\n{"n": 2}\n')
+    assert numbers(path) == [1, 2]
+    with path.open("ab") as file:
+        file.truncate(1 << 28)  # a hole, and no end of a line
+    assert numbers(path) == [1, 2]
+    Journal(path).repair()
+    assert path.stat().st_size < 6 << 20
+
+
+def test_an_odd_entry_of_the_state_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = RunFiles(tmp_path)
+    state = {"attempt": "three", "identity": {"model": 3}, "state": "asleep", "step": 4, "code": 0, "mine": [1]}
+    files.state.write_text(json.dumps(state))
+    assert files.read_state() == {"step": 4, "code": 0, "mine": [1]}
+    assert "attempt and identity and state is damaged" in caplog.text
+    files.write_state(attempt=1)
+    assert files.read_state() == {"step": 4, "code": 0, "mine": [1], "attempt": 1}
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", '{"x": ' + "[" * 100_000, '{"a": ' + "9" * 5000 + "}", "\xff"])
+def test_what_is_no_record_at_all_is_none(tmp_path: Path, text: str) -> None:
+    files = RunFiles(tmp_path)
+    for path in (files.state, files.description, files.sent):
+        path.write_text(text, encoding="latin-1")
+    assert (files.read_state(), files.read_description(), files.read_sent()) == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"key": "' or 1"},
+        {"attempts": [{}]},
+        {"params": {"a": 1}},
+        {"data": [{"url": 1}]},
+        {"attempt": 1.5},
+        {"uri": None},
+    ],
+    ids=str,
+)
+def test_an_odd_description_is_none(tmp_path: Path, odd: dict[str, object]) -> None:
+    files = RunFiles(tmp_path)
+    attempts = [{"started": 1.0, "world_size": 1, "host": "vm"}]
+    whole = {"uri": "x", "experiment": "e", "name": "n", "key": "a" * 32, "attempt": 1, "attempts": attempts}
+    whole |= {"params": {}, "tags": {}, "data": []}
+    files.description.write_text(json.dumps(whole))
+    assert files.read_description() == whole
+    files.description.write_text(json.dumps(whole | odd))
+    assert files.read_description() == {}
+    files.sent.write_text('{"metrics": -5, "events": 0}')
+    assert files.read_sent() == {}
