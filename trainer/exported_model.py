@@ -199,8 +199,9 @@ def _description(folder: Path) -> dict[str, Any]:
 def num_parameters_of(model: ModelConfig) -> int:
     """Trainable numbers of a model, without building it: what one and two periods of its units have tells the rest."""
     period = model.unit_period
+    small = [model.with_units(count * period) for count in (1, 2)]  # on the CPU: configs may compute with tensors
     with torch.device("meta"):
-        one, two = (num_parameters(model.with_units(count * period).build()) for count in (1, 2))
+        one, two = (num_parameters(each.build()) for each in small)
     return one + (two - one) * (model.num_units - period) // period
 
 
