@@ -156,6 +156,19 @@ class Model(nn.Module, ABC):
         """What draws the values of a canvas that are not known yet."""
 
     @property
+    def initial_images(self) -> int:
+        """How many images `initialise` looks at; 0 for a family whose first weights depend on none."""
+        return 0
+
+    def initialise(self, images: Tensor, given: Given = NOTHING) -> None:
+        """Set the weights that depend on images (data-dependent initialisation), the others being new.
+
+        Called once in a run, before its first update, with its first training images, in training mode: dropout draws
+        from torch's generator. Only where `initial_images` is not 0.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: the first weights depend on no images")
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

@@ -21,6 +21,7 @@ from yaml.constructor import ConstructorError
 from data_pipeline.loader import DataConfig
 from models.image_transformer.family import ImageTransformerConfig
 from models.pixelcnn import PixelCNNConfig
+from models.pixelcnnpp import PixelCNNPPConfig
 from trainer.errors import ConfigError
 from trainer.older_configs import BEFORE_IT_EXISTED, modernised, moved
 from trainer.options import (
@@ -38,7 +39,7 @@ from trainer.typed_values import flattened, paths, plain, read, set_value, unkno
 
 MAX_CONFIG_BYTES = 1 << 20
 
-ModelConfig = ImageTransformerConfig | PixelCNNConfig
+ModelConfig = ImageTransformerConfig | PixelCNNConfig | PixelCNNPPConfig
 """The model families: a union that `model.family` tells apart."""
 
 UNSAID = {"model.family": "image_transformer"}

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import pixelcnn
+from models import pixelcnn, pixelcnnpp
 from models.decoding import Decoding, generate
 from models.image_transformer.family import ImageTransformer
 from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D
-from models.likelihood import CategoricalOutput, bits_per_dim, nats, nats_by_channel
+from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats, nats_by_channel
 from models.model import Model, ModelConfig, Recompute
 from models.pixelcnn import PixelCNN, PixelCNNConfig
+from models.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig
 from models.recompute_decoder import RecomputeDecoder
+from models.weight_norm import layers
 from tests.support.tiny_model import GIVEN, MIXTURE, MODERN, PIXELS, random_given, random_images, tiny_config
 from trainer.exported_model import Origin, load_exported, write_exported
 from trainer.model_card import ModelCard
@@ -28,6 +30,7 @@ from trainer.model_card import ModelCard
 TURNS = (Local1D(query_block=8, memory=8), Full(), Dilated1D(query_block=4, memory=2, gap=1, chunks=2))
 FLANGES = (Local2D(query_block=(2, 2), memory=(2, 1)), Local2D(query_block=(2, 2), memory=(1, 4)))
 PIXELCNN: dict[str, Any] = {"image_size": 4, "features": 6, "layers": 3, "head_features": 12}
+PIXELCNNPP: dict[str, Any] = {"image_size": 4, "output": MixtureOutput(components=3), "features": 5, "blocks": 2}
 FAMILIES: dict[str, ModelConfig] = {
     "image_transformer": tiny_config(),
     "image_transformer, modern, classes": tiny_config(**MODERN, **GIVEN["classes"]),
@@ -37,21 +40,33 @@ FAMILIES: dict[str, ModelConfig] = {
     "image_transformer, 2d patterns in turn": tiny_config(**MODERN, attention=FLANGES, layers=3),
     "pixelcnn": PixelCNNConfig(**PIXELCNN),
     "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | {"features": 5, "head_features": 8, "layers": 2}),
+    "pixelcnnpp": PixelCNNPPConfig(**PIXELCNNPP),
+    "pixelcnnpp, elu, classes": PixelCNNPPConfig(**PIXELCNNPP | {"nonlinearity": "elu", "num_classes": 5, "blocks": 1}),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
 def built(family: str, recompute: Recompute = Recompute()) -> Model:  # noqa: B008 (immutable)
     torch.manual_seed(0)
-    return FAMILIES[family].build(recompute)
+    model = FAMILIES[family].build(recompute)
+    for layer in layers(model):  # whose biases are 0 until they have seen images, for which these are too small
+        nn.init.normal_(layer.b, std=0.3)
+    return model
 
 
 def opinionated(model: Model) -> Model:
     """With a head that makes some values much likelier than others."""
-    assert isinstance(model, ImageTransformer | PixelCNN)
-    last = model.head if isinstance(model, ImageTransformer) else model.head.logits
+    match model:
+        case ImageTransformer():
+            last = model.head.weight
+        case PixelCNN():
+            last = model.head.logits.weight
+        case PixelCNNPP():
+            last = model.head.g
+        case _:
+            raise NotImplementedError(type(model))
     with torch.no_grad():
-        last.weight.mul_(8)
+        last.mul_(8)
     return model.eval()
 
 
@@ -62,6 +77,8 @@ def entry_of(model: Model) -> tuple[nn.Module, Tensor]:
             return model.embed_input, model.sources
         case PixelCNN():
             return model.first, torch.arange(len(model.generation_order))
+        case PixelCNNPP():
+            return model.entry, torch.arange(len(model.generation_order))
         case _:
             raise NotImplementedError(type(model))
 
@@ -107,10 +124,11 @@ def test_a_position_depends_on_nothing_at_or_after_itself_and_on_something_befor
     assert seen[1:].any(1).all() and seen[:, :-1].any(0).all()
 
 
-@pytest.mark.parametrize("family", ["image_transformer", "pixelcnn"])
+@pytest.mark.parametrize("family", ["image_transformer", "pixelcnn", "pixelcnnpp"])
 def test_a_leak_is_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = pixelcnn.kernel_mask
     monkeypatch.setattr(pixelcnn, "kernel_mask", lambda *arguments: original(*arguments[:3], "B"))
+    monkeypatch.setattr(pixelcnnpp, "right_shift", lambda x: x)
     model = built(family).eval()
     if isinstance(model, ImageTransformer):
         model.sources.copy_(model.positions)  # as if inputs were not moved on by one

@@ -1,0 +1,228 @@
+"""What is PixelCNN++ (Salimans et al. 2017), as its authors wrote it?
+
+Two streams of gated residual blocks: u sees the rows above a pixel, ul also what is to its left. Down through three
+resolutions, and up again, where each block is handed what its mirror image gave (openai/pixel-cnn, bbc1568). A pixel's
+three colours are one mixture of logistics.
+
+Every pixel depends on pixels before it only, but not on all of them: at 8x8 and one block a stage, eight pairs of 2016
+do not see each other, in the authors' code as in this.
+
+Shapes: B batch, F features, H rows, W columns, K mixtures.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.drawing.canvas import Canvas
+from models.given import NOTHING, Given
+from models.likelihood import MixtureOutput
+from models.model import Account, Flops, Model, Recompute, check_inputs, num_parameters
+from models.recompute_decoder import RecomputeDecoder
+from models.weight_norm import (
+    VARIANCE_FLOOR,
+    Convolution,
+    Dense,
+    Entry,
+    GatedResnet,
+    Nonlinearity,
+    TransposedConvolution,
+    down_shift,
+    layer_flops,
+    right_shift,
+    set_scales_from_images,
+)
+
+STAGES = 3
+"""Resolutions, each half as fine as the one before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelCNNPPConfig:
+    """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
+
+    family: Literal["pixelcnnpp"] = "pixelcnnpp"
+    image_size: int
+    """Rows and columns of the square images; a multiple of 4."""
+    output: MixtureOutput = MixtureOutput()
+    """A mixture of logistics for each pixel: the paper has no other."""
+    features: int
+    """Features of every layer (the authors: 160)."""
+    blocks: int
+    """Gated residual blocks of each stream in each stage (the authors: 5)."""
+    nonlinearity: Nonlinearity = "concat_elu"
+    """What stands before each layer of a block."""
+    dropout: float = 0.0
+    """Rate between the two layers of a block (the authors: 0.5)."""
+    num_classes: int = 0
+    """Classes that the model can be asked for; 0 for none."""
+    initial_images: int = 16
+    """Images by which the first scales and biases are set (the authors: 16)."""
+
+    def __post_init__(self) -> None:
+        smallest = {"features": 1, "blocks": 1, "num_classes": 0, "initial_images": 1}
+        problems = [
+            f"{name}: {getattr(self, name)} is less than {least}"
+            for name, least in smallest.items()
+            if getattr(self, name) < least
+        ]
+        if self.image_size < 4 or self.image_size % 4:
+            problems.append(f"image_size: {self.image_size} is not a multiple of 4: rows and columns are halved twice")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout: {self.dropout} is not at least 0 and below 1")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def label_dropout(self) -> float:
+        return 0.0
+
+    @property
+    def small_size(self) -> int:
+        return 0
+
+    @property
+    def num_units(self) -> int:
+        return 2 * STAGES * self.blocks  # and two more blocks on the way up, however many these are
+
+    @property
+    def unit_period(self) -> int:
+        return 2 * STAGES
+
+    def with_units(self, count: int) -> Self:
+        return dataclasses.replace(self, blocks=count // (2 * STAGES))
+
+    def build(self, recompute: Recompute = Recompute()) -> "PixelCNNPP":  # noqa: B008 (immutable)
+        return PixelCNNPP(self, recompute)
+
+    def account(self, recompute: Recompute = Recompute()) -> Account:  # noqa: B008 (immutable)
+        with torch.device("meta"):
+            model = PixelCNNPP(self, recompute)
+            labels = torch.zeros(1, dtype=torch.int64) if self.num_classes else None
+            images = torch.zeros(1, self.image_size, self.image_size, 3)
+        products = layer_flops(model, lambda: model.parameters_of(images, labels))
+        blocks = [f"{name}.{index}." for name in ("down", "up") for index in range(len(getattr(model, name)))]
+        of_blocks = [sum(n for name, n in products.items() if name.startswith(block)) for block in blocks]
+        first = sum(n for name, n in products.items() if name.startswith("first_"))
+        head = products["head"]
+        between = sum(products.values()) - sum(of_blocks) - first - head
+        recomputed = sum(flops for unit, flops in enumerate(of_blocks) if recompute.includes(unit))
+        parts = {
+            "first convolutions": Flops(first, first, 0),  # the image needs no gradient
+            "blocks": Flops(sum(of_blocks), 2 * sum(of_blocks), recomputed),
+            "between resolutions": Flops(between, 2 * between, 0),
+            "head": Flops(head, 2 * head, 0),
+        }
+        return Account(parameters=num_parameters(model), positions=self.image_size**2, parts=parts)
+
+
+class PixelCNNPP(Model):
+    """Images -> the mixture of every pixel given the pixels that it sees."""
+
+    config: PixelCNNPPConfig
+
+    def __init__(self, config: PixelCNNPPConfig, recompute: Recompute) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
+            self.generation_order = torch.arange(config.image_size**2)
+        features, between = config.features, range(STAGES - 1)
+        self.entry = Entry()
+        self.first_u = Convolution(4, features, (2, 3), sees="above")
+        self.first_ul_above = Convolution(4, features, (1, 3), sees="above")
+        self.first_ul_left = Convolution(4, features, (2, 1), sees="above and left")
+        self.down = nn.ModuleList(Block(config, beside=False) for _ in range(STAGES * config.blocks))
+        self.shrink_u = nn.ModuleList(Convolution(features, features, (2, 3), sees="above", stride=2) for _ in between)
+        self.shrink_ul = nn.ModuleList(
+            Convolution(features, features, (2, 2), sees="above and left", stride=2) for _ in between
+        )
+        self.up = nn.ModuleList(Block(config, beside=True) for _ in range(STAGES * config.blocks + STAGES - 1))
+        self.grow_u = nn.ModuleList(TransposedConvolution(features, features, sees="above") for _ in between)
+        self.grow_ul = nn.ModuleList(TransposedConvolution(features, features, sees="above and left") for _ in between)
+        self.head = Dense(features, 10 * config.output.components)
+
+    def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
+        check_inputs(self.config, images, given)
+        return self.parameters_of((images.float() - 127.5) / 127.5, given.labels)
+
+    def parameters_of(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """As forward, of intensities on [-1, 1], [B, H, W, 3]; H and W are multiples of 4."""
+        x = self.entry(x.to(self.head.v.dtype))
+        u = down_shift(self.first_u(x))
+        ul = down_shift(self.first_ul_above(x)) + right_shift(self.first_ul_left(x))
+        seen_u, seen_ul = [u], [ul]
+        for index, block in enumerate(self.down):
+            stage, start = divmod(index, self.config.blocks)
+            if stage and not start:
+                u, ul = self.shrink_u[stage - 1](u), self.shrink_ul[stage - 1](ul)
+                seen_u.append(u)
+                seen_ul.append(ul)
+            u, ul = self._through(index, block, u, ul, None, None, labels)
+            seen_u.append(u)
+            seen_ul.append(ul)
+        u, ul = seen_u.pop(), seen_ul.pop()
+        for index, block in enumerate(self.up):
+            stage, start = divmod(index + 1, self.config.blocks + 1)
+            if stage and not start:
+                u, ul = self.grow_u[stage - 1](u), self.grow_ul[stage - 1](ul)
+            u, ul = self._through(len(self.down) + index, block, u, ul, seen_u.pop(), seen_ul.pop(), labels)
+        assert not seen_u and not seen_ul
+        x = F.elu(ul)  # whatever stands before the layers of blocks
+        return self.head(x.to(torch.promote_types(x.dtype, torch.float32))).permute(0, 2, 3, 1)
+
+    def _through(self, unit: int, block: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.training and self.recompute.includes(unit):
+            keep_rng = self.config.dropout > 0
+            result = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_rng)
+        else:
+            result = block(*inputs)
+        u, ul = result
+        return u, ul
+
+    @property
+    def initial_images(self) -> int:
+        return self.config.initial_images
+
+    def initialise(self, images: Tensor, given: Given = NOTHING) -> None:
+        """As in Model; as in the authors' run, dropout is on in training mode."""
+        x = (images.float() - 127.5) / 127.5
+        set_scales_from_images(self, lambda: self.parameters_of(x, given.labels), lambda layer: VARIANCE_FLOOR)
+
+    def units(self) -> Iterator[nn.Module]:
+        yield from self.down
+        yield from self.up
+
+    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
+        return RecomputeDecoder(self, canvas)
+
+
+class Block(nn.Module):
+    """A gated residual block of u, and one of ul, which looks at what that one gave; on the way up (`beside`) both are
+    also handed what their mirror images gave."""
+
+    def __init__(self, config: PixelCNNPPConfig, *, beside: bool) -> None:
+        super().__init__()
+        above = partial(Convolution, kernel=(2, 3), sees="above")
+        left = partial(Convolution, kernel=(2, 2), sees="above and left")
+        make = partial(
+            GatedResnet,
+            config.features,
+            nonlinearity=config.nonlinearity,
+            dropout=config.dropout,
+            num_classes=config.num_classes,
+        )
+        self.u = make(above, features_beside=config.features if beside else 0)
+        self.ul = make(left, features_beside=config.features * (2 if beside else 1))
+
+    def forward(
+        self, u: Tensor, ul: Tensor, seen_u: Tensor | None, seen_ul: Tensor | None, labels: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        u = self.u(u, seen_u, labels)
+        return u, self.ul(ul, u if seen_ul is None else torch.cat([u, seen_ul], dim=1), labels)
