@@ -10,6 +10,6 @@ Read in this order:
   local_attention.py computes it at the cost of the pattern;
 - image_transformer/: the family of the paper; family.py leads to its parts;
 - pixelcnn.py: a second family, in one file;
-- pixelcnnpp.py: PixelCNN++, of the layers in weight_norm.py;
+- pixelcnnpp.py and pixelsnail.py: PixelCNN++ and PixelSNAIL, of the layers in weight_norm.py;
 - linear.py: how matrices are multiplied.
 """

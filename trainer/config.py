@@ -22,6 +22,7 @@ from data_pipeline.loader import DataConfig
 from models.image_transformer.family import ImageTransformerConfig
 from models.pixelcnn import PixelCNNConfig
 from models.pixelcnnpp import PixelCNNPPConfig
+from models.pixelsnail import PixelSNAILConfig
 from trainer.errors import ConfigError
 from trainer.older_configs import BEFORE_IT_EXISTED, modernised, moved
 from trainer.options import (
@@ -39,7 +40,7 @@ from trainer.typed_values import flattened, paths, plain, read, set_value, unkno
 
 MAX_CONFIG_BYTES = 1 << 20
 
-ModelConfig = ImageTransformerConfig | PixelCNNConfig | PixelCNNPPConfig
+ModelConfig = ImageTransformerConfig | PixelCNNConfig | PixelCNNPPConfig | PixelSNAILConfig
 """The model families: a union that `model.family` tells apart."""
 
 UNSAID = {"model.family": "image_transformer"}

@@ -1,0 +1,277 @@
+"""What is PixelSNAIL (Chen et al. 2018), as its authors wrote it?
+
+Blocks of gated convolutions that see up and left, and after each block attention of one head to all pixels before the
+own one (neocxi/pixelsnail-public, 05a70fb, `_base_noup_smallkey_spec`). What is attended to holds the pixel's own
+intensities, so the own pixel is left out, and the first one attends to nothing. A pixel's three colours are one mixture
+of logistics.
+
+Shapes: B batch, F features, H rows, W columns, L = H W pixels, M of them (fewer where keys are pooled), K mixtures.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.drawing.canvas import Canvas
+from models.given import NOTHING, Given
+from models.likelihood import MixtureOutput
+from models.model import Account, Flops, Model, Recompute, check_inputs, num_parameters
+from models.recompute_decoder import RecomputeDecoder
+from models.weight_norm import (
+    VARIANCE_FLOOR,
+    Convolution,
+    Dense,
+    Entry,
+    GatedResnet,
+    Nonlinearity,
+    down_shift,
+    layer_flops,
+    right_shift,
+    set_scales_from_images,
+)
+
+KEY_FEATURES = 16
+SMALLEST_SUM = 1e-6
+"""Added to the sum that divides the weights of attention, whose largest term is 1 (0 where nothing is seen)."""
+VARIANCE_FLOOR_OF_CONVOLUTIONS = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class PixelSNAILConfig:
+    """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
+
+    family: Literal["pixelsnail"] = "pixelsnail"
+    image_size: int
+    """Rows and columns of the square images."""
+    output: MixtureOutput = MixtureOutput()
+    """A mixture of logistics for each pixel (the authors: 10 components, of ImageNet 32): the paper has no other."""
+    features: int
+    """Features of every layer (the authors: 256); even."""
+    blocks: int
+    """Blocks, each of which ends with attention (the authors: 12)."""
+    convolutions: int
+    """Gated residual blocks of convolutions before each attention (the authors: 4)."""
+    nonlinearity: Nonlinearity = "elu"
+    """What stands before each layer of a gated residual block."""
+    dropout: float = 0.0
+    """Rate between the two layers of a gated residual block (the authors: 0.5 for CIFAR-10, 0 for ImageNet)."""
+    key_pooling: int = 1
+    """Keys and values are the largest of squares of so many rows and columns (the authors: 1)."""
+    initial_images: int = 8
+    """Images by which the first scales and biases are set (the authors: 8)."""
+
+    def __post_init__(self) -> None:
+        smallest = {
+            "image_size": 1,
+            "features": 2,
+            "blocks": 1,
+            "convolutions": 1,
+            "key_pooling": 1,
+            "initial_images": 1,
+        }
+        problems = [
+            f"{name}: {getattr(self, name)} is less than {least}"
+            for name, least in smallest.items()
+            if getattr(self, name) < least
+        ]
+        if self.features % 2:
+            problems.append(f"features: {self.features} is not even: values have half as many")
+        if self.key_pooling > 1 and self.image_size % self.key_pooling:
+            problems.append(f"key_pooling: {self.key_pooling} does not divide image_size {self.image_size}")
+        if not 0 <= self.dropout < 1:
+            problems.append(f"dropout: {self.dropout} is not at least 0 and below 1")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def num_classes(self) -> int:
+        return 0
+
+    @property
+    def label_dropout(self) -> float:
+        return 0.0
+
+    @property
+    def small_size(self) -> int:
+        return 0
+
+    @property
+    def num_units(self) -> int:
+        return self.blocks
+
+    @property
+    def unit_period(self) -> int:
+        return 1
+
+    def with_units(self, count: int) -> Self:
+        return dataclasses.replace(self, blocks=count)
+
+    def build(self, recompute: Recompute = Recompute()) -> "PixelSNAIL":  # noqa: B008 (immutable)
+        return PixelSNAIL(self, recompute)
+
+    def account(self, recompute: Recompute = Recompute()) -> Account:  # noqa: B008 (immutable)
+        with torch.device("meta"):
+            model = PixelSNAIL(self, recompute)
+            images = torch.zeros(1, self.image_size, self.image_size, 3)
+        products = layer_flops(model, lambda: model.parameters_of(images))
+        of_blocks = sum(flops for name, flops in products.items() if name.startswith("blocks."))
+        first = sum(flops for name, flops in products.items() if name.startswith("first_"))
+        pairs = int(earlier(self.image_size, self.image_size, self.key_pooling, torch.device("cpu")).sum())
+        scores = self.blocks * 2 * pairs * (KEY_FEATURES + self.features // 2)
+        again = sum(recompute.includes(unit) for unit in range(self.blocks))
+        parts = {
+            "first convolutions": Flops(first, first, 0),  # the image needs no gradient
+            "blocks": Flops(of_blocks, 2 * of_blocks, of_blocks // self.blocks * again),
+            "attention scores": Flops(
+                scores, 2 * scores, 0 if recompute.keeps_attention else scores // self.blocks * again
+            ),
+            "head": Flops(products["head"], 2 * products["head"], 0),
+        }
+        return Account(
+            parameters=num_parameters(model),
+            positions=self.image_size**2,
+            parts=parts,
+            attention="attention scores",
+        )
+
+
+class PixelSNAIL(Model):
+    """Images -> the mixture of every pixel given all before it."""
+
+    config: PixelSNAILConfig
+
+    def __init__(self, config: PixelSNAILConfig, recompute: Recompute) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
+            self.generation_order = torch.arange(config.image_size**2)
+        self.entry = Entry()
+        self.first_above = Convolution(4, config.features, (1, 3), sees="above")
+        self.first_left = Convolution(4, config.features, (2, 1), sees="above and left")
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.head = Dense(config.features, 10 * config.output.components)
+
+    def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
+        check_inputs(self.config, images, given)
+        return self.parameters_of((images.float() - 127.5) / 127.5)
+
+    def parameters_of(self, x: Tensor, labels: None = None) -> Tensor:
+        """As forward, of intensities on [-1, 1], [B, H, W, 3]."""
+        x = self.entry(x.to(self.head.v.dtype))
+        h = down_shift(self.first_above(x)) + right_shift(self.first_left(x))
+        place = places(x)
+        for unit, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            h = self._through(block, self.training and self.recompute.includes(unit), h, x[:, :3], place)
+        h = F.elu(h)  # whatever stands before the layers of blocks
+        return self.head(h.to(torch.promote_types(h.dtype, torch.float32))).permute(0, 2, 3, 1)
+
+    def _through(self, block: "Block", recomputed: bool, h: Tensor, x: Tensor, place: Tensor) -> Tensor:
+        if not recomputed:
+            return block(h, x, place)
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        result: Tensor
+        if self.recompute.keeps_attention:
+            h, q, k, v = again(block.before_attention, h, x, place)
+            result = again(block.after_attention, h, block.attention(h, q, k, v))
+        else:
+            result = again(block, h, x, place)
+        return result
+
+    @property
+    def initial_images(self) -> int:
+        return self.config.initial_images
+
+    def initialise(self, images: Tensor, given: Given = NOTHING) -> None:
+        """As in Model; as in the authors' run, dropout is on in training mode."""
+        set_scales_from_images(
+            self,
+            lambda: self.parameters_of((images.float() - 127.5) / 127.5),
+            lambda layer: VARIANCE_FLOOR_OF_CONVOLUTIONS if isinstance(layer, Convolution) else VARIANCE_FLOOR,
+        )
+
+    def units(self) -> Iterator[nn.Module]:
+        yield from self.blocks
+
+    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
+        return RecomputeDecoder(self, canvas)
+
+
+class Block(nn.Module):
+    """Gated convolutions of h [B, F, H, W], and then what attention finds among all pixels before each one."""
+
+    def __init__(self, config: PixelSNAILConfig) -> None:
+        super().__init__()
+        self.key_pooling = config.key_pooling
+        features, colours, place = config.features, 3, 6
+        left = partial(Convolution, kernel=(2, 2), sees="above and left")
+        dense = Dense
+        make = partial(GatedResnet, nonlinearity=config.nonlinearity, dropout=config.dropout)
+        self.convolutions = nn.ModuleList(make(features, left) for _ in range(config.convolutions))
+        self.content = make(colours + features + place, dense)
+        self.key_value = Dense(colours + features + place, KEY_FEATURES + features // 2)
+        self.question = make(features + place, dense)
+        self.query = Dense(features + place, KEY_FEATURES)
+        self.result = make(features, dense, features_beside=features // 2)
+
+    def forward(self, h: Tensor, x: Tensor, place: Tensor) -> Tensor:
+        """x [B, 3, H, W]: the intensities; place [B, 6, H, W] as of `places`."""
+        h, q, k, v = self.before_attention(h, x, place)
+        return self.after_attention(h, self.attention(h, q, k, v))
+
+    def before_attention(self, h: Tensor, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """h after the convolutions; queries [B, L, 16], keys [B, M, 16], values [B, M, F / 2]."""
+        for convolution in self.convolutions:
+            h = convolution(h)
+        key_value = self.key_value(self.content(torch.cat([x, h, place], dim=1)))
+        if self.key_pooling > 1:
+            key_value = F.max_pool2d(key_value, self.key_pooling)
+        query = self.query(self.question(torch.cat([h, place], dim=1)))
+        k, v = key_value.flatten(2).transpose(1, 2).split([KEY_FEATURES, key_value.shape[1] - KEY_FEATURES], dim=2)
+        return h, query.flatten(2).transpose(1, 2), k, v
+
+    def attention(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[B, L, F / 2]: the mean of the values of earlier pixels, by how well their keys answer the query."""
+        rows, columns = h.shape[2:]
+        return attend(q, k, v, earlier(rows, columns, self.key_pooling, h.device))
+
+    def after_attention(self, h: Tensor, mixed: Tensor) -> Tensor:
+        """mixed as of `attention`."""
+        result: Tensor = self.result(h, mixed.transpose(1, 2).unflatten(2, h.shape[2:]))
+        return result
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+    """[B, L, 16], [B, M, 16], [B, M, F] -> [B, L, F], at least in fp32; visible: bool [L, M]; 0 where none is.
+
+    Written out, because torch's fused attention neither adds to the sum nor has a query that sees nothing.
+    """
+    dtype = v.dtype
+    q, k, v = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (q, k, v))
+    scores = (q @ k.transpose(1, 2)).masked_fill(~visible, -1e10)
+    # The gradient goes through the largest score, too: with something added to the sum it is not 0.
+    weights = ((scores - scores.amax(2, keepdim=True)) / math.sqrt(KEY_FEATURES)).exp() * visible
+    return (weights / (weights.sum(2, keepdim=True) + SMALLEST_SUM) @ v).to(dtype)
+
+
+def earlier(rows: int, columns: int, pooling: int, device: torch.device) -> Tensor:
+    """bool [L, M]: whether all pixels of a key's square come before the query's pixel."""
+    pixels = torch.arange(rows * columns, device=device)
+    last = pixels.view(rows, columns)[pooling - 1 :: pooling, pooling - 1 :: pooling]
+    return last.flatten() < pixels[:, None]
+
+
+def places(x: Tensor) -> Tensor:
+    """[B, 6, H, W]: the row three times and the column three times, from -1/2 in steps of 1/H and 1/W: the authors give
+    each colour its own."""
+    rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) / n - 0.5 for n in x.shape[2:])
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([row] * 3 + [column] * 3).expand(x.shape[0], -1, -1, -1)
