@@ -38,11 +38,11 @@ class MixtureOutput:
 
 Output = CategoricalOutput | MixtureOutput
 
-# Intensities 0..255 lie on [-1, 1]; a bin reaches half a level to each side.
-HALF_LEVEL = 1 / 255
+# Intensities 0..255 lie on [-1, 1], so that a level is 1 / 127.5 wide.
+LEVELS_PER_UNIT = 127.5
 LOG_SCALE_FLOOR = -7.0
-# Below this probability of a bin the original uses the density at its centre instead.
-LOG_SMALL_PROBABILITY = math.log(1e-5)
+# For bins of fewer scales than this, 1 - exp(-width) is its series up to the second term: the next is 4e-10 of it.
+NARROW_BIN = 1e-4
 INITIAL_LOG_SCALE = math.log(0.1)
 
 
@@ -50,11 +50,11 @@ def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
     """Negative log-likelihood in nats: [B, H, W, 3] (categorical) or [B, H, W] (mixture), of images uint8 [B,
     H, W, 3].
 
-    Always fp32.
+    fp32, or fp64 for parameters in fp64.
     """
     if isinstance(output, MixtureOutput):
         return mixture_nats(parameters, images)
-    logits = parameters.float()
+    logits = _at_least_fp32(parameters)
     losses = F.cross_entropy(logits.flatten(0, -2), images.flatten().long(), reduction="none")
     return losses.view(images.shape)
 
@@ -83,7 +83,7 @@ def split_mixture(parameters: Tensor) -> Mixture:
     if parameters.shape[-1] % 10:
         raise ValueError(f"a mixture takes 10 parameters per component, got {parameters.shape[-1]} in all")
     num_mixtures = parameters.shape[-1] // 10
-    logits, *triples = parameters.float().split([num_mixtures] + [3 * num_mixtures] * 3, dim=-1)
+    logits, *triples = _at_least_fp32(parameters).split([num_mixtures] + [3 * num_mixtures] * 3, dim=-1)
     means, log_scales, coefficients = (triple.unflatten(-1, (num_mixtures, 3)) for triple in triples)
     return Mixture(logits, means, log_scales.clamp(min=LOG_SCALE_FLOOR), coefficients.tanh())
 
@@ -103,9 +103,9 @@ def initial_mixture(num_mixtures: int) -> Tensor:
 def mixture_nats(parameters: Tensor, images: Tensor) -> Tensor:
     """Negative log-likelihood of whole pixels in nats, [B, H, W].
 
-    Equal to the original's discretized_mix_logistic_loss: the means of green and blue move with the true
-    values of the channels before them; the outermost bins reach to infinity; improbable bins use the density
-    at their centre.
+    The distribution of the original's discretized_mix_logistic_loss: the means of green and blue move with the true
+    values of the channels before them; the outermost bins reach to infinity. But bins have their exact probabilities,
+    which sum to one; the original gives those below 1e-5 the density at their centre instead, and they do not.
     """
     log_weights, log_probabilities = _component_log_probabilities(parameters, images)
     return -torch.logsumexp(log_weights + log_probabilities.sum(-1), dim=-1)
@@ -127,30 +127,32 @@ def nats_by_channel(output: Output, parameters: Tensor, images: Tensor) -> Tenso
 def _component_log_probabilities(parameters: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Log-weights of the components [B, H, W, K], and what each gives to the three intensities [B, H, W, K, 3]."""
     mixture = split_mixture(parameters)
-    pixels = (images.float() / 127.5 - 1).unsqueeze(-2)
+    pixels = (images.to(mixture.means.dtype) / LEVELS_PER_UNIT - 1).unsqueeze(-2)
     red, green, _ = pixels.unbind(-1)
     on_green, red_on_blue, green_on_blue = mixture.coefficients.unbind(-1)
     shift = torch.stack([torch.zeros_like(on_green), on_green * red, red_on_blue * red + green_on_blue * green], dim=-1)
-    centred = pixels - mixture.means - shift
-    log_probabilities = log_bin_probability(centred, mixture.log_scales, images.unsqueeze(-2))
+    log_probabilities = log_bin_probability(images.unsqueeze(-2), mixture.means + shift, mixture.log_scales)
     return mixture.logits.log_softmax(-1), log_probabilities
 
 
-def log_bin_probability(centred: Tensor, log_scales: Tensor, intensities: Tensor) -> Tensor:
-    """log(sigmoid(upper) - sigmoid(lower)) of the bin around `centred` = intensity - mean.
+def log_bin_probability(intensities: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
+    """log(sigmoid(upper) - sigmoid(lower)) of the bins around intensities 0 to 255; shapes are broadcast.
 
-    The difference of the sigmoids would lose digits. The product sigmoid(u) sigmoid(-l) (1 - exp(l - u)), which equals
-    it, keeps full precision.
+    Exact: over all intensities the probabilities sum to one within 1e-6, for any mean and any scale in fp32. For that,
+    edges are counted in levels, where they are whole numbers and a half, and neighbours share theirs to the last bit.
+    The difference of the sigmoids would lose digits; the product sigmoid(u) sigmoid(-l) (1 - exp(l - u)), which equals
+    it, keeps them, in its logarithm also where it is too small for a number.
     """
-    inverse_scales = (-log_scales).exp()
-    upper = inverse_scales * (centred + HALF_LEVEL)
-    lower = inverse_scales * (centred - HALF_LEVEL)
-    log_below_upper, log_above_lower = F.logsigmoid(upper), F.logsigmoid(-lower)
-    # Scales beyond 1e36 would give log 0 and gradients that are not finite; there the density below is taken anyway.
-    width = (2 * HALF_LEVEL * inverse_scales).clamp(min=torch.finfo(torch.float32).tiny)
-    log_inside = log_below_upper + log_above_lower + torch.log(-torch.expm1(-width))
-
-    middle = (inverse_scales * centred).abs()
-    log_density = 2 * F.logsigmoid(middle) - middle - log_scales - math.log(127.5)
-    log_inside = torch.where(log_inside > LOG_SMALL_PROBABILITY, log_inside, log_density)
+    distances = intensities - (means + 1) * LEVELS_PER_UNIT
+    log_width = -log_scales - math.log(LEVELS_PER_UNIT)  # of a bin, in scales
+    width = log_width.exp()
+    log_below_upper, log_above_lower = F.logsigmoid(width * (distances + 0.5)), F.logsigmoid(width * (0.5 - distances))
+    log_between = torch.where(
+        width > NARROW_BIN, torch.log(-torch.expm1(-width.clamp(min=NARROW_BIN))), log_width - width / 2
+    )
+    log_inside = log_below_upper + log_above_lower + log_between
     return torch.where(intensities == 0, log_below_upper, torch.where(intensities == 255, log_above_lower, log_inside))
+
+
+def _at_least_fp32(parameters: Tensor) -> Tensor:
+    return parameters if parameters.dtype == torch.float64 else parameters.float()

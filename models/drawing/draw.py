@@ -94,11 +94,10 @@ def _draw_channels(mixtures: list[Mixture], uniforms: Tensor, sampling: Sampling
     """Draw red, then green, then blue from 256 probabilities each; `mixtures` are that for the class and, for guidance,
     that for no class."""
     intensities = torch.arange(256, device=uniforms.device)
-    centres = intensities.double() / 127.5 - 1
     log_weights = [mixture.logits.log_softmax(-1) for mixture in mixtures]
     drawn: list[Tensor] = []
     for channel in range(3):
-        log_bins = [_log_bins(mixture, channel, drawn, centres, intensities) for mixture in mixtures]
+        log_bins = [_log_bins(mixture, channel, drawn, intensities) for mixture in mixtures]
         log_p = [(w[..., None] + bins).logsumexp(-2) for w, bins in zip(log_weights, log_bins, strict=True)]
         logits = _guided(log_p[0], log_p[1] if len(log_p) > 1 else None, sampling)
         index = _draw_index(_filtered(logits, sampling), uniforms[..., channel])
@@ -109,13 +108,13 @@ def _draw_channels(mixtures: list[Mixture], uniforms: Tensor, sampling: Sampling
     return torch.stack(drawn, dim=-1).to(torch.uint8)
 
 
-def _log_bins(mixture: Mixture, channel: int, drawn: list[Tensor], centres: Tensor, intensities: Tensor) -> Tensor:
+def _log_bins(mixture: Mixture, channel: int, drawn: list[Tensor], intensities: Tensor) -> Tensor:
     """[..., K, 256]: log-probability of each intensity of a channel under each component, given the channels drawn."""
     means = mixture.means[..., channel]
     of_channel = {0: (), 1: (0,), 2: (1, 2)}[channel]
     for earlier, coefficient in zip(drawn, of_channel, strict=True):
         means = means + mixture.coefficients[..., coefficient] * (earlier.double() / 127.5 - 1)[..., None]
-    return log_bin_probability(centres - means[..., None], mixture.log_scales[..., channel, None], intensities)
+    return log_bin_probability(intensities, means[..., None], mixture.log_scales[..., channel, None])
 
 
 def _at_temperature(mixture: Mixture, temperature: float) -> Mixture:
