@@ -7,7 +7,7 @@ Shapes: B batch, H rows, W columns, C values per position (1 sub-pixel or the 3 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -130,6 +130,22 @@ class ModelConfig(ModelShape, Protocol):
     def account(self, recompute: Recompute = ...) -> Account: ...
 
 
+class ToldNothing:
+    """A config of models that read pixels and are told nothing else."""
+
+    @property
+    def num_classes(self) -> int:
+        return 0
+
+    @property
+    def label_dropout(self) -> float:
+        return 0.0
+
+    @property
+    def small_size(self) -> int:
+        return 0
+
+
 class Model(nn.Module, ABC):
     """Images and what is given of them -> parameters of the distribution of every value, given all before it."""
 
@@ -189,6 +205,28 @@ def check_inputs(shape: ModelShape, images: Tensor, given: Given) -> None:
         raise ValueError(
             f"labels: {'missing' if given.labels is None else 'given'}, but num_classes is {shape.num_classes}"
         )
+
+
+LARGEST_SIZES = {"image_size": 1024, "features": 1 << 16, "layers": 4096, "head_features": 1 << 18}
+LARGEST_KERNEL = 255
+"""Far beyond what anybody trains. A config may come from a stranger, and its sizes decide what a computer does."""
+
+
+def check_sizes(config: object, *, odd: Collection[str], for_each_colour: Collection[str]) -> None:
+    """Raise ValueError, one problem a line, where a size of a config is out of bounds: of kernels, which are odd, and
+    of LARGEST_SIZES, among them those that have at least one feature for each colour."""
+    problems = []
+    for name in (*LARGEST_SIZES, *odd):
+        size = getattr(config, name)
+        least, most = 3 if name in for_each_colour else 1, LARGEST_SIZES.get(name, LARGEST_KERNEL)
+        if size < least:
+            problems.append(f"{name}: {size} is less than {least}" + (", one for each colour" if least == 3 else ""))
+        elif size > most:
+            problems.append(f"{name}: {size} is more than {most}")
+        elif name in odd and size % 2 == 0:
+            problems.append(f"{name}: {size} is even; a kernel has a pixel in its middle")
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def num_parameters(model: nn.Module) -> int:

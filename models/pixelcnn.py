@@ -1,17 +1,13 @@
-"""What is PixelCNN (van den Oord et al. 2016, Pixel Recurrent Neural Networks, section 3), as small as it can be said?
+"""What is PixelCNN (van den Oord et al. 2016, Pixel Recurrent Neural Networks, sections 3.3 and 3.5)?
 
-A stack of convolutions, whose kernels are masked so that a sub-pixel is predicted from those before it: pixels above
-and to the left, and the colours before its own in the same pixel. As in the paper, part of the pixels above and to the
-right stays out of sight, however many layers there are (the blind spot that later models remove).
+A stack of masked convolutions (models/masked_convolution.py): a 7x7 one, residual blocks of 2h -> h -> 2h features, and
+two 1x1 ones up to 256 logits for each sub-pixel. As in the paper, part of the pixels above and to the right stays out
+of sight, however many layers there are: the blind spot that Gated PixelCNN removes (models/gated_pixelcnn.py).
 
-What the paper leaves open: feature c belongs to colour c modulo 3, so that any width will do; ReLUs stand before each
-convolution of a block. Features are last: images and everything computed of them are [B, H, W, features].
-
-Shapes: B batch, H rows, W columns, k side of a kernel.
+What the paper leaves open: ReLUs stand before each convolution of a block.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -24,17 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
 from models.likelihood import CategoricalOutput
-from models.linear import product_dtype
-from models.model import Account, Flops, Model, Recompute, check_inputs, num_parameters
+from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
+from models.model import Account, Flops, Model, Recompute, ToldNothing, check_inputs, check_sizes, num_parameters
 from models.recompute_decoder import RecomputeDecoder
-
-FIRST_KERNEL, KERNEL = 7, 3
-LARGEST = {"image_size": 1024, "features": 1 << 16, "layers": 4096, "head_features": 1 << 18}
-"""Far beyond what anybody trains. A config may come from a stranger, and its sizes decide what a computer does."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PixelCNNConfig:
+class PixelCNNConfig(ToldNothing):
     """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
 
     family: Literal["pixelcnn"] = "pixelcnn"
@@ -43,38 +35,20 @@ class PixelCNNConfig:
     output: CategoricalOutput = CategoricalOutput()
     """256 probabilities of a sub-pixel: the paper has no other."""
     features: int
-    """Features of the 3x3 convolutions inside a block (h in the paper: 128); twice as many between the blocks."""
+    """Features of the convolutions inside a block (h in the paper: 128); twice as many between the blocks."""
     layers: int
     """Residual blocks (the paper: 15)."""
     head_features: int
     """Features of the layer before the probabilities (the paper: 1024)."""
+    first_kernel: int = 7
+    """Rows and columns of the first convolution's kernel."""
+    kernel: int = 3
+    """The same of the convolution inside a block."""
+    grouping: Grouping = "interleaved"
+    """Which features belong to red, green and blue: by turns, or a block of them each."""
 
     def __post_init__(self) -> None:
-        smallest = {"image_size": 1, "features": 3, "layers": 1, "head_features": 3}
-        problems = [
-            f"{name}: {getattr(self, name)} is less than {least}" + (", one for each colour" if least == 3 else "")
-            for name, least in smallest.items()
-            if getattr(self, name) < least
-        ]
-        problems += [
-            f"{name}: {getattr(self, name)} is more than {most}"
-            for name, most in LARGEST.items()
-            if getattr(self, name) > most
-        ]
-        if problems:
-            raise ValueError("\n".join(problems))
-
-    @property
-    def num_classes(self) -> int:
-        return 0
-
-    @property
-    def label_dropout(self) -> float:
-        return 0.0
-
-    @property
-    def small_size(self) -> int:
-        return 0
+        check_sizes(self, odd=("first_kernel", "kernel"), for_each_colour=("features", "head_features"))
 
     @property
     def num_units(self) -> int:
@@ -94,15 +68,18 @@ class PixelCNNConfig:
         with torch.device("meta"):
             model = PixelCNN(self, recompute)
         pixels = self.image_size**2
-        products = {part: pixels * flops_of_a_pixel(module) for part, module in model.named_children()}
+        first, head = pixels * model.first.flops_of_a_pixel, pixels * model.head.flops_of_a_pixel
+        block = model.blocks[0]
+        assert isinstance(block, Block)
+        up = block.out.flops_of_a_pixel
+        a_block = block.reduce.flops_of_a_pixel + block.convolve.flops_of_a_pixel + up
+        blocks = self.layers * pixels * a_block
         # Nothing after the last product of a block needs its result, so torch stops before it.
-        again = products["blocks"] // self.layers - pixels * 2 * self.features * 2 * self.features
-        recomputed = again * sum(recompute.includes(unit) for unit in range(self.layers))
-        first = products["first"]
+        again = pixels * (a_block - up) * sum(recompute.includes(unit) for unit in range(self.layers))
         parts = {
             "first convolution": Flops(first, first, 0),  # the image needs no gradient
-            "blocks": Flops(products["blocks"], 2 * products["blocks"], recomputed),
-            "head": Flops(products["head"], 2 * products["head"], 0),
+            "blocks": Flops(blocks, 2 * blocks, again),
+            "head": Flops(head, 2 * head, 0),
         }
         return Account(parameters=num_parameters(model), positions=3 * pixels, parts=parts)
 
@@ -117,20 +94,25 @@ class PixelCNN(Model):
         self.config, self.recompute = config, recompute
         with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
             self.generation_order = torch.arange(3 * config.image_size**2)
-        width = 2 * config.features
-        self.first = MaskedConvolution(3, width, FIRST_KERNEL, mask="A")
+        width, kernel = 2 * config.features, (config.first_kernel, config.first_kernel)
+        self.first = MaskedConvolution(3, width, kernel, mask="A", grouping=config.grouping)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = Head(width, config.head_features)
+        self.head = ColourHead(width, config.head_features, config.grouping)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         check_inputs(self.config, images, given)
-        x = self.first((images.float() / 127.5 - 1).to(self.first.weight.dtype))
+        return self.logits(intensities(images, self.first.weight.dtype))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Those [B, H, W, 3, 256] of intensities [B, H, W, 3], H and W of any size."""
+        x = self.first(x)
         for index, block in enumerate(self.blocks):
             if self.training and self.recompute.includes(index):
                 x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x)
-        return self.head(x)
+        logits: Tensor = self.head(x)
+        return logits
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks
@@ -140,73 +122,15 @@ class PixelCNN(Model):
 
 
 class Block(nn.Module):
-    """x -> x + what three convolutions make of it: to half the features, 3x3, and back."""
+    """x -> x + what three convolutions make of it: to half the features, over neighbours, and back."""
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
-        self.reduce = MaskedConvolution(2 * config.features, config.features, 1, mask="B")
-        self.convolve = MaskedConvolution(config.features, config.features, KERNEL, mask="B")
-        self.out = MaskedConvolution(config.features, 2 * config.features, 1, mask="B", gain=config.layers**-0.5)
+        features, grouping, gain = config.features, config.grouping, config.layers**-0.5
+        kernel = (config.kernel, config.kernel)
+        self.reduce = MaskedConvolution(2 * features, features, (1, 1), mask="B", grouping=grouping)
+        self.convolve = MaskedConvolution(features, features, kernel, mask="B", grouping=grouping)
+        self.out = MaskedConvolution(features, 2 * features, (1, 1), mask="B", grouping=grouping, gain=gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(F.relu(self.convolve(F.relu(self.reduce(F.relu(x))))))
-
-
-class Head(nn.Module):
-    """Features [B, H, W, width] -> logits in fp32 [B, H, W, 3, 256]."""
-
-    def __init__(self, width: int, features: int) -> None:
-        super().__init__()
-        self.hidden = MaskedConvolution(width, features, 1, mask="B")
-        # Almost no opinion at first.
-        self.logits = MaskedConvolution(features, 3 * 256, 1, mask="B", gain=0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits = self.logits(F.relu(self.hidden(F.relu(x))), in_fp32=True)
-        return logits.unflatten(-1, (256, 3)).transpose(-1, -2)
-
-
-class MaskedConvolution(nn.Module):
-    """[B, H, W, features_in] -> [B, H, W, features_out]: what lies above and to the left and, of the pixel itself,
-    colours before that of the result (mask A) or also its own (mask B). Rows of the kernel below the pixel are not
-    stored."""
-
-    visible: Tensor
-
-    def __init__(self, features_in: int, features_out: int, kernel: int, *, mask: Literal["A", "B"], gain: float = 1.0):
-        super().__init__()
-        self.kernel = kernel
-        visible = kernel_mask(features_in, features_out, kernel, mask)
-        shape = visible.shape if kernel > 1 else visible.shape[:2]  # a matrix, as the optimizer should know
-        self.register_buffer("visible", visible.view(shape), persistent=False)
-        self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(features_out))
-        # In the constructor of the leaf: ZeRO-3 splits a module's weights among ranks as soon as it is constructed.
-        half_visible = (kernel**2 // 2 + 0.5) * features_in  # about what a result sees
-        nn.init.normal_(self.weight, std=gain * math.sqrt(2 / half_visible))
-        nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor, in_fp32: bool = False) -> Tensor:
-        dtype = torch.float32 if in_fp32 else product_dtype(x)
-        weight, bias, inputs = (self.weight * self.visible).to(dtype), self.bias.to(dtype), x.to(dtype)
-        if self.kernel == 1:
-            out = F.linear(inputs, weight, bias)
-        else:
-            margin = self.kernel // 2
-            padded = F.pad(inputs.permute(0, 3, 1, 2), (margin, margin, margin, 0))
-            out = F.conv2d(padded, weight, bias).permute(0, 2, 3, 1)
-        return out if in_fp32 else out.to(x.dtype)
-
-
-def kernel_mask(features_in: int, features_out: int, kernel: int, mask: Literal["A", "B"]) -> Tensor:
-    """bool [features_out, features_in, k // 2 + 1, k]: rows above the pixel, and its own row last."""
-    colour_in, colour_out = torch.arange(features_in) % 3, torch.arange(features_out)[:, None] % 3
-    visible = torch.ones(features_out, features_in, kernel // 2 + 1, kernel, dtype=torch.bool)
-    visible[:, :, -1, kernel // 2 + 1 :] = False
-    visible[:, :, -1, kernel // 2] = colour_in < colour_out if mask == "A" else colour_in <= colour_out
-    return visible
-
-
-def flops_of_a_pixel(module: nn.Module) -> int:
-    """Products for one pixel in all convolutions of a module. Masked ones count, because they are computed, too."""
-    return sum(2 * part.weight.numel() for part in module.modules() if isinstance(part, MaskedConvolution))

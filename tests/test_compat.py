@@ -15,10 +15,11 @@ import yaml
 from data_pipeline.loader import DataConfig
 from models.given import Given
 from models.image_transformer.family import ImageTransformerConfig
+from models.pixelcnn import PixelCNNConfig
 from tests.support.launch import QUICKSTART, mlflow_store, train
 from trainer import evaluate, sample
 from trainer.comparison.run_history import history_of_folder
-from trainer.config import RunConfig, flat, load_config, load_written
+from trainer.config import RunConfig, flat, load_config, load_written, model_config_from
 from trainer.exported_model import load_exported
 from trainer.older_configs import BEFORE_IT_EXISTED, MOVED, modernised, params_of_today
 from trainer.options import LimitsConfig
@@ -123,8 +124,19 @@ def test_every_option_since_then_has_a_row(path: Path) -> None:
         )
 
 
-OF_NEW_MEMBERS = {"optimizer.muon_peak_lr", "model.features", "model.head_features"}
+OF_NEW_MEMBERS = {
+    "optimizer.muon_peak_lr",
+    *(f"model.{name}" for name in ("features", "head_features", "first_kernel", "kernel", "grouping")),
+}
 """Options of members of unions that no run of that time had."""
+
+
+def test_a_pixelcnn_of_before_it_had_a_choice_of_kernels_is_what_it_was() -> None:
+    values = {"family": "pixelcnn", "image_size": 16, "output": {"kind": "categorical"}, "features": 8, "layers": 2}
+    model = model_config_from(values | {"head_features": 16}, "an export")
+    assert model == PixelCNNConfig(
+        image_size=16, features=8, layers=2, head_features=16, first_kernel=7, kernel=3, grouping="interleaved"
+    )
 
 
 def test_an_added_option_orphans_nothing(written: Path) -> None:

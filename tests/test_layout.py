@@ -141,7 +141,16 @@ def is_tool(module: str) -> bool:
 
 
 def test_the_trainer_asks_the_interface_of_models_and_knows_the_families_in_its_config_alone() -> None:
-    families = ("models.image_transformer", "models.pixelcnn", "models.pixelsnail", "models.weight_norm")
+    names = (
+        "image_transformer",
+        "pixelcnn",
+        "gated_pixelcnn",
+        "row_lstm",
+        "diagonal_bilstm",
+        "pixelsnail",
+        "weight_norm",
+    )
+    families = tuple(f"models.{name}" for name in names)
     knowing = {
         name
         for name, modules in imports_of_ours().items()

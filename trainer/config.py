@@ -19,10 +19,13 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from data_pipeline.loader import DataConfig
+from models.diagonal_bilstm import DiagonalBiLSTMConfig
+from models.gated_pixelcnn import GatedPixelCNNConfig
 from models.image_transformer.family import ImageTransformerConfig
 from models.pixelcnn import PixelCNNConfig
 from models.pixelcnnpp import PixelCNNPPConfig
 from models.pixelsnail import PixelSNAILConfig
+from models.row_lstm import RowLSTMConfig
 from trainer.errors import ConfigError
 from trainer.older_configs import BEFORE_IT_EXISTED, modernised, moved
 from trainer.options import (
@@ -40,7 +43,15 @@ from trainer.typed_values import flattened, paths, plain, read, set_value, unkno
 
 MAX_CONFIG_BYTES = 1 << 20
 
-ModelConfig = ImageTransformerConfig | PixelCNNConfig | PixelCNNPPConfig | PixelSNAILConfig
+ModelConfig = (
+    ImageTransformerConfig
+    | PixelCNNConfig
+    | GatedPixelCNNConfig
+    | RowLSTMConfig
+    | DiagonalBiLSTMConfig
+    | PixelCNNPPConfig
+    | PixelSNAILConfig
+)
 """The model families: a union that `model.family` tells apart."""
 
 UNSAID = {"model.family": "image_transformer"}

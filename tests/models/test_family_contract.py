@@ -4,6 +4,7 @@ A family joins by a line in FAMILIES, and by one in `entry_of`, which says where
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import pixelcnn, pixelcnnpp, pixelsnail
+from models import diagonal_bilstm, masked_convolution, pixelcnnpp, pixelsnail
 from models.decoding import Decoding, generate
+from models.diagonal_bilstm import DiagonalBiLSTM, DiagonalBiLSTMConfig
+from models.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig, RowsAbove
 from models.image_transformer.family import ImageTransformer
 from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D
 from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats, nats_by_channel
@@ -23,6 +26,7 @@ from models.pixelcnn import PixelCNN, PixelCNNConfig
 from models.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig
 from models.pixelsnail import PixelSNAIL, PixelSNAILConfig
 from models.recompute_decoder import RecomputeDecoder
+from models.row_lstm import RowLSTM, RowLSTMConfig, RowLSTMLayer
 from models.weight_norm import layers
 from tests.support.tiny_model import GIVEN, MIXTURE, MODERN, PIXELS, random_given, random_images, tiny_config
 from trainer.exported_model import Origin, load_exported, write_exported
@@ -39,6 +43,7 @@ PIXELSNAIL: dict[str, Any] = {
     "blocks": 3,
     "convolutions": 2,
 }
+ODD = {"features": 5, "head_features": 8, "layers": 2}
 FAMILIES: dict[str, ModelConfig] = {
     "image_transformer": tiny_config(),
     "image_transformer, modern, classes": tiny_config(**MODERN, **GIVEN["classes"]),
@@ -47,7 +52,15 @@ FAMILIES: dict[str, ModelConfig] = {
     "image_transformer, patterns in turn": tiny_config(attention=TURNS, layers=4),
     "image_transformer, 2d patterns in turn": tiny_config(**MODERN, attention=FLANGES, layers=3),
     "pixelcnn": PixelCNNConfig(**PIXELCNN),
-    "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | {"features": 5, "head_features": 8, "layers": 2}),
+    "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | ODD),
+    "gated_pixelcnn": GatedPixelCNNConfig(**PIXELCNN),
+    "gated_pixelcnn, no multiple of three, classes": GatedPixelCNNConfig(
+        **PIXELCNN | ODD, num_classes=3, label_dropout=0.2, grouping="blocks"
+    ),
+    "row_lstm": RowLSTMConfig(**PIXELCNN),
+    "row_lstm, no multiple of three": RowLSTMConfig(**PIXELCNN | ODD, kernel=5, grouping="blocks"),
+    "diagonal_bilstm": DiagonalBiLSTMConfig(**PIXELCNN),
+    "diagonal_bilstm, no multiple of three": DiagonalBiLSTMConfig(**PIXELCNN | ODD, grouping="blocks"),
     "pixelcnnpp": PixelCNNPPConfig(**PIXELCNNPP),
     "pixelsnail": PixelSNAILConfig(**PIXELSNAIL),
     "pixelsnail, pooled keys": PixelSNAILConfig(**PIXELSNAIL | {"key_pooling": 2, "nonlinearity": "relu", "blocks": 2}),
@@ -69,7 +82,7 @@ def opinionated(model: Model) -> Model:
     match model:
         case ImageTransformer():
             last = model.head.weight
-        case PixelCNN():
+        case PixelCNN() | GatedPixelCNN() | RowLSTM() | DiagonalBiLSTM():
             last = model.head.logits.weight
         case PixelCNNPP() | PixelSNAIL():
             last = model.head.g
@@ -85,7 +98,7 @@ def entry_of(model: Model) -> tuple[nn.Module, Tensor]:
     match model:
         case ImageTransformer():
             return model.embed_input, model.sources
-        case PixelCNN():
+        case PixelCNN() | GatedPixelCNN() | RowLSTM() | DiagonalBiLSTM():
             return model.first, torch.arange(len(model.generation_order))
         case PixelCNNPP() | PixelSNAIL():
             return model.entry, torch.arange(len(model.generation_order))
@@ -101,7 +114,7 @@ def seen_by_each(model: Model) -> Tensor:
 
     def hand_out(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None = None) -> Any:
         rows.append((inputs[0] if output is None else output).detach().requires_grad_())
-        return (rows[-1],) if output is None else rows[-1]
+        return (rows[-1], *inputs[1:]) if output is None else rows[-1]
 
     is_lookup = isinstance(model, ImageTransformer)
     hook = module.register_forward_hook(hand_out) if is_lookup else module.register_forward_pre_hook(hand_out)
@@ -134,16 +147,81 @@ def test_a_position_depends_on_nothing_at_or_after_itself_and_on_something_befor
     assert seen[1:].any(1).all() and seen[:, :-1].any(0).all()
 
 
-@pytest.mark.parametrize("family", ["image_transformer", "pixelcnn", "pixelcnnpp", "pixelsnail"])
-def test_a_leak_is_seen(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pixelcnn.kernel_mask
-    monkeypatch.setattr(pixelcnn, "kernel_mask", lambda *arguments: original(*arguments[:3], "B"))
+def with_mask_b_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = masked_convolution.kernel_mask
+    monkeypatch.setattr(masked_convolution, "kernel_mask", lambda *sizes: original(*sizes[:3], "B", *sizes[4:]))
+
+
+def with_gates_that_share_the_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if four gates of 5 features were 20 features."""
+    original = masked_convolution.kernel_mask
+    monkeypatch.setattr(masked_convolution, "kernel_mask", lambda *sizes: original(*sizes[:5], 1))
+
+
+def with_two_groupings(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = masked_convolution.kernel_mask
+
+    def mask(*sizes: Any) -> Tensor:
+        return original(*sizes[:4], "interleaved" if sizes[2] == (1, 1) else "blocks", sizes[5])
+
+    monkeypatch.setattr(masked_convolution, "kernel_mask", mask)
+
+
+def with_a_map_that_is_not_moved_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagonal_bilstm, "down_a_row", lambda x: x)
+
+
+def with_a_vertical_stack_that_reads_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = RowsAbove.forward
+    monkeypatch.setattr(RowsAbove, "forward", lambda self, x: original(self, x.roll(-1, dims=1)))
+
+
+def with_states_of_the_same_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row begins with gates that the row below it should have got."""
+    original = RowLSTMLayer.row
+    monkeypatch.setattr(
+        RowLSTMLayer, "row", lambda self, gates, above: original(self, gates, original(self, gates, above))
+    )
+
+
+def with_a_stream_that_is_not_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixelcnnpp, "right_shift", lambda x: x)
+
+
+def with_attention_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixelsnail, "earlier", lambda *arguments: torch.ones(16, 16, dtype=torch.bool).tril())
-    model = built(family).eval()
-    if isinstance(model, ImageTransformer):
-        model.sources.copy_(model.positions)  # as if inputs were not moved on by one
+
+
+LEAKS = [
+    ("pixelcnn", with_mask_b_first),
+    ("pixelcnn", with_two_groupings),
+    ("gated_pixelcnn", with_mask_b_first),
+    ("gated_pixelcnn, no multiple of three, classes", with_gates_that_share_the_colours),
+    ("gated_pixelcnn", with_a_vertical_stack_that_reads_its_own_row),
+    ("row_lstm", with_mask_b_first),
+    ("row_lstm, no multiple of three", with_gates_that_share_the_colours),
+    ("row_lstm", with_states_of_the_same_row),
+    ("diagonal_bilstm", with_mask_b_first),
+    ("diagonal_bilstm", with_a_map_that_is_not_moved_down),
+    ("pixelcnnpp", with_a_stream_that_is_not_shifted),
+    ("pixelsnail", with_attention_to_itself),
+]
+
+
+def test_a_leak_is_seen_where_inputs_are_not_moved_on_by_one() -> None:
+    model = built("image_transformer").eval()
+    assert isinstance(model, ImageTransformer)
+    model.sources.copy_(model.positions)
     assert in_order(seen_by_each(model), model).diagonal().any()
+
+
+@pytest.mark.parametrize(("family", "leak"), LEAKS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_leak_is_seen(
+    family: str, leak: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leak(monkeypatch)
+    model = built(family).eval()
+    assert in_order(seen_by_each(model), model).triu().any()
 
 
 @families
@@ -306,6 +384,9 @@ def test_bf16_weights_give_nearly_the_same_fp32_output(family: str) -> None:
 LEARNERS: dict[str, ModelConfig] = {
     "image_transformer": tiny_config(**MODERN, width=32, attention_width=32, ff_width=64),
     "pixelcnn": PixelCNNConfig(image_size=4, features=16, layers=2, head_features=32),
+    "gated_pixelcnn": GatedPixelCNNConfig(image_size=4, features=32, layers=2, head_features=32),
+    "row_lstm": RowLSTMConfig(image_size=4, features=16, layers=2, head_features=32),
+    "diagonal_bilstm": DiagonalBiLSTMConfig(image_size=4, features=16, layers=2, head_features=32),
 }
 
 

@@ -1,0 +1,249 @@
+"""What is Gated PixelCNN (van den Oord et al. 2016, Conditional Image Generation with PixelCNN Decoders, section 2)?
+
+Two stacks of convolutions: the vertical one sees the rows above, the horizontal one its own row to the left and, by way
+of the vertical one, all that is above. So nothing past stays out of sight, as part of it does in PixelCNN. Features are
+gated, tanh times sigmoid, and the class of an image enters every gate. Masks and colours are those of
+models/masked_convolution.py; what is strictly above needs none.
+
+Only the horizontal stack is residual, so that the head reads a sum over all layers. What the paper leaves open: how the
+class enters is one product for each stack, and it may be hidden in training, for guidance.
+
+Shapes: B batch, H rows, W columns, p features.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.drawing.canvas import Canvas
+from models.given import NOTHING, Given
+from models.likelihood import CategoricalOutput
+from models.linear import Linear, product_dtype
+from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
+from models.model import Account, Flops, Model, Recompute, check_inputs, check_sizes, num_parameters
+from models.recompute_decoder import RecomputeDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedPixelCNNConfig:
+    """Everything that decides the shape of the model. Raises ValueError with one problem a line."""
+
+    family: Literal["gated_pixelcnn"] = "gated_pixelcnn"
+    image_size: int
+    """Rows and columns of the square images."""
+    output: CategoricalOutput = CategoricalOutput()
+    """256 probabilities of a sub-pixel: the paper has no other."""
+    num_classes: int = 0
+    """Classes that the model can be asked for; 0 for none."""
+    label_dropout: float = 0.0
+    """Rate at which training hides the class, for guidance; 0 where every image is drawn with its class."""
+    features: int
+    """Features of each stack (p in the paper); twice as many before the gates."""
+    layers: int
+    """Residual layers after the first one."""
+    head_features: int
+    """Features of the layer before the probabilities."""
+    first_kernel: int = 7
+    """Rows and columns of the first layer's kernel, of which the vertical stack has those above the pixel, and the
+    horizontal one those to the left in its row."""
+    kernel: int = 3
+    """The same of the other layers."""
+    grouping: Grouping = "interleaved"
+    """Which features belong to red, green and blue: by turns, or a block of them each."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self, odd=("first_kernel", "kernel"), for_each_colour=("features", "head_features"))
+        problems = []
+        if not 0 <= self.num_classes <= 1 << 20:
+            problems.append(f"num_classes: {self.num_classes} is not between 0 and {1 << 20}")
+        if not 0 <= self.label_dropout < 1:
+            problems.append(f"label_dropout: {self.label_dropout} is not at least 0 and below 1")
+        if self.label_dropout and not self.num_classes:
+            problems.append(
+                f"label_dropout: {self.label_dropout}, but the model has no classes to hide; set it to 0, or "
+                "num_classes"
+            )
+        if self.first_kernel < 3:
+            problems.append("first_kernel: 1 leaves nothing above the pixel; take 3 or more")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def small_size(self) -> int:
+        return 0
+
+    @property
+    def num_units(self) -> int:
+        return self.layers
+
+    @property
+    def unit_period(self) -> int:
+        return 1
+
+    def with_units(self, count: int) -> Self:
+        return dataclasses.replace(self, layers=count)
+
+    def build(self, recompute: Recompute = Recompute()) -> "GatedPixelCNN":  # noqa: B008 (immutable)
+        return GatedPixelCNN(self, recompute)
+
+    def account(self, recompute: Recompute = Recompute()) -> Account:  # noqa: B008 (immutable)
+        with torch.device("meta"):
+            model = GatedPixelCNN(self, recompute)
+        pixels, head = self.image_size**2, self.image_size**2 * model.head.flops_of_a_pixel
+        first, layer = model.first, model.layers[0]
+        assert isinstance(layer, Layer)
+        of_image = pixels * (first.vertical.flops_of_a_pixel + first.horizontal.flops_of_a_pixel)
+        of_features = pixels * (first.flops_of_a_pixel - first.vertical.flops_of_a_pixel)
+        of_features -= pixels * first.horizontal.flops_of_a_pixel
+        layers = self.layers * pixels * layer.flops_of_a_pixel
+        # Nothing after the last product of a layer needs its result, so torch stops before it.
+        again = pixels * (layer.flops_of_a_pixel - layer.out.flops_of_a_pixel)
+        again *= sum(recompute.includes(unit) for unit in range(self.layers))
+        parts = {
+            "first layer": Flops(of_image + of_features, of_image + 2 * of_features, 0),  # the image needs no gradient
+            "layers": Flops(layers, 2 * layers, again),
+            "head": Flops(head, 2 * head, 0),
+        }
+        return Account(parameters=num_parameters(model), positions=3 * pixels, parts=parts)
+
+
+class GatedPixelCNN(Model):
+    """Images and their classes -> logits of every sub-pixel given all that it sees."""
+
+    config: GatedPixelCNNConfig
+
+    def __init__(self, config: GatedPixelCNNConfig, recompute: Recompute) -> None:
+        super().__init__()
+        self.config, self.recompute = config, recompute
+        with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
+            self.generation_order = torch.arange(3 * config.image_size**2)
+        features, grouping, gain = config.features, config.grouping, config.layers**-0.5
+        self.first = Layer(3, features, config.first_kernel, grouping, mask="A")
+        self.layers = nn.ModuleList(
+            Layer(features, features, config.kernel, grouping, mask="B", gain=gain) for _ in range(config.layers)
+        )
+        if config.num_classes:
+            classes = config.num_classes + (config.label_dropout > 0)  # the last row is no class
+            self.classes = nn.Parameter(torch.zeros(classes, (1 + config.layers) * 4 * features))
+            """What each class adds in each layer to the vertical stack before its gate, and to the horizontal one."""
+        self.head = ColourHead(config.features, config.head_features, config.grouping)
+
+    def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
+        """As in Model. In training, labels are hidden at the rate of label_dropout."""
+        check_inputs(self.config, images, given)
+        labels = given.labels
+        if labels is not None and self.training and self.config.label_dropout:
+            hidden = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
+            labels = labels.masked_fill(hidden, self.config.num_classes)
+        return self.logits(intensities(images, self.first.horizontal.weight.dtype), labels)
+
+    def logits(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Those [B, H, W, 3, 256] of intensities [B, H, W, 3], H and W of any size, and classes [B]."""
+        _, horizontal = self.stacks(x, labels)
+        logits: Tensor = self.head(horizontal)
+        return logits
+
+    def stacks(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Features [B, H, W, p] of the vertical and of the horizontal stack after the last layer."""
+        of_first, *of_layers = self.of_class(labels)
+        vertical, horizontal = self.first(x, None, of_first)
+        for index, (layer, of_class) in enumerate(zip(self.layers, of_layers, strict=True)):
+            if self.training and self.recompute.includes(index):
+                vertical, horizontal = checkpoint(
+                    layer, horizontal, vertical, of_class, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                vertical, horizontal = layer(horizontal, vertical, of_class)
+        return vertical, horizontal
+
+    def of_class(self, labels: Tensor | None) -> Sequence[Tensor | None]:
+        """For each layer, what the classes of images add to its gates: [B, 1, 1, 4p]."""
+        num_layers = 1 + len(self.layers)
+        if labels is None:
+            return [None] * num_layers
+        return F.embedding(labels, self.classes)[:, None, None].chunk(num_layers, dim=-1)
+
+    def units(self) -> Iterator[nn.Module]:
+        yield from self.layers
+
+    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
+        return RecomputeDecoder(self, canvas)
+
+
+class Layer(nn.Module):
+    """One step of both stacks. The first layer, with mask A, reads the image in both and is not residual."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features: int,
+        kernel: int,
+        grouping: Grouping,
+        *,
+        mask: Literal["A", "B"],
+        gain: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self._is_residual = mask == "B"
+        self.vertical = RowsAbove(features_in, 2 * features, kernel, with_own_row=mask == "B")
+        self.to_horizontal = Linear(2 * features, 2 * features, std=(2 * features) ** -0.5, bias=True)
+        # No ReLUs before these: half the variance of the first weights.
+        self.horizontal = MaskedConvolution(
+            features_in, 2 * features, (1, kernel), mask=mask, grouping=grouping, gates=2, gain=0.5**0.5
+        )
+        self.out = MaskedConvolution(features, features, (1, 1), mask="B", grouping=grouping, gain=gain)
+
+    def forward(self, horizontal: Tensor, vertical: Tensor | None, of_class: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The vertical and the horizontal stack [B, H, W, p] after the layer; the former reads the latter's input
+        where it has none of its own. of_class [B, 1, 1, 4p]: added to both before their gates."""
+        above = self.vertical(horizontal if vertical is None else vertical)
+        own = self.horizontal(horizontal)
+        if of_class is not None:
+            of_above, of_own = of_class.chunk(2, dim=-1)
+            above, own = above + of_above, own + of_own
+        own = own + self.to_horizontal(above)
+        vertical = gated(above)
+        out = self.out(gated(own))
+        return vertical, horizontal + out if self._is_residual else out
+
+    @property
+    def flops_of_a_pixel(self) -> int:
+        convolutions = (self.vertical, self.horizontal, self.out)
+        return sum(part.flops_of_a_pixel for part in convolutions) + 2 * self.to_horizontal.weight.numel()
+
+
+class RowsAbove(nn.Module):
+    """[B, H, W, features_in] -> [B, H, W, features_out]: a convolution over the rows above the pixel, as many as half
+    of the kernel's; with_own_row: and over its own, where the input holds only what is above it."""
+
+    def __init__(self, features_in: int, features_out: int, kernel: int, *, with_own_row: bool) -> None:
+        super().__init__()
+        self._side, self._with_own_row = kernel // 2, with_own_row
+        self.weight = nn.Parameter(torch.empty(features_out, features_in, kernel // 2 + with_own_row, kernel))
+        self.bias = nn.Parameter(torch.empty(features_out))
+        # In the constructor of the leaf: ZeRO-3 splits a module's weights among ranks as soon as it is constructed.
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = product_dtype(x)
+        below = 0 if self._with_own_row else -1  # the last row is above nothing
+        padding = (self._side, self._side, self._side, below)
+        padded = F.pad(x.to(dtype).permute(0, 3, 1, 2), padding)
+        return F.conv2d(padded, self.weight.to(dtype), self.bias.to(dtype)).permute(0, 2, 3, 1).to(x.dtype)
+
+    @property
+    def flops_of_a_pixel(self) -> int:
+        return 2 * self.weight.numel()
+
+
+def gated(x: Tensor) -> Tensor:
+    """[..., 2p] -> [..., p]."""
+    features, gates = x.chunk(2, dim=-1)
+    return features.tanh() * gates.sigmoid()
