@@ -127,7 +127,7 @@ def test_every_option_since_then_has_a_row(path: Path) -> None:
 OF_NEW_MEMBERS = {
     "optimizer.muon_peak_lr",
     *(f"model.{name}" for name in ("features", "head_features", "first_kernel", "kernel", "grouping")),
-    *(f"model.{name}" for name in ("blocks", "nonlinearity", "initial_images")),
+    *(f"model.{name}" for name in ("blocks", "nonlinearity", "initial_images", "convolutions", "key_pooling")),
 }
 """Options of members of unions that no run of that time had."""
 
