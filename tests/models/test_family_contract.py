@@ -278,8 +278,8 @@ def counted_flops(model: Model, *, backward: bool) -> int:
         if backward:
             nats(model.config.output, output, images).sum().backward()
     by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
-    # PixelSNAIL's attention is written out, as products of batches of matrices. Nothing else is.
-    attention = ("scaled_dot_product", "bmm")
+    # PixelSNAIL's attention is written out, as products of batches of matrices; nothing else of it is such a product.
+    attention = ("scaled_dot_product", "bmm") if isinstance(model, PixelSNAIL) else ("scaled_dot_product",)
     return sum(flops for name, flops in by_operator.items() if not any(part in name for part in attention))
 
 
