@@ -101,7 +101,7 @@ class Task:
 
     def _forward(self) -> Tensor:
         """The token of every position [B, L, D] in generation order, from the full forward pass."""
-        pattern, slots = self.model.patterns[0], torch.arange(self.model.length, device=self.values.device)
+        pattern, slots = self.model.patterns[0][0], torch.arange(self.model.length, device=self.values.device)
         in_order = pattern.slot_of_rank.to(slots)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def turn(steps: Iterator[Step], count: int) -> float:
 
 def recompute(task: Task, block: QueryBlock) -> float:
     """Seconds for the position in the middle of a block, from the values before it."""
-    pattern, rank = task.model.patterns[0], (block.start + block.stop) // 2
+    pattern, rank = task.model.patterns[0][0], (block.start + block.stop) // 2
     beginning = _beginning(pattern, rank)
     slots = torch.arange(beginning.length, device=task.values.device)
     place = int(pattern.slot_of_rank[rank])
@@ -171,7 +171,7 @@ def recompute(task: Task, block: QueryBlock) -> float:
 
 def full_cache(task: Task, block: QueryBlock) -> float:
     """Seconds a step in the middle of a block."""
-    pattern, rank = task.model.patterns[0], (block.start + block.stop) // 2
+    pattern, rank = task.model.patterns[0][0], (block.start + block.stop) // 2
     device = task.values.device
     slot = pattern.slot_of_rank[rank : rank + 1].to(device)
     seen = torch.zeros(pattern.length, dtype=torch.bool)
@@ -216,7 +216,7 @@ def bytes_a_step(model: ImageTransformer, batch_images: int) -> float:
         for name, parameter in model.named_parameters()
         if not name.startswith(("embed_", "encoder.")) and ".encoder_attention.kv." not in name
     )
-    keys = model.patterns[0].num_pairs / model.length + 3 * config.small_size**2
+    keys = model.patterns[0][0].num_pairs / model.length + 3 * config.small_size**2
     width = config.attention_width // config.heads * config.num_key_heads
     return weights + batch_images * config.layers * keys * 2 * width * model.head.weight.element_size()
 
@@ -382,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
         model.bfloat16()
     with torch.no_grad():
         task = Task(model, options.batch_images)
-    all_blocks = model.patterns[0].blocks
+    all_blocks = model.patterns[0][0].blocks
     chosen = {round(index * (len(all_blocks) - 1) / max(options.blocks - 1, 1)) for index in range(options.blocks)}
     measured = measure(task, [all_blocks[index] for index in sorted(chosen)])
     ratios = wave_steps(options.waves_size, device)
@@ -423,7 +423,7 @@ def report(
         "time_per_token_last_over_first": medians[-1] / medians[0],
         **{f"sampling_{key}": value for key, value in ratios.items()},
     }
-    plan = decode_plan(task.model.patterns[0], config.shift, in_waves=False)
+    plan = decode_plan(task.model.patterns[0][0], config.shift, in_waves=False)
     where = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     text = (
         f"{date.today()}, {where}, {', '.join(versions())}; {batch} images of {config.image_size} at once, {length} "

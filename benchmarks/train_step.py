@@ -49,13 +49,13 @@ SAME_LOSS, SAME_NORM = 2e-3, 3e-2
 
 def with_flex(model: ImageTransformer) -> None:
     """FlexAttention, compiled, on tokens in our order and with tiles of our plan."""
-    pattern = model.patterns[0]
+    pattern = model.patterns[0][0]
     attend_by(model, lambda q, k, v: local_attention(q, k, v, pattern, backend="flex"))
 
 
 def with_flex_raster(model: ImageTransformer) -> None:
     """FlexAttention, compiled, on tokens in raster order: what the order of storage is worth."""
-    config, pattern = model.config, model.patterns[0]
+    config, pattern = model.config, model.patterns[0][0]
     if pattern.stored_in_raster_order:
         raise NotImplementedError("the tokens are in raster order anyway")
     attention = config.attentions[0]
@@ -74,7 +74,7 @@ def with_flex_raster(model: ImageTransformer) -> None:
 
 def with_dense_mask(model: ImageTransformer) -> None:
     """SDPA with the whole mask."""
-    mask = model.patterns[0].mask_in_storage_order().to(model.positions.device)
+    mask = model.patterns[0][0].mask_in_storage_order().to(model.positions.device)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         shared = q.shape[1] != k.shape[1]
@@ -90,7 +90,7 @@ def attend_by(model: ImageTransformer, attend: Attend) -> None:
 
 def in_raster_order(model: ImageTransformer) -> None:
     """Let the model keep its tokens in raster order; generation order and results stay."""
-    pattern, slots = model.patterns[0], model.slot_of_position
+    pattern, slots = model.patterns[0][0], model.slot_of_position
     model.sources.copy_(model.sources[slots])
     raster = torch.arange(pattern.length)
     model.positions.copy_(raster)

@@ -234,37 +234,41 @@ def _new_plan(pattern: Pattern, device: torch.device) -> _Plan:
         kinds.setdefault((block.num_queries, block.num_memory_keys), []).append(block)
     groups = tuple(_group(pattern, blocks, device) for blocks in kinds.values())
 
-    computed = [(block.start, block.stop) for blocks in kinds.values() for block in blocks]
-    chunk = math.gcd(*(bound for range_ in computed for bound in range_))
+    computed = [block.slots for blocks in kinds.values() for block in blocks]
+    chunk = _largest_chunk(computed)
     order = _chunk_indices(computed, chunk, torch.device("cpu"))
     in_order = bool((order == torch.arange(len(order))).all())
     return _Plan(groups, chunk, None if in_order else torch.argsort(order).to(device))
 
 
 def _group(pattern: Pattern, blocks: list[QueryBlock], device: torch.device) -> _Group:
-    own = [(block.start, block.stop) for block in blocks]
-    seen = [range_ for block in blocks for range_ in (*block.memory, (block.start, block.stop))]
-    chunk = math.gcd(*(bound for range_ in seen for bound in range_))
+    own = [block.slots for block in blocks]
+    seen = [slots for block in blocks for slots in (*(range(*range_) for range_ in block.memory), block.slots)]
+    chunk = _largest_chunk(seen)
 
     # Blocks of one size have one order of generation inside, so one mask serves the group.
-    own_mask, num_memory_keys = pattern.own_block_mask(blocks[0]), blocks[0].num_memory_keys
-    is_causal = num_memory_keys == 0 and bool((own_mask == torch.ones_like(own_mask).tril()).all())
-    mask = None
-    if pattern.causal and not is_causal:
-        memory_mask = torch.ones(len(own_mask), num_memory_keys, dtype=torch.bool)
-        mask = torch.cat([memory_mask, own_mask], dim=1).to(device)
+    mask = pattern.block_mask(blocks[0])
+    is_causal = blocks[0].num_memory_keys == 0 and bool((mask == torch.ones_like(mask).tril()).all())
+    needs_mask = not is_causal and not bool(mask.all())
     return _Group(
         num_blocks=len(blocks),
         chunk=chunk,
         query_chunks=_chunk_indices(own, chunk, device),
         key_chunks=_chunk_indices(seen, chunk, device),
-        mask=mask,
+        mask=mask.to(device) if needs_mask else None,
         is_causal=is_causal,
     )
 
 
-def _chunk_indices(ranges: list[tuple[int, int]], chunk: int, device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(start // chunk, stop // chunk) for start, stop in ranges]).to(device)
+def _largest_chunk(parts: list[range]) -> int:
+    """Slots of the largest chunk of which all parts are made."""
+    if any(slots.step != 1 for slots in parts):
+        return 1
+    return math.gcd(*(bound for slots in parts for bound in (slots.start, slots.stop)))
+
+
+def _chunk_indices(parts: list[range], chunk: int, device: torch.device) -> Tensor:
+    return torch.cat([torch.tensor(slots[::chunk]) // chunk for slots in parts]).to(device)
 
 
 def _chunked(x: Tensor, chunk: int) -> Tensor:

@@ -67,15 +67,16 @@ def block_mask(pattern: Pattern, device: torch.device) -> BlockMask:
     in_memory = torch.zeros(len(pattern.blocks), pattern.length // chunk, dtype=torch.bool)
     block_of_slot = torch.empty(pattern.length, dtype=torch.int64)
     for index, block in enumerate(pattern.blocks):
-        block_of_slot[block.start : block.stop] = index
+        block_of_slot[block.start : block.stop : block.step] = index
         for start, stop in block.memory:
             in_memory[index, start // chunk : stop // chunk] = True
     rank = pattern.rank if pattern.causal else torch.zeros_like(pattern.rank)
+    window = pattern.window or pattern.length
     in_memory, block_of_slot, rank = (x.to(device) for x in (in_memory, block_of_slot, rank))
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = (block_of_slot[query] == block_of_slot[key]) & (rank[key] <= rank[query])
-        return own | in_memory[block_of_slot[query], key // chunk]
+        return (own | in_memory[block_of_slot[query], key // chunk]) & (rank[query] - rank[key] < window)
 
     lengths = (pattern.length, pattern.length)
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=lengths)

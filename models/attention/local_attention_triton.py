@@ -8,7 +8,8 @@ The backward pass runs over tiles of keys and adds the gradient of q with atomic
 tiles); as the order of these additions is not fixed, `deterministic` computes that gradient in a pass of its own (7).
 
 From compute capability 9.0 on, the tiles of the inner loops are copied, and the gradient of q is added, by the tensor
-memory unit through descriptors; elsewhere and in fp32 through pointers.
+memory unit through descriptors. Elsewhere, in fp32, and where the slots of a block are apart (strided attention), it is
+done through pointers.
 
 Importing this file needs Triton, which the CUDA wheels of torch bring. With TRITON_INTERPRET=1 in the environment the
 kernels run on CPU tensors, slowly, for tests.
@@ -122,13 +123,14 @@ def _plans(number: int, tiles: Tiles, device: torch.device) -> _Plans:
     )
 
 
-def tiles_for(dtype: torch.dtype, width: int, device: torch.device) -> Tiles:
-    """The committed configuration for these inputs."""
+def tiles_for(dtype: torch.dtype, width: int, device: torch.device, step: int = 1) -> Tiles:
+    """The committed configuration for these inputs, and slots of a block that are `step` apart."""
+    are_neighbours = step == 1  # all that descriptors can copy; other tiles are made for pointers
     if INTERPRETED:
-        return _INTERPRETED_TILES
+        return _INTERPRETED_TILES._replace(descriptors=_INTERPRETED_TILES.descriptors and are_neighbours)
     if dtype == torch.float32:
         return FP32_TILES
-    generation = 8 if torch.cuda.get_device_capability(device)[0] < 9 else 9
+    generation = 9 if torch.cuda.get_device_capability(device)[0] >= 9 and are_neighbours else 8
     return TILES[generation, 64 if width <= 64 else 128]
 
 
@@ -137,15 +139,16 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, pattern_number: int, scale: float, deterministic: bool
 ) -> tuple[Tensor, Tensor]:
     """The output, and the log2-sum-exp2 of each query's scores, fp32 [B, N, L]."""
-    tiles = tiles_for(q.dtype, q.shape[-1], q.device)
-    plans = _plans(pattern_number, tiles, q.device)
+    pattern = _patterns[pattern_number]
+    tiles = tiles_for(q.dtype, q.shape[-1], q.device, pattern.step)
+    plans, tma = _plans(pattern_number, tiles, q.device), tiles.descriptors
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    q, k, v = (_readable(x, tiles.descriptors) for x in (q, k, v))
+    q, k, v = (_readable(x, tma) for x in (q, k, v))
     _launch(
         forward_kernel, plans.forward, tiles.forward, q,
-        q, *(_tiled(x, tiles.forward.keys, tiles.descriptors) for x in (k, v)), out, lse, plans.rank,
+        q, *(_tiled(x, tiles.forward.keys, tma) for x in (k, v)), out, lse, plans.rank,
         *_strides(q, k, v, out), scale,
-        GROUP=q.shape[1] // k.shape[1], CAUSAL=_is_causal(pattern_number), TMA=tiles.descriptors,
+        GROUP=q.shape[1] // k.shape[1], TMA=tma, **_seen(pattern),
     )  # fmt: skip
     return out, lse
 
@@ -161,13 +164,14 @@ def _backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    tiles = tiles_for(q.dtype, q.shape[-1], q.device)
-    tma, causal, group = tiles.descriptors, _is_causal(pattern_number), q.shape[1] // k.shape[1]
+    pattern, group = _patterns[pattern_number], q.shape[1] // k.shape[1]
+    tiles = tiles_for(q.dtype, q.shape[-1], q.device, pattern.step)
+    tma = tiles.descriptors
     plans = _plans(pattern_number, tiles, q.device)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     q, k, v, out, dout = (_readable(x, tma) for x in (q, k, v, out, dout))
     delta = torch.empty_like(lse)
-    _launch(delta_kernel, plans.forward, tiles.forward, q, dout, out, delta, *_strides(dout, out))
+    _launch(delta_kernel, plans.forward, tiles.forward, q, dout, out, delta, *_strides(dout, out), STEP=pattern.step)
 
     added = dq if deterministic else torch.zeros_like(dq, dtype=torch.float32)
     rows = tiles.backward.queries
@@ -176,7 +180,7 @@ def _backward(
         _tiled(q, rows, tma), k, v, _tiled(dout, rows, tma),
         added if deterministic or INTERPRETED else _tiled(added, rows, tma), dk, dv, lse, delta, plans.rank,
         *_strides(q, k, v, dout, added, dk, dv), scale,
-        GROUP=group, CAUSAL=causal, ADD_DQ=not deterministic, TMA=tma,
+        GROUP=group, ADD_DQ=not deterministic, TMA=tma, **_seen(pattern),
     )  # fmt: skip
     if not deterministic:
         return dq.copy_(added), dk, dv
@@ -185,7 +189,7 @@ def _backward(
         gradient_of_q_kernel, plans.gradient_of_q, tiles.gradient_of_q, q,
         q, _tiled(k, rows, tma), _tiled(v, rows, tma), dout, dq, lse, delta, plans.rank,
         *_strides(q, k, v, dout, dq), scale,
-        GROUP=group, CAUSAL=causal, TMA=tma,
+        GROUP=group, TMA=tma, **_seen(pattern),
     )  # fmt: skip
     return dq, dk, dv
 
@@ -211,8 +215,9 @@ def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 _forward.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def _is_causal(pattern_number: int) -> bool:
-    return _patterns[pattern_number].causal
+def _seen(pattern: Pattern) -> dict[str, Any]:
+    """What kernels are compiled for besides tiles: how keys inside a tile are masked, how far slots are apart."""
+    return {"CAUSAL": pattern.causal, "WINDOW": pattern.window, "STEP": pattern.step}
 
 
 def _readable(x: Tensor, for_descriptors: bool) -> Tensor:
@@ -267,16 +272,17 @@ def _load(X, base, stride, slots, valid, D: tl.constexpr, MASKED: tl.constexpr):
 
 @triton.jit
 def _load_tile(
-    X, base, stride, b, n, start, valid, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr
+    X, base, stride, b, n, start, slots, valid,
+    ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, D] from slot `start` on. Where not valid, zeros (pointers), or other tokens (descriptors)."""
+    """[ROWS, D] of slots from `start` on. Where not valid, zeros (pointers), or other tokens (descriptors)."""
     if TMA:
         x = tl.reshape(X.load([b, n, start, 0]), [ROWS, D])
         if _INTERPRETED:
             x = x.to(tl.float32)
         return x
     else:  # noqa: RET505  one return ends the compiled function, the branch is chosen at compile time
-        return _load(X, base, stride, start + tl.arange(0, ROWS), valid, D, MASKED)
+        return _load(X, base, stride, slots, valid, D, MASKED)
 
 
 @triton.jit
@@ -298,17 +304,27 @@ def _rank_of_queries(RANK, slots, valid, CAUSAL: tl.constexpr):
 
 
 @triton.jit
+def _visible(rank_of_queries, rank_of_keys, WINDOW: tl.constexpr):
+    """Whether each query sees each key, as far as it depends on when they are generated."""
+    visible = rank_of_keys <= rank_of_queries
+    if WINDOW:
+        in_window = rank_of_queries - rank_of_keys < WINDOW
+        visible = visible & (in_window | (rank_of_queries == _LAST_RANK - 1))
+    return visible
+
+
+@triton.jit
 def _forward_step(
     q, acc, top, total, K, V, RANK, k_base, v_base, k_stride, v_stride, b, n, start, stop, rank_of_queries, log2_scale,
-    D: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    slots = start + tl.arange(0, BN)
+    slots = start + tl.arange(0, BN) * STEP
     valid = slots < stop
-    k = _load_tile(K, k_base, k_stride, b, n, start, valid, BN, D, MASKED, TMA)
+    k = _load_tile(K, k_base, k_stride, b, n, start, slots, valid, BN, D, MASKED, TMA)
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
-        visible = _rank_of_keys(RANK, slots, valid, CAUSAL)[None, :] <= rank_of_queries[:, None]
+        visible = _visible(rank_of_queries[:, None], _rank_of_keys(RANK, slots, valid, CAUSAL)[None, :], WINDOW)
         scores = tl.where(visible, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     # A query that has met no visible key yet: keep -inf - -inf out.
@@ -316,7 +332,7 @@ def _forward_step(
     weights = tl.math.exp2(scores * log2_scale - shift[:, None])
     shrink = tl.math.exp2(top - shift)
     total = total * shrink + tl.sum(weights, 1)
-    v = _load_tile(V, v_base, v_stride, b, n, start, valid, BN, D, MASKED, TMA)
+    v = _load_tile(V, v_base, v_stride, b, n, start, slots, valid, BN, D, MASKED, TMA)
     acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_top, total
 
@@ -327,12 +343,12 @@ def forward_kernel(
     q_b, q_n, q_l, k_b, k_n, k_l, v_b, v_n, v_l, o_b, o_n, o_l,
     scale, TILES, PARTNERS, num_tiles, heads, length,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of queries of one head."""
     tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     b, n = head // heads, head % heads
-    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM)
+    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM) * STEP
     valid = slots < tl.load(TILES + tile * 5 + 1)
     first, masked, last = tl.load(TILES + tile * 5 + 2), tl.load(TILES + tile * 5 + 3), tl.load(TILES + tile * 5 + 4)
 
@@ -347,16 +363,16 @@ def forward_kernel(
     log2_scale = scale * _LOG2_E
     for index in range(first, masked):
         stop = tl.load(PARTNERS + index * 4 + 1)
-        for start in range(tl.load(PARTNERS + index * 4), stop, BN):
+        for start in range(tl.load(PARTNERS + index * 4), stop, BN * STEP):
             acc, top, total = _forward_step(
                 q, acc, top, total, K, V, RANK, k_base, v_base, k_l, v_l, b, m, start, stop, rank, log2_scale,
-                D, BN, CAUSAL, False, PRECISION, TMA,
+                D, BN, CAUSAL, WINDOW, STEP, False, PRECISION, TMA,
             )  # fmt: skip
     for index in range(masked, last):
         acc, top, total = _forward_step(
             q, acc, top, total, K, V, RANK, k_base, v_base, k_l, v_l, b, m,
             tl.load(PARTNERS + index * 4), tl.load(PARTNERS + index * 4 + 1), rank, log2_scale,
-            D, BN, CAUSAL, True, PRECISION, TMA,
+            D, BN, CAUSAL, WINDOW, STEP, True, PRECISION, TMA,
         )  # fmt: skip
     _store(OUT, b.to(tl.int64) * o_b + n.to(tl.int64) * o_n, o_l, slots, valid, acc / total[:, None], D)
     tl.store(LSE + head.to(tl.int64) * length + slots, top + tl.math.log2(total), mask=valid)
@@ -365,12 +381,12 @@ def forward_kernel(
 @triton.jit
 def delta_kernel(
     DOUT, OUT, DELTA, do_b, do_n, do_l, o_b, o_n, o_l, TILES, PARTNERS, num_tiles, heads, length,
-    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Each query's sum of dout * out over D: the mean that the softmax's gradient subtracts."""
     tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     b, n = (head // heads).to(tl.int64), (head % heads).to(tl.int64)
-    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM)
+    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM) * STEP
     valid = slots < tl.load(TILES + tile * 5 + 1)
     dout = _load(DOUT, b * do_b + n * do_n, do_l, slots, valid, D, True).to(tl.float32)
     out = _load(OUT, b * o_b + n * o_n, o_l, slots, valid, D, True).to(tl.float32)
@@ -381,13 +397,13 @@ def delta_kernel(
 def _backward_step(
     k, v, dk, dv, Q, DOUT, DQ, LSE, DELTA, RANK, q_base, do_base, dq_base, q_stride, do_stride, dq_stride, row_base,
     b, n, start, stop, keys, first_key, last_key, log2_scale, scale,
-    D: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    ADD_DQ: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, BM: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, ADD_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    slots = start + tl.arange(0, BM)
+    slots = start + tl.arange(0, BM) * STEP
     valid = slots < stop
-    q = _load_tile(Q, q_base, q_stride, b, n, start, valid, BM, D, MASKED, TMA)
-    dout = _load_tile(DOUT, do_base, do_stride, b, n, start, valid, BM, D, MASKED, TMA)
+    q = _load_tile(Q, q_base, q_stride, b, n, start, slots, valid, BM, D, MASKED, TMA)
+    dout = _load_tile(DOUT, do_base, do_stride, b, n, start, slots, valid, BM, D, MASKED, TMA)
     if MASKED:
         lse = tl.load(LSE + row_base + slots, mask=valid, other=0.0)
         delta = tl.load(DELTA + row_base + slots, mask=valid, other=0.0)
@@ -399,7 +415,7 @@ def _backward_step(
     if MASKED:
         seen = (keys >= first_key) & (keys < last_key)
         rank_of_keys = _rank_of_keys(RANK, keys, seen, CAUSAL)
-        visible = rank_of_keys[:, None] <= _rank_of_queries(RANK, slots, valid, CAUSAL)[None, :]
+        visible = _visible(_rank_of_queries(RANK, slots, valid, CAUSAL)[None, :], rank_of_keys[:, None], WINDOW)
         weights = tl.where(visible & valid[None, :], weights, 0.0)
     dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
     dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -425,12 +441,12 @@ def backward_kernel(
     q_b, q_n, q_l, k_b, k_n, k_l, v_b, v_n, v_l, do_b, do_n, do_l, dq_b, dq_n, dq_l, dk_b, dk_n, dk_l, dv_b, dv_n, dv_l,
     scale, TILES, PARTNERS, num_tiles, heads, length,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, ADD_DQ: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, ADD_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of keys of one head of keys."""
     tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     b, m = head // heads, head % heads
-    keys = tl.load(TILES + tile * 5) + tl.arange(0, BN)
+    keys = tl.load(TILES + tile * 5) + tl.arange(0, BN) * STEP
     valid = keys < tl.load(TILES + tile * 5 + 1)
     first, masked, last = tl.load(TILES + tile * 5 + 2), tl.load(TILES + tile * 5 + 3), tl.load(TILES + tile * 5 + 4)
 
@@ -446,17 +462,18 @@ def backward_kernel(
         row_base = (b64 * heads * GROUP + n64) * length
         for index in range(first, masked):
             stop = tl.load(PARTNERS + index * 4 + 1)
-            for start in range(tl.load(PARTNERS + index * 4), stop, BM):
+            for start in range(tl.load(PARTNERS + index * 4), stop, BM * STEP):
                 dk, dv = _backward_step(
                     k, v, dk, dv, Q, DOUT, DQ, LSE, DELTA, RANK, q_base, do_base, dq_base, q_l, do_l, dq_l, row_base,
-                    b, n, start, stop, keys, 0, 0, log2_scale, scale, D, BM, CAUSAL, False, PRECISION, ADD_DQ, TMA,
+                    b, n, start, stop, keys, 0, 0, log2_scale, scale,
+                    D, BM, CAUSAL, WINDOW, STEP, False, PRECISION, ADD_DQ, TMA,
                 )  # fmt: skip
         for index in range(masked, last):
             dk, dv = _backward_step(
                 k, v, dk, dv, Q, DOUT, DQ, LSE, DELTA, RANK, q_base, do_base, dq_base, q_l, do_l, dq_l, row_base,
                 b, n, tl.load(PARTNERS + index * 4), tl.load(PARTNERS + index * 4 + 1), keys,
                 tl.load(PARTNERS + index * 4 + 2), tl.load(PARTNERS + index * 4 + 3), log2_scale, scale,
-                D, BM, CAUSAL, True, PRECISION, ADD_DQ, TMA,
+                D, BM, CAUSAL, WINDOW, STEP, True, PRECISION, ADD_DQ, TMA,
             )  # fmt: skip
     _store(DK, b64 * dk_b + m64 * dk_n, dk_l, keys, valid, dk * scale, D)
     _store(DV, b64 * dv_b + m64 * dv_n, dv_l, keys, valid, dv, D)
@@ -466,16 +483,16 @@ def backward_kernel(
 def _gradient_of_q_step(
     q, dout, lse, delta, dq, K, V, RANK, k_base, v_base, k_stride, v_stride, b, n, start, stop, rank_of_queries,
     log2_scale,
-    D: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    D: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    slots = start + tl.arange(0, BN)
+    slots = start + tl.arange(0, BN) * STEP
     valid = slots < stop
-    k = _load_tile(K, k_base, k_stride, b, n, start, valid, BN, D, MASKED, TMA)
-    v = _load_tile(V, v_base, v_stride, b, n, start, valid, BN, D, MASKED, TMA)
+    k = _load_tile(K, k_base, k_stride, b, n, start, slots, valid, BN, D, MASKED, TMA)
+    v = _load_tile(V, v_base, v_stride, b, n, start, slots, valid, BN, D, MASKED, TMA)
     weights = tl.math.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale - lse[:, None])
     if MASKED:
-        visible = _rank_of_keys(RANK, slots, valid, CAUSAL)[None, :] <= rank_of_queries[:, None]
+        visible = _visible(rank_of_queries[:, None], _rank_of_keys(RANK, slots, valid, CAUSAL)[None, :], WINDOW)
         weights = tl.where(visible, weights, 0.0)
     dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     dscores = (weights * (dweights - delta[:, None])).to(k.dtype)
@@ -488,12 +505,12 @@ def gradient_of_q_kernel(
     q_b, q_n, q_l, k_b, k_n, k_l, v_b, v_n, v_l, do_b, do_n, do_l, dq_b, dq_n, dq_l,
     scale, TILES, PARTNERS, num_tiles, heads, length,
     D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    WINDOW: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One program for each tile of queries of one head: the second pass of the deterministic mode."""
     tile, head = tl.program_id(0) % num_tiles, tl.program_id(0) // num_tiles
     b, n = head // heads, head % heads
-    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM)
+    slots = tl.load(TILES + tile * 5) + tl.arange(0, BM) * STEP
     valid = slots < tl.load(TILES + tile * 5 + 1)
     first, masked, last = tl.load(TILES + tile * 5 + 2), tl.load(TILES + tile * 5 + 3), tl.load(TILES + tile * 5 + 4)
 
@@ -510,15 +527,15 @@ def gradient_of_q_kernel(
     log2_scale = scale * _LOG2_E
     for index in range(first, masked):
         stop = tl.load(PARTNERS + index * 4 + 1)
-        for start in range(tl.load(PARTNERS + index * 4), stop, BN):
+        for start in range(tl.load(PARTNERS + index * 4), stop, BN * STEP):
             dq = _gradient_of_q_step(
                 q, dout, lse, delta, dq, K, V, RANK, k_base, v_base, k_l, v_l, b, m, start, stop, rank, log2_scale,
-                D, BN, CAUSAL, False, PRECISION, TMA,
+                D, BN, CAUSAL, WINDOW, STEP, False, PRECISION, TMA,
             )  # fmt: skip
     for index in range(masked, last):
         dq = _gradient_of_q_step(
             q, dout, lse, delta, dq, K, V, RANK, k_base, v_base, k_l, v_l, b, m,
             tl.load(PARTNERS + index * 4), tl.load(PARTNERS + index * 4 + 1), rank, log2_scale,
-            D, BN, CAUSAL, True, PRECISION, TMA,
+            D, BN, CAUSAL, WINDOW, STEP, True, PRECISION, TMA,
         )  # fmt: skip
     _store(DQ, b64 * dq_b + n64 * dq_n, dq_l, slots, valid, dq * scale, D)

@@ -1,8 +1,11 @@
 """Which keys does each query see?
 
 A pattern cuts the sequence into query blocks. Every query of a block sees the whole *memory* of that block. Of its own
-block it sees everything or, if the pattern is causal, what has been generated so far, itself included. That is the
-whole definition. Dense masks, blocked attention, the window of decoding and the count of FLOPs are derived from it.
+block it sees everything or, if the pattern is causal, what has been generated so far, itself included. Of all this it
+sees, if the pattern has a *window*, only what was generated last. That is the whole definition. Dense masks, blocked
+attention, the window of decoding and the count of FLOPs are derived from it.
+
+Heads may see different keys: then they have a pattern each, in turn (`fixed_1d` with groups).
 
 Two orders of the positions matter besides the raster order in which an image comes:
 - the *generation order* decides what "so far" means: blocks one after the other, raster order inside a block;
@@ -13,7 +16,7 @@ Two orders of the positions matter besides the raster order in which an image co
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -28,13 +31,19 @@ class QueryBlock:
     start: int
     """First slot of the block; also the generation rank of the position generated first."""
     stop: int
-    """One past the last slot of the block."""
+    """One past the last slot of the block, or more where a step would lead there."""
     memory: tuple[tuple[int, int], ...]
     """Slots outside the block that every one of its queries sees, as ascending ranges."""
+    step: int = 1
+    """From each slot of the block to its next one."""
+
+    @property
+    def slots(self) -> range:
+        return range(self.start, self.stop, self.step)
 
     @property
     def num_queries(self) -> int:
-        return self.stop - self.start
+        return len(self.slots)
 
     @property
     def num_memory_keys(self) -> int:
@@ -54,14 +63,18 @@ class Pattern:
     """int64 [length]: storage slot -> place in the generation order. A block's slots and ranks are the same
     range."""
     blocks: tuple[QueryBlock, ...]
-    """In generation order, covering 0..length without gaps."""
+    """In the order of their first slots, covering 0..length without gaps. Blocks of a step other than 1, which lie
+    between each other, have no memory, and all have the same step."""
     causal: bool
     """Whether a query sees only the part of its own block that is generated up to and including itself."""
+    window: int = 0
+    """Only this many positions generated last are seen, the query included, and 0: all. Where it is not 0, the pattern
+    is causal, stored in the order of generation, and each memory lies just before its block."""
     digest: str = field(init=False, repr=False)
     """A checksum of everything above."""
 
     def __post_init__(self) -> None:
-        content = hashlib.sha256(repr((self.blocks, self.causal)).encode())
+        content = hashlib.sha256(repr((self.blocks, self.causal, self.window)).encode())
         for order in (self.storage_order, self.rank):
             content.update(order.numpy().tobytes())
         object.__setattr__(self, "digest", content.hexdigest())
@@ -96,28 +109,39 @@ class Pattern:
         return bool((self.storage_order == torch.arange(self.length)).all())
 
     @property
+    def step(self) -> int:
+        """From each slot of a block to its next one; where it is not 1, blocks are generated in between each other."""
+        return self.blocks[0].step
+
+    @property
     def num_pairs(self) -> int:
         """How many (query, visible key) pairs there are."""
         pairs = 0
         for block in self.blocks:
-            queries = block.num_queries
-            own = queries * (queries + 1) // 2 if self.causal else queries**2
-            pairs += queries * block.num_memory_keys + own
+            queries, memory = block.num_queries, block.num_memory_keys
+            if self.window:
+                pairs += sum(min(self.window, memory + index + 1) for index in range(queries))
+            else:
+                pairs += queries * memory + (queries * (queries + 1) // 2 if self.causal else queries**2)
         return pairs
 
-    def own_block_mask(self, block: QueryBlock) -> Tensor:
-        """bool [num_queries, num_queries] in storage order: which keys of its own block each query sees."""
-        rank = self.rank[block.start : block.stop]
-        return rank[None, :] <= rank[:, None] if self.causal else torch.ones(len(rank), len(rank), dtype=torch.bool)
+    def block_mask(self, block: QueryBlock) -> Tensor:
+        """bool [queries, memory keys + queries], each in storage order: which keys of its memory, and then of its own
+        block, each query sees."""
+        rank = self.rank[block.start : block.stop : block.step]
+        memory = torch.cat([rank[:0], *(self.rank[start:stop] for start, stop in block.memory)])
+        if not self.causal:
+            return torch.ones(len(rank), len(memory) + len(rank), dtype=torch.bool)
+        age = rank[:, None] - torch.cat([memory, rank])[None, :]
+        return (age >= 0) & (age < (self.window or self.length))
 
     def mask_in_storage_order(self) -> Tensor:
         """bool [length, length], storage order on both axes: mask[i, j] = query i sees key j."""
         mask = torch.zeros(self.length, self.length, dtype=torch.bool)
         for block in self.blocks:
-            rows = mask[block.start : block.stop]
-            for start, stop in block.memory:
-                rows[:, start:stop] = True
-            rows[:, block.start : block.stop] = self.own_block_mask(block)
+            queries = torch.tensor(block.slots)
+            keys = torch.cat([*(torch.arange(*range_) for range_ in block.memory), queries])
+            mask[queries[:, None], keys[None, :]] = self.block_mask(block)
         return mask
 
     def mask(self) -> Tensor:
@@ -163,6 +187,42 @@ def full(length: int, causal: bool = True) -> Pattern:
     """Every earlier position and itself; every position when not causal."""
     _require_positive(length=length)
     return _in_raster_order(length, length, lambda start, stop: (), causal)
+
+
+def sliding_1d(length: int, window: int) -> Pattern:
+    """The last `window` positions, the query included: "local" attention in the code of the Sparse Transformer (Child
+    et al. 2019), whose paper lets each query see one more."""
+    _require_positive(length=length, window=window)
+
+    # The mask is the same for blocks of any size; these make as many pairs in vain as are seen.
+    def memory_of(start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        return ((max(0, start - window + 1), start),) if start and window > 1 else ()
+
+    return _in_raster_order(length, window, memory_of, causal=True, window=window)
+
+
+def strided_1d(length: int, stride: int) -> Pattern:
+    """Every stride-th position back from the query, which is included (Child et al. 2019, section 4.3)."""
+    _require_positive(length=length, stride=stride)
+    blocks = tuple(QueryBlock(start, length, (), stride) for start in range(min(stride, length)))
+    return Pattern(torch.arange(length), torch.arange(length), blocks, causal=True)
+
+
+def fixed_1d(length: int, query_block: int, summary: int, group: int = 0) -> Pattern:
+    """Own block, and of every earlier one the `summary` positions at its end (Child et al. 2019, section 4.3).
+
+    Heads of group 1 see the `summary` positions before those instead, of group 2 the ones before them, and so on.
+    """
+    _require_positive(length=length, query_block=query_block, summary=summary)
+    _require_not_negative(group=group)
+    if (group + 1) * summary > query_block:
+        raise ValueError(f"group: {group} of {summary} positions lies outside of a block of {query_block}")
+
+    def memory_of(start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        ends = [end - group * summary for end in range(query_block, start + 1, query_block)]
+        return _merged([(end - summary, end) for end in ends])
+
+    return _in_raster_order(length, query_block, memory_of, causal=True)
 
 
 def local_2d(
@@ -219,10 +279,11 @@ def _in_raster_order(
     query_block: int,
     memory_of: Callable[[int, int], tuple[tuple[int, int], ...]],
     causal: bool,
+    window: int = 0,
 ) -> Pattern:
     bounds = [(start, min(start + query_block, length)) for start in range(0, length, query_block)]
     blocks = tuple(QueryBlock(start, stop, memory_of(start, stop)) for start, stop in bounds)
-    return Pattern(torch.arange(length), torch.arange(length), blocks, causal)
+    return Pattern(torch.arange(length), torch.arange(length), blocks, causal, window)
 
 
 def _tile_order(grid: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -234,12 +295,17 @@ def _tile_order(grid: Tensor, tile: tuple[int, int]) -> Tensor:
 
 def _runs(numbers: list[int]) -> tuple[tuple[int, int], ...]:
     """Ascending numbers as (start, stop) ranges."""
+    return _merged([(number, number + 1) for number in numbers])
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Ascending ranges, of which those that meet become one."""
     runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1] = (runs[-1][0], number + 1)
+    for start, stop in ranges:
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], stop)
         else:
-            runs.append((number, number + 1))
+            runs.append((start, stop))
     return tuple(runs)
 
 

@@ -4,18 +4,20 @@ A GPU computes attention tile by tile. A plan lists the pairs of tiles in which 
 and tells those where every query sees every key, so that only the others are masked. It is built from the blocks of a
 pattern and their memory, in time that grows with the number of pairs, never from a dense mask.
 
-Tiles are cut from the first slot of each block and of each range of its memory, so that none lies in two blocks.
+Tiles are cut from the first slot of each block and of each range of its memory, so that none lies in two blocks. They
+have the step of the pattern's blocks: a tile of 64 slots in a block of step 3 is as long as 192 others.
 Neighbouring tiles without a mask make one run: a kernel walks along it without looking anything up.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from models.attention.pattern import Pattern, QueryBlock
+from models.attention.pattern import Pattern
 
 Range = tuple[int, int]
 Partner = tuple[int, int, int, int]
@@ -47,86 +49,105 @@ class GridPlan:
 
 def plan_by_queries(pattern: Pattern, query_tile: int, key_tile: int) -> TilePlan:
     """For each tile of queries the tiles of keys, as the forward pass and the gradient of q need them."""
-    rank, rows = pattern.rank.tolist(), []
+    sees, rows = _comparison(pattern), []
     for block in pattern.blocks:
-        memory = [keys for range_ in block.memory for keys in _cut(*range_, key_tile)]
-        own = list(_cut(block.start, block.stop, key_tile))
-        for start, stop in _cut(block.start, block.stop, query_tile):
-            full = [keys for keys in memory if keys[1] - keys[0] == key_tile]
-            masked = [keys for keys in memory if keys[1] - keys[0] < key_tile]
-            for keys in own:
-                some, every = _sees(pattern, rank, (start, stop), keys)
+        seen = [range(*range_) for range_ in block.memory] + [block.slots]
+        tiles = [keys for slots in seen for keys in _cut(slots, key_tile)]
+        for queries in _cut(block.slots, query_tile):
+            full: list[Partner] = []
+            masked: list[Partner] = []
+            for keys in tiles:
+                some, every = sees(queries, keys)
                 if some:
-                    (full if every and keys[1] - keys[0] == key_tile else masked).append(keys)
-            rows.append(((start, stop), [(*keys, *keys) for keys in full], [(*keys, *keys) for keys in masked]))
+                    (full if every and len(keys) == key_tile else masked).append((*_ends(keys), *_ends(keys)))
+            rows.append((_ends(queries), full, masked))
     return _packed(rows)
 
 
 def plan_by_keys(pattern: Pattern, query_tile: int, key_tile: int) -> TilePlan:
     """For each tile of keys the tiles of queries, as the gradients of k and v need them."""
-    rank = pattern.rank.tolist()
-    tiles = [tile for block in pattern.blocks for tile in _cut(block.start, block.stop, key_tile)]
-    starts = [start for start, _ in tiles]
+    sees = _comparison(pattern)
+    tiles_of_blocks = [list(_cut(block.slots, key_tile)) for block in pattern.blocks]
+    tiles = [tile for of_block in tiles_of_blocks for tile in of_block]
+    starts = [tile.start for tile in tiles]
     full: list[list[Partner]] = [[] for _ in tiles]
     masked: list[list[Partner]] = [[] for _ in tiles]
-    for block in pattern.blocks:
-        queries = list(_cut(block.start, block.stop, query_tile))
-        for index, *seen in _overlaps(tiles, starts, block):
-            keys = (seen[0], seen[1])
-            for start, stop in queries:
-                some, every = True, True
-                if block.start <= keys[0] < block.stop:
-                    some, every = _sees(pattern, rank, (start, stop), keys)
-                whole = stop - start == query_tile and keys[1] - keys[0] == key_tile
+    own = 0
+    for block, own_tiles in zip(pattern.blocks, tiles_of_blocks, strict=True):
+        queries = list(_cut(block.slots, query_tile))
+        seen = [pair for range_ in block.memory for pair in _overlaps(tiles, starts, *range_)]
+        for index, keys in seen + list(enumerate(own_tiles, start=own)):
+            for tile in queries:
+                some, every = sees(tile, keys)
+                whole = len(tile) == query_tile and len(keys) == key_tile
                 if some:
-                    (full if every and whole else masked)[index].append((start, stop, *keys))
-    return _packed(zip(tiles, full, masked, strict=True))
+                    (full if every and whole else masked)[index].append((*_ends(tile), *_ends(keys)))
+        own += len(own_tiles)
+    return _packed(zip(map(_ends, tiles), full, masked, strict=True))
 
 
 def plan_on_grid(pattern: Pattern, tile: int) -> GridPlan:
     """For each `tile` slots of queries the `tile` slots of keys; a tile that reaches past the end is never full."""
-    rank, count = pattern.rank.tolist(), -(-pattern.length // tile)
+    sees, count = _comparison(pattern), -(-pattern.length // tile)
     # Pairs of tiles are full where the visible pairs in them are all there are; blocks may meet in a tile.
     visible: list[dict[int, int]] = [{} for _ in range(count)]
     for block in pattern.blocks:
-        for queries in _cut_on_grid(block.start, block.stop, tile):
-            row, num_queries = visible[queries[0] // tile], queries[1] - queries[0]
-            for range_ in (*block.memory, (block.start, block.stop)):
-                for keys in _cut_on_grid(*range_, tile):
-                    some, every = True, True
-                    if range_[0] == block.start:
-                        some, every = _sees(pattern, rank, queries, keys)
-                    if some:
-                        pairs = num_queries * (keys[1] - keys[0]) if every else 0
-                        row[keys[0] // tile] = row.get(keys[0] // tile, 0) + pairs
+        seen = [range(*range_) for range_ in block.memory] + [block.slots]
+        pieces = [piece for slots in seen for piece in _cut_on_grid(slots, tile)]
+        for queries in _cut_on_grid(block.slots, tile):
+            row = visible[queries[0] // tile]
+            for keys in pieces:
+                some, every = sees(queries, keys)
+                if some:
+                    pairs = len(queries) * len(keys) if every else 0
+                    row[keys[0] // tile] = row.get(keys[0] // tile, 0) + pairs
     full = tuple(tuple(sorted(key for key, pairs in row.items() if pairs == tile**2)) for row in visible)
     partial = tuple(tuple(sorted(key for key, pairs in row.items() if pairs < tile**2)) for row in visible)
     return GridPlan(full, partial)
 
 
-def _cut(start: int, stop: int, size: int) -> Iterator[Range]:
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+def _cut(slots: range, size: int) -> Iterator[range]:
+    """Tiles of `size` slots, of which the last may have fewer."""
+    return (slots[first : first + size] for first in range(0, len(slots), size))
 
 
-def _cut_on_grid(start: int, stop: int, size: int) -> Iterator[Range]:
-    return ((max(first, start), min(first + size, stop)) for first in range(start // size * size, stop, size))
+def _cut_on_grid(slots: range, size: int) -> Iterator[range]:
+    """The slots in each `size` neighbouring ones, counted from slot 0 on."""
+    for first in range(slots.start // size * size, slots.stop, size):
+        before, after = (len(range(slots.start, bound, slots.step)) for bound in (first, first + size))
+        if piece := slots[before:after]:
+            yield piece
 
 
-def _sees(pattern: Pattern, rank: list[int], queries: Range, keys: Range) -> tuple[bool, bool]:
-    """Whether some query sees some key, and each query each key, of two ranges of slots of one block."""
-    if not pattern.causal:
-        return True, True
-    ranks_of_queries, ranks_of_keys = rank[slice(*queries)], rank[slice(*keys)]
-    return min(ranks_of_keys) <= max(ranks_of_queries), max(ranks_of_keys) <= min(ranks_of_queries)
+def _ends(slots: range) -> Range:
+    return slots.start, slots.stop
 
 
-def _overlaps(tiles: list[Range], starts: list[int], block: QueryBlock) -> Iterator[tuple[int, int, int]]:
-    """(index of a tile of keys, first and one past the last of its keys that the block sees)."""
-    for start, stop in (*block.memory, (block.start, block.stop)):
-        index = bisect_right(starts, start) - 1
-        while index < len(tiles) and starts[index] < stop:
-            yield index, max(start, tiles[index][0]), min(stop, tiles[index][1])
-            index += 1
+def _comparison(pattern: Pattern) -> Callable[[range, range], tuple[bool, bool]]:
+    """Of tiles of queries and keys of a block, or of it and its memory: does some query see some key, and each each?"""
+    rank, window = pattern.rank.tolist(), pattern.window or pattern.length
+
+    @cache
+    def extremes(slots: range) -> Range:
+        # Inside a run of slots ranks may go to and fro.
+        ranks = [rank[slot] for slot in slots]
+        return min(ranks), max(ranks)
+
+    def sees(queries: range, keys: range) -> tuple[bool, bool]:
+        if not pattern.causal:
+            return True, True
+        (first, last), (oldest, youngest) = extremes(queries), extremes(keys)
+        return oldest <= last and first - youngest < window, youngest <= first and last - oldest < window
+
+    return sees
+
+
+def _overlaps(tiles: list[range], starts: list[int], start: int, stop: int) -> Iterator[tuple[int, range]]:
+    """(index of a tile of keys, the keys of it that lie in a range of memory)."""
+    index = bisect_right(starts, start) - 1
+    while index < len(tiles) and starts[index] < stop:
+        yield index, range(max(start, tiles[index].start), min(stop, tiles[index].stop))
+        index += 1
 
 
 def _packed(rows: Iterable[tuple[Range, Sequence[Partner], Sequence[Partner]]]) -> TilePlan:

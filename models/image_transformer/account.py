@@ -10,7 +10,7 @@ PARTS = ("embedding", "encoder", "attention projections", "attention scores", "f
 
 
 def account_of(network: Network, recompute: Recompute) -> Account:
-    """Exact: attention counts the pairs that each layer's pattern lets see each other, and nothing else. The network's
+    """Exact: attention counts the pairs that each layer's patterns let see each other, and nothing else. The network's
     weights are not looked at.
 
     What fused kernels compute again inside (scores in the backward pass) is not counted.
@@ -22,8 +22,11 @@ def account_of(network: Network, recompute: Recompute) -> Account:
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear)
     }
-    scores = [  # of each layer of the decoder
-        4 * shape.attention_width * (pattern.num_pairs + length * encoder_length) for pattern in network.patterns
+    scores = [  # of each layer of the decoder, whose heads take its patterns in turn
+        4
+        * (shape.attention_width // len(patterns))
+        * sum(pattern.num_pairs + length * encoder_length for pattern in patterns)
+        for patterns in network.patterns
     ]
     forward = dict.fromkeys(PARTS, 0)
     for name, flops in products.items():

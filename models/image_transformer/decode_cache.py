@@ -37,16 +37,21 @@ class DecodeCache:
         rows, slots = plan.num_windows, plan.window_slots
         self.windows = torch.zeros(layers, 2, rows, batch, key_heads, slots, head_width, dtype=dtype, device=device)
         self.kept = torch.zeros(layers, 2, batch, key_heads, plan.kept_slots, head_width, dtype=dtype, device=device)
-        self.order = torch.full((rows, slots), UNSEEN, dtype=torch.int32, device=device)
+        self.order, self.until = (torch.full((rows, slots), UNSEEN, dtype=torch.int32, device=device) for _ in range(2))
         most_steps = max(wave.num_steps for wave in plan.waves)
         self.own_window_slots = torch.zeros(most_steps, dtype=torch.int64, device=device)
-        self._new_slots = self.own_window_slots[:1]
+        self.own_windows = torch.zeros_like(self.own_window_slots)
+        self._several_windows = plan.waves[0].own_windows is not None
+        self._new_slots, self._new_windows = self.own_window_slots[:1], self.own_windows[:1]
         self._bias = torch.zeros(())
 
     def enter(self, wave: Wave) -> None:
         """Fill the windows of a wave with what its blocks see of earlier ones."""
         device = self.order.device
         self.order[: len(wave.order)] = wave.order.to(device)
+        self.until[: len(wave.order)] = wave.until.to(device)
+        if wave.own_windows is not None:
+            self.own_windows[: wave.num_steps] = wave.own_windows.to(device)
         self.own_window_slots[: wave.num_steps] = wave.own_window_slots.to(device)
         for row, (window_slots, kept_slots) in enumerate(wave.loads):
             self.windows[:, :, row].index_copy_(
@@ -64,17 +69,36 @@ class DecodeCache:
         """For each layer, attention of the tokens with these numbers (int64 [A]) of each of the first `rows` blocks;
         the tokens of a block come one after the other."""
         self._new_slots = self.own_window_slots.index_select(0, steps)
-        seen = self.order[:rows, None] <= steps[:, None]
+        order, until, attend_steps = self.order[:rows, None], self.until[:rows, None], self._attend_steps
+        if self._several_windows:
+            # As if each step were of a block of its own.
+            self._new_windows = self.own_windows.index_select(0, steps)
+            order, until = (x.index_select(0, self._new_windows)[:, None] for x in (self.order, self.until))
+            steps, rows, attend_steps = steps[:, None], len(self.order), self._attend_steps_of_several_windows
+        seen = (order <= steps[..., None]) & (until > steps[..., None])
         bias = torch.zeros_like(seen, dtype=torch.float32).masked_fill_(~seen, -math.inf)
         self._bias = bias[:, None, None, :, None]  # [G, 1, 1, A, 1, W]
-        return [partial(self._attend_steps, windows[:, :rows]) for windows in self.windows]
+        return [partial(attend_steps, windows[:, :rows]) for windows in self.windows]
 
     def _attend_steps(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, N, T, K], k and v [B, M, T, K], of which the first G A tokens are real; windows [2, G, B, M, W, K]."""
-        rows, steps, tokens = windows.shape[1], len(self._new_slots), q.shape[2]
+        rows, steps = windows.shape[1], len(self._new_slots)
         for window, new in zip(windows, (k, v), strict=True):
             window.index_copy_(3, self._new_slots, _by_block(new, rows, steps).to(window.dtype))
         keys, values = windows
+        return self._attention(q, keys, values, steps)
+
+    def _attend_steps_of_several_windows(self, windows: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same for A tokens of one block, each with one of the windows [2, G, B, M, W, K]."""
+        steps = len(self._new_slots)
+        for window, new in zip(windows, (k, v), strict=True):
+            window[self._new_windows, :, :, self._new_slots] = _by_block(new, steps, 1).squeeze(3).to(window.dtype)
+        keys, values = windows.index_select(1, self._new_windows)
+        return self._attention(q, keys, values, 1)
+
+    def _attention(self, q: Tensor, keys: Tensor, values: Tensor, steps: int) -> Tensor:
+        """q and the result [B, N, T, K], keys and values [G, B, M, W, K], for A steps of each of the G."""
+        rows, tokens = len(keys), q.shape[2]
         queries = _by_block(q, rows, steps).unflatten(2, (keys.shape[2], -1)).transpose(3, 4)  # [G, B, M, A, N / M, K]
         queries = queries.to(keys.dtype) * (1 / math.sqrt(q.shape[-1]))
         # Not the fused operator, and one product for each step: on a CPU the sums of a product depend on its number of
@@ -88,7 +112,9 @@ class DecodeCache:
     def attend_several(self, row: int, start: int, stop: int) -> list[Attend]:
         """For each layer, attention of the tokens start..stop of one block, all at once."""
         steps = torch.arange(start, stop, device=self.order.device)
-        seen = self.order[row] <= steps[:, None]
+        if self._several_windows:
+            return self.attend_steps(1, steps)
+        seen = (self.order[row] <= steps[:, None]) & (self.until[row] > steps[:, None])
         slots = self.own_window_slots[start:stop]
         return [partial(self._attend_several, windows[:, row], slots, seen) for windows in self.windows]
 

@@ -3,12 +3,14 @@
 Decoding keeps, for each block in progress, a *window*: slots for all keys that its queries see. Blocks that see nothing
 of each other form a *wave* and are decoded side by side, one token of each a step.
 
-- Where a block's memory is what was generated just before it (local_1d, full), the window is a ring: the key of rank r
-  lies in slot r modulo its size, and stays there. For local_1d that is query_block + memory keys.
-- Elsewhere (local_2d, dilated_1d) the window is the memory, then the block. A block's keys that later blocks see are
-  *kept* outside of the windows when the block is finished, in slots that are free again after the last block that sees
-  them has copied them. For local_2d these are about as many as the flange's rows have columns: they grow with the
-  width of the image, not with its height (in waves: with the number of rows of blocks in progress, too).
+- Where a block's memory is what was generated just before it (local_1d, sliding_1d, full), the window is a ring: the
+  key of rank r lies in slot r modulo its size, and stays there. For local_1d that is query_block + memory keys.
+- Where blocks are generated in between each other (strided_1d), each has a window of its own, and the steps look into
+  one after the other.
+- Elsewhere (local_2d, dilated_1d, fixed_1d) the window is the memory, then the block. A block's keys that later blocks
+  see are *kept* outside of the windows when the block is finished, in slots that are free again after the last block
+  that sees them has copied them. For local_2d these are about as many as the flange's rows have columns: they grow with
+  the width of the image, not with its height (in waves: with the number of rows of blocks in progress, too).
 
 Layers may have different patterns, each with windows and kept keys of its own. They share the order of generation, so
 that they take their steps together; the blocks of one may end where those of another do not.
@@ -54,8 +56,13 @@ class Wave:
     order: Tensor
     """int32 [G, W]: which key each slot of a window holds during the wave: MEMORY, the block's own j-th (seen from step
     j on), or UNSEEN."""
+    until: Tensor
+    """int32 [G, W]: the step from which on that key is not seen any more; UNSEEN for never."""
     own_window_slots: Tensor
     """int64 [Q]: slot of the window where the block's own j-th key goes."""
+    own_windows: Tensor | None
+    """int64 [Q]: where one block stands for several that are generated in between each other, the window (of all G) to
+    which the j-th key goes and into which its query looks. None: each block has one window."""
     loads: tuple[Copy, ...]
     """Before the wave, by block: kept keys to its window."""
     stores: tuple[Copy, ...]
@@ -79,7 +86,7 @@ class DecodePlan:
     @property
     def num_windows(self) -> int:
         """The largest G."""
-        return max(len(wave.blocks) for wave in self.waves)
+        return max(len(wave.order) for wave in self.waves)
 
     @property
     def num_steps(self) -> int:
@@ -124,8 +131,8 @@ def decode_plans(
     hands each block's last value to the next, so that every wave is one block. Patterns of different blocks have no
     waves, either.
     """
-    bounds = [[(block.start, block.stop) for block in pattern.blocks] for pattern in patterns]
-    if in_waves and all(of_pattern == bounds[0] for of_pattern in bounds):
+    bounds = [[(block.start, block.stop) for block in _decoded_blocks(pattern)] for pattern in patterns]
+    if in_waves and shift == "block" and all(of_pattern == bounds[0] for of_pattern in bounds):
         waves = _waves(patterns, shift)
         plans = [_plan(pattern, [[pattern.blocks[index] for index in wave] for wave in waves]) for pattern in patterns]
         numbers = range(len(waves))
@@ -133,12 +140,19 @@ def decode_plans(
             Stretch(plans[0].waves[number].slots, (number,) * len(patterns), (0,) * len(patterns)) for number in numbers
         ]
     else:
-        plans = [_plan(pattern, [[block] for block in pattern.blocks]) for pattern in patterns]
+        plans = [_plan(pattern, [[block] for block in _decoded_blocks(pattern)]) for pattern in patterns]
         stretches = list(_stretches(patterns, bounds))
     return tuple(plans), tuple(stretches)
 
 
+def _decoded_blocks(pattern: Pattern) -> tuple[QueryBlock, ...]:
+    """The blocks one after the other; those that are generated in between each other as one."""
+    return pattern.blocks if pattern.step == 1 else (QueryBlock(0, pattern.length, ()),)
+
+
 def _plan(pattern: Pattern, waves: list[list[QueryBlock]]) -> DecodePlan:
+    if pattern.step != 1:
+        return _several_windows(pattern)
     return _ring(pattern, waves) if _fits_a_ring(pattern, waves) else _windows_and_kept(pattern, waves)
 
 
@@ -196,9 +210,25 @@ def _ring(pattern: Pattern, waves: list[list[QueryBlock]]) -> DecodePlan:
         order[0, torch.arange(block.start - block.num_memory_keys, block.start) % size] = MEMORY
         own_window_slots = torch.arange(block.start, block.stop) % size
         order[0, own_window_slots] = torch.arange(block.num_queries, dtype=torch.int32)
+        until = torch.full_like(order, UNSEEN)
+        if pattern.window:
+            ranks = torch.arange(block.start - block.num_memory_keys, block.stop)
+            until[0, ranks % size] = (ranks + pattern.window - block.start).int()
         slots = pattern.slot_of_rank[block.start : block.stop][None]
-        plan.append(Wave((block,), slots, order, own_window_slots, (), ()))
+        plan.append(Wave((block,), slots, order, until, own_window_slots, None, (), ()))
     return DecodePlan(tuple(plan), size, 0)
+
+
+def _several_windows(pattern: Pattern) -> DecodePlan:
+    steps = torch.arange(pattern.length)
+    own_windows, own_window_slots = steps % pattern.step, steps // pattern.step
+    size = int(own_window_slots[-1]) + 1
+    order = torch.full((len(pattern.blocks), size), UNSEEN, dtype=torch.int32)
+    order[own_windows, own_window_slots] = steps.int()
+    until = torch.full_like(order, UNSEEN)
+    slots = pattern.slot_of_rank[None]
+    wave = Wave(_decoded_blocks(pattern), slots, order, until, own_window_slots, own_windows, (), ())
+    return DecodePlan((wave,), size, 0)
 
 
 def _windows_and_kept(pattern: Pattern, waves: list[list[QueryBlock]]) -> DecodePlan:
@@ -246,7 +276,9 @@ def _windows_and_kept(pattern: Pattern, waves: list[list[QueryBlock]]) -> Decode
                 tuple(blocks),
                 torch.stack([pattern.slot_of_rank[block.start : block.stop] for block in blocks]),
                 order,
+                torch.full_like(order, UNSEEN),
                 memory_slots + torch.arange(blocks[0].num_queries),
+                None,
                 tuple(loads),
                 tuple(stores),
             )

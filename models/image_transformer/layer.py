@@ -10,7 +10,7 @@ head width.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -145,6 +145,23 @@ class FeedForward(nn.Module):
             gate, value = self.hidden(x).chunk(2, dim=-1)
             return self.out(F.silu(gate) * value)
         return self.out(F.relu(self.hidden(x)))
+
+
+def attend_in_turn(attends: Sequence[Attend]) -> Attend:
+    """Attention in which head h attends by attends[h modulo their number]."""
+    if len(attends) == 1:
+        return attends[0]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # Where heads share keys, each of these serves all kinds of heads.
+        has_own = q.shape[1] == k.shape[1]
+        results = [
+            each(*(x[:, turn :: len(attends)] if x is q or has_own else x for x in (q, k, v)))
+            for turn, each in enumerate(attends)
+        ]
+        return torch.stack(results, dim=2).flatten(1, 2)
+
+    return attend
 
 
 def rotary(rows: Tensor, columns: Tensor, head_width: int) -> Tensor:

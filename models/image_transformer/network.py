@@ -25,9 +25,9 @@ from models.attention.local_attention import attend_to_all, local_attention
 from models.attention.pattern import Pattern
 from models.given import NOTHING, Given
 from models.image_transformer.embedding import Embedding, InputEmbedding
-from models.image_transformer.layer import Attend, Layer, norm, rotary
+from models.image_transformer.layer import Attend, Layer, attend_in_turn, norm, rotary
 from models.image_transformer.pixel_order import grid_shape, source_positions, to_positions
-from models.image_transformer.shape import ImageTransformerShape, make_pattern
+from models.image_transformer.shape import ImageTransformerShape, make_patterns
 from models.likelihood import MixtureOutput, initial_mixture
 from models.model import Model, Recompute, check_inputs
 
@@ -48,17 +48,20 @@ class Network(Model):
         self.config, self.recompute = config, recompute
         self.checkpoint_context = _keep_attention if recompute.keeps_attention else noop_context_fn
         with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
-            distinct = {attention: make_pattern(config, attention) for attention in config.attentions}
+            distinct = {attention: make_patterns(config, attention) for attention in config.attentions}
             self.patterns = [distinct[attention] for attention in config.attentions]
-            first = self.patterns[0]  # all have its order of generation and of storage
+            """Of each layer, those that its heads take in turn."""
+            first = self.patterns[0][0]  # all have its order of generation and of storage
             self.length = first.length
             self.generation_order = first.generation_order
             self.stored_in_raster_order = first.stored_in_raster_order
             self.register_buffer("positions", first.storage_order, persistent=False)
             self.register_buffer("sources", source_positions(first, config.shift), persistent=False)
             self.register_buffer("slot_of_position", first.slot_of_position, persistent=False)
-        by_pattern = {pattern: _attend_by(pattern) for pattern in self.patterns}
-        self.attends = [by_pattern[pattern] for pattern in self.patterns]
+        by_patterns = {
+            patterns: attend_in_turn([_attend_by(pattern) for pattern in patterns]) for patterns in distinct.values()
+        }
+        self.attends = [by_patterns[patterns] for patterns in self.patterns]
         """How the tokens of whole images attend to each other, in each layer."""
 
         grid = grid_shape(config.image_size, config.input)

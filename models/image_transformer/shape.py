@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
 from models.image_transformer.embedding import Position
 from models.image_transformer.layer import Block, NormPlace
 from models.image_transformer.pixel_order import Input, Shift, grid_shape
@@ -75,7 +75,40 @@ class Dilated1D:
     """Number of chunks."""
 
 
-Attention = Local1D | Local2D | Full | Dilated1D
+@dataclass(frozen=True, kw_only=True)
+class Sliding1D:
+    """Each position sees the last ones: the Sparse Transformer's local attention (Child et al. 2019)."""
+
+    kind: Literal["sliding_1d"] = "sliding_1d"
+    window: int
+    """Positions that each one sees, itself included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strided1D:
+    """Each position sees every stride-th one back from itself (Child et al. 2019, section 4.3)."""
+
+    kind: Literal["strided_1d"] = "strided_1d"
+    stride: int
+    """Positions from one that is seen to the next."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed1D:
+    """Blocks of consecutive positions; each also sees the last few of every earlier block (Child et al. 2019, section
+    4.3)."""
+
+    kind: Literal["fixed_1d"] = "fixed_1d"
+    query_block: int
+    """Positions of a block; divides the number of positions."""
+    summary: int
+    """Positions of each earlier block that are seen: its last ones."""
+    groups: int = 1
+    """The heads take turns: those of the second of so many groups see the `summary` positions before the last ones, and
+    so on. A divisor of heads; 1 for all the same."""
+
+
+Attention = Local1D | Local2D | Full | Dilated1D | Sliding1D | Strided1D | Fixed1D
 """Which positions see each other in the decoder; models/attention/pattern.py draws them."""
 
 
@@ -164,19 +197,27 @@ class ImageTransformerShape:
         return tuple(given[layer % len(given)] for layer in range(self.layers))
 
 
-def make_pattern(config: ImageTransformerShape, attention: Attention) -> Pattern:
-    """An attention pattern over the positions of the model's images."""
+def make_patterns(config: ImageTransformerShape, attention: Attention) -> tuple[Pattern, ...]:
+    """Attention patterns over the positions of the model's images, which the heads of a layer take in turn; nearly
+    always one."""
     height, width = grid_shape(config.image_size, config.input)
     length = height * width
     match attention:
         case Full():
-            return full(length)
+            return (full(length),)
         case Local1D():
-            return local_1d(length, attention.query_block, attention.memory)
+            return (local_1d(length, attention.query_block, attention.memory),)
         case Dilated1D():
-            return dilated_1d(length, attention.query_block, attention.memory, attention.gap, attention.chunks)
+            return (dilated_1d(length, attention.query_block, attention.memory, attention.gap, attention.chunks),)
         case Local2D():
-            return local_2d(height, width, attention.query_block, attention.memory, cell=_common_cell(config))
+            return (local_2d(height, width, attention.query_block, attention.memory, cell=_common_cell(config)),)
+        case Sliding1D():
+            return (sliding_1d(length, attention.window),)
+        case Strided1D():
+            return (strided_1d(length, attention.stride),)
+        case Fixed1D():
+            groups = range(attention.groups)
+            return tuple(fixed_1d(length, attention.query_block, attention.summary, group) for group in groups)
 
 
 def _common_cell(config: ImageTransformerShape) -> tuple[int, int]:
@@ -222,7 +263,7 @@ def _attention_problems(config: ImageTransformerShape) -> list[str]:
     ]
     if problems:
         return problems
-    first, *others = (make_pattern(config, attention) for attention in config.attention)
+    first, *others = (make_patterns(config, attention)[0] for attention in config.attention)
     for index, other in enumerate(others, start=1):
         same = torch.equal(first.storage_order, other.storage_order) and torch.equal(first.rank, other.rank)
         if not same or _shift(config.attention[index]) != _shift(config.attention[0]):
@@ -256,6 +297,36 @@ def _pattern_problems(config: ImageTransformerShape, attention: Attention, name:
                 problems.append(f"{name}.gap: {attention.gap} is negative")
             reach = (attention.gap + attention.memory) * attention.chunks
             return problems or _extent_problems(name, "positions", length, attention.query_block, reach)
+        case Sliding1D():
+            return _count_problems(f"{name}.window", attention.window, length)
+        case Strided1D():
+            return _count_problems(f"{name}.stride", attention.stride, length)
+        case Fixed1D():
+            return _fixed_problems(config, attention, name, length)
+
+
+def _count_problems(name: str, count: int, length: int) -> list[str]:
+    if 1 <= count <= length:
+        return []
+    return [f"{name}: {count}, but the image has {length} positions; choose 1 to {length}"]
+
+
+def _fixed_problems(config: ImageTransformerShape, attention: Fixed1D, name: str, length: int) -> list[str]:
+    block, summary, groups = attention.query_block, attention.summary, attention.groups
+    if problems := _extent_problems(name, "positions", length, block, 0):
+        return problems
+    if summary < 1 or groups < 1 or summary * groups > block:
+        return [
+            f"{name}.summary: {summary} positions for each of {groups} groups of heads, but a block has {block}; "
+            f"choose at least 1 of each, and together at most {block}"
+        ]
+    heads_of_a_key = config.heads // config.num_key_heads
+    if config.heads % groups or (config.num_key_heads != config.heads and heads_of_a_key % groups):
+        return [
+            f"{name}.groups: {groups} groups do not take turns evenly among {config.heads} heads, of which "
+            f"{heads_of_a_key} share their keys; choose a divisor of the heads, and of those that share keys"
+        ]
+    return []
 
 
 def _extent_problems(name: str, extent: str, size: int, query: int, memory: int) -> list[str]:

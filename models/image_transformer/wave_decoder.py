@@ -21,7 +21,7 @@ from torch import Tensor
 from models.drawing.canvas import Canvas
 from models.image_transformer.decode_cache import DecodeCache
 from models.image_transformer.decode_plan import Stretch, decode_plans
-from models.image_transformer.layer import Attend
+from models.image_transformer.layer import Attend, attend_in_turn
 from models.image_transformer.network import Network
 from models.linear import product_dtype
 
@@ -40,16 +40,19 @@ class WaveDecoder:
         look_ahead: compute further tokens of a single image on a CPU. Neither changes the images."""
         config, device = network.config, network.positions.device
         self._network, self._canvas = network, canvas
-        patterns = tuple(dict.fromkeys(network.patterns))
-        self._plans, self._stretches = decode_plans(patterns, config.shift, in_waves)
-        self._cache_of_layer = [patterns.index(pattern) for pattern in network.patterns]
+        # What a cache is for: a pattern, and how many patterns the heads of its layers take in turn.
+        caches_of_layers = [[(pattern, len(patterns)) for pattern in patterns] for patterns in network.patterns]
+        kinds = list(dict.fromkeys(kind for of_layer in caches_of_layers for kind in of_layer))
+        self._plans, self._stretches = decode_plans(tuple(pattern for pattern, _ in kinds), config.shift, in_waves)
+        self._caches_of_layers = [[kinds.index(kind) for kind in of_layer] for of_layer in caches_of_layers]
+        has_own_keys = config.num_key_heads == config.heads
         num_images, channels = len(canvas.values), canvas.values.shape[2]
         self._caches = [
             DecodeCache(
                 plan,
-                layers=self._cache_of_layer.count(index),
+                layers=sum(of_layer.count(index) for of_layer in self._caches_of_layers),
                 batch=canvas.copies * num_images,
-                key_heads=config.num_key_heads,
+                key_heads=config.num_key_heads // (kinds[index][1] if has_own_keys else 1),
                 head_width=config.attention_width // config.heads,
                 dtype=product_dtype(network.head.weight),
                 device=device,
@@ -85,7 +88,7 @@ class WaveDecoder:
 
     def steps(self) -> Iterator[Tensor]:
         self._encoder_kv = self._network.encode(self._canvas.given.small_images)
-        storage_order = self._network.patterns[0].storage_order
+        storage_order = self._network.patterns[0][0].storage_order
         for stretch in self._stretches:
             positions = storage_order[stretch.slots]
             known = self._canvas.known[positions]
@@ -171,7 +174,8 @@ class WaveDecoder:
         slots = self._slots[:rows].index_select(1, numbers)
         inputs = self._inputs(slots[:, 0])[:, :, None]
         if steps > 1:
-            guessed = self._guesses[:, :rows].index_select(2, numbers[1:] - 1)
+            # Where a stretch has one step only, what is looked up is not used.
+            guessed = self._guesses[:, :rows].index_select(2, (numbers[1:] - 1).clamp(min=0))
             inputs = torch.cat([inputs, guessed.where((offsets[1:] > 0)[:, None], inputs)], dim=2)
         slots = slots.flatten()
         attends = [
@@ -224,7 +228,7 @@ class WaveDecoder:
 
     def _by_layer(self, attends: list[Iterator[Attend]]) -> list[Attend]:
         """Of what each cache has for its layers, one for each layer of the network."""
-        return [next(attends[cache]) for cache in self._cache_of_layer]
+        return [attend_in_turn([next(attends[cache]) for cache in caches]) for caches in self._caches_of_layers]
 
     def _steps_together(self, rows: int) -> int:
         return max(ROWS_OF_A_PRODUCT // (self._canvas.copies * rows), 1) if self._look_ahead else 1

@@ -51,7 +51,7 @@ def test_a_sampler_that_computes_something_else_is_not_timed(sampler, monkeypatc
     torch.manual_seed(0)
     with torch.no_grad():
         task = sampling.Task(tiny_config().build().eval(), 1)
-        block = task.model.patterns[0].blocks[2]
+        block = task.model.patterns[0][0].blocks[2]
         assert sampler(task, block)
         task.hidden = task.hidden + 0.01
         with pytest.raises(sampling.WrongLogits, match="logits differ by .* not timed"):
@@ -61,12 +61,12 @@ def test_a_sampler_that_computes_something_else_is_not_timed(sampler, monkeypatc
 def test_the_limit_counts_weights_once_and_what_each_image_sees() -> None:
     model = tiny_config().build()
     one, three = (sampling.bytes_a_step(model, number) for number in (1, 3))
-    seen = model.patterns[0].mask().sum().item() / model.patterns[0].length
+    seen = model.patterns[0][0].mask().sum().item() / model.patterns[0][0].length
     assert (three - one) / 2 == pytest.approx(2 * 2 * seen * 16 * 4)  # layers, keys and values, width, bytes
     embeddings = sum(p.numel() for n, p in model.named_parameters() if n.startswith("embed"))
     weights = sum(p.numel() for p in model.parameters()) - embeddings
     assert one - (three - one) / 2 == pytest.approx(4 * weights)
-    assert decode_plan(model.patterns[0], "generation").num_keys == 16
+    assert decode_plan(model.patterns[0][0], "generation").num_keys == 16
 
 
 def test_positions_take_turns_so_that_a_busy_machine_meets_them_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_positions_take_turns_so_that_a_busy_machine_meets_them_alike(monkeypatc
     model = tiny_config().build().eval()
     with torch.no_grad():
         task = sampling.Task(model, 1)
-    blocks = [model.patterns[0].blocks[index] for index in (0, 2, 4)]
+    blocks = [model.patterns[0][0].blocks[index] for index in (0, 2, 4)]
     order: list[int] = []
 
     def steps(task: sampling.Task, block: QueryBlock) -> Iterator[Step]:

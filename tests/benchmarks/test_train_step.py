@@ -44,7 +44,7 @@ def test_raster_order_changes_the_storage_and_not_the_model(name: str) -> None:
     torch.manual_seed(0)
     model = tiny_config(**PATTERNS[name]).build()
     raster, images = copy.deepcopy(model), random_images(2, 4)
-    mask = model.patterns[0].mask()
+    mask = model.patterns[0][0].mask()
     train_step.in_raster_order(raster)
     assert raster.stored_in_raster_order and not model.stored_in_raster_order
     train_step.attend_by(raster, lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=mask))

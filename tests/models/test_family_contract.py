@@ -5,6 +5,7 @@ A family joins by a line in FAMILIES, and by one in `entry_of`, which says where
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import diagonal_bilstm, masked_convolution, pixelcnnpp, pixelsnail
+from models.attention.local_attention import local_attention
 from models.decoding import Decoding, generate
 from models.diagonal_bilstm import DiagonalBiLSTM, DiagonalBiLSTMConfig
 from models.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig, RowsAbove
 from models.image_transformer.family import ImageTransformer
-from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D
+from models.image_transformer.layer import attend_in_turn
+from models.image_transformer.shape import Attention, Dilated1D, Fixed1D, Full, Local1D, Local2D, Sliding1D, Strided1D
 from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats, nats_by_channel
 from models.model import Model, ModelConfig, Recompute
 from models.pixelcnn import PixelCNN, PixelCNNConfig
@@ -34,6 +37,7 @@ from trainer.model_card import ModelCard
 
 TURNS = (Local1D(query_block=8, memory=8), Full(), Dilated1D(query_block=4, memory=2, gap=1, chunks=2))
 FLANGES = (Local2D(query_block=(2, 2), memory=(2, 1)), Local2D(query_block=(2, 2), memory=(1, 4)))
+SPARSE = (Strided1D(stride=12), Sliding1D(window=5), Fixed1D(query_block=12, summary=2, groups=2))
 PIXELCNN: dict[str, Any] = {"image_size": 4, "features": 6, "layers": 3, "head_features": 12}
 PIXELCNNPP: dict[str, Any] = {"image_size": 4, "output": MixtureOutput(components=3), "features": 5, "blocks": 2}
 PIXELSNAIL: dict[str, Any] = {
@@ -51,6 +55,7 @@ FAMILIES: dict[str, ModelConfig] = {
     "image_transformer, mixture, super-resolution": tiny_config(**MIXTURE, **MODERN, **GIVEN["super-resolution"]),
     "image_transformer, patterns in turn": tiny_config(attention=TURNS, layers=4),
     "image_transformer, 2d patterns in turn": tiny_config(**MODERN, attention=FLANGES, layers=3),
+    "image_transformer, sparse patterns in turn": tiny_config(attention=SPARSE, layers=3),
     "pixelcnn": PixelCNNConfig(**PIXELCNN),
     "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | ODD),
     "gated_pixelcnn": GatedPixelCNNConfig(**PIXELCNN),
@@ -222,6 +227,15 @@ def test_a_leak_is_seen(
     leak(monkeypatch)
     model = built(family).eval()
     assert in_order(seen_by_each(model), model).triu().any()
+
+
+@pytest.mark.parametrize("attention", SPARSE, ids=lambda attention: attention.kind)
+def test_a_leak_in_a_sparse_pattern_is_seen(attention: Attention) -> None:
+    model = tiny_config(attention=attention).build().eval()
+    assert not in_order(seen_by_each(model), model).triu().any()
+    leaking = [replace(pattern, causal=False, window=0) for pattern in model.patterns[1]]
+    model.attends[1] = attend_in_turn([partial(local_attention, pattern=pattern) for pattern in leaking])
+    assert in_order(seen_by_each(model), model).triu(1).any()
 
 
 @families

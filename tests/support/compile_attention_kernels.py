@@ -89,9 +89,11 @@ def main() -> None:
         sys.argv[4],
         int(sys.argv[5]),
     )
-    tiles: Tiles = TILES[capability // 10, 64 if width <= 64 else 128] if dtype != "fp32" else FP32_TILES
-    options: dict[str, Any] = {"D": width, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32"}
-    local = {**options, "GROUP": group, "CAUSAL": sees == "causal", "TMA": tiles.descriptors}
+    window, step = {"window": (96, 1), "stride": (0, 96)}.get(sees, (0, 1))
+    generation = capability // 10 if step == 1 else 8
+    tiles: Tiles = TILES[generation, 64 if width <= 64 else 128] if dtype != "fp32" else FP32_TILES
+    options: dict[str, Any] = {"D": width, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32", "STEP": step}
+    local = {**options, "GROUP": group, "CAUSAL": sees != "both sides", "WINDOW": window, "TMA": tiles.descriptors}
     for name, kernel, tile, constants in (
         ("forward", forward_kernel, tiles.forward, {}),
         ("backward", backward_kernel, tiles.backward, {"ADD_DQ": True}),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import local_attention_triton
 from models.attention.local_attention import local_attention
-from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
 from models.model import Recompute
 from tests.models.attention.test_local_attention import REFERENCE, pattern_of
 from tests.models.attention.test_local_attention import TOLERANCE as REFERENCE_TOLERANCE
@@ -37,12 +37,21 @@ PATTERNS = {
     "2d all sides": local_2d(8, 16, (4, 8), (4, 4), causal=False),
     "dilated": dilated_1d(96, 32, 8, 4, 3),
     "full": full(72),
+    "sliding": sliding_1d(90, 24),
+    "sliding over a block and more": sliding_1d(100, 40),
+    "strided": strided_1d(96, 2),
+    "strided, ragged": strided_1d(47, 3),
+    "fixed": fixed_1d(96, 32, 8),
+    "fixed, second group": fixed_1d(80, 32, 8, group=1),
 }
 # The pattern, whether the gradient of q has a pass of its own, and whether tiles are copied through descriptors.
 CASES = [
     *((name, False, False) for name in PATTERNS),
     *((name, True, True) for name in PATTERNS),
-    *((name, False, True) for name in ("1d ragged", "2d partial flange", "1d both sides")),
+    *(
+        (name, False, True)
+        for name in ("1d ragged", "2d partial flange", "1d both sides", "sliding", "strided, ragged")
+    ),
 ]
 # Relative error of the norm, of sums in fp32.
 TOLERANCE = 1e-6
@@ -180,7 +189,9 @@ def test_large_scores_do_not_overflow() -> None:
 @pytest.mark.parametrize("descriptors", [False, True], indirect=True, ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("deterministic", [False, True], ids=["atomic", "deterministic"])
 @pytest.mark.parametrize(
-    "pattern", [local_1d(50, 20, 12), local_2d(6, 9, (3, 3), (2, 1))], ids=["1d", "2d partial flange"]
+    "pattern",
+    [local_1d(50, 20, 12), local_2d(6, 9, (3, 3), (2, 1)), sliding_1d(50, 14), strided_1d(50, 3)],
+    ids=["1d", "2d partial flange", "sliding", "strided"],
 )
 def test_nothing_is_read_or_written_outside_the_tensors(
     pattern: Pattern, deterministic: bool, descriptors: bool, monkeypatch: pytest.MonkeyPatch
@@ -251,7 +262,7 @@ def test_layers_with_the_operators_in_them_compile_into_one_graph_each_also_when
     torch.manual_seed(0)
     model = tiny_config(heads=1).build(Recompute(every=1))
     images = random_images(1, 4)
-    pattern = model.patterns[0]
+    pattern = model.patterns[0][0]
     model.attends = [lambda q, k, v: local_attention(q, k, v, pattern, backend="triton")] * 2
 
     def gradients() -> list[Tensor]:

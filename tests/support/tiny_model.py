@@ -7,7 +7,16 @@ from torch import Tensor
 
 from models.given import Given
 from models.image_transformer.family import ImageTransformerConfig
-from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D, SuperResolution
+from models.image_transformer.shape import (
+    Dilated1D,
+    Fixed1D,
+    Full,
+    Local1D,
+    Local2D,
+    Sliding1D,
+    Strided1D,
+    SuperResolution,
+)
 from models.likelihood import CategoricalOutput, MixtureOutput
 from models.model import ModelConfig
 
@@ -37,6 +46,9 @@ PATTERNS: dict[str, dict[str, Any]] = {
     "2d block shift": {"attention": Local2D(query_block=(2, 2), memory=(1, 2), shift="block")},
     "full": {"attention": Full()},
     "dilated": {"attention": Dilated1D(query_block=4, memory=2, gap=1, chunks=2)},
+    "sliding": {"attention": Sliding1D(window=5)},
+    "strided": {"attention": Strided1D(stride=4)},
+    "fixed": {"attention": Fixed1D(query_block=8, summary=2, groups=2)},
 }
 MODERN = {"block": "modern", "norm": "pre", "position": "rotary"}
 BLOCKS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.attention.local_attention import attend_to_all, local_attention
-from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
 from models.likelihood import CategoricalOutput, nats
 from tests.support.tiny_model import MODERN, random_images, tiny_config
 from tests.support.tiny_model import PATTERNS as MODEL_PATTERNS
@@ -85,6 +85,12 @@ PATTERNS = {
     "dilated": dilated_1d(96, 16, 8, 4, 3),
     "full": full(40),
     "global": full(40, causal=False),
+    "sliding": sliding_1d(50, 16),
+    "sliding, only itself": sliding_1d(8, 1),
+    "strided": strided_1d(48, 8),
+    "strided, ragged": strided_1d(50, 7),
+    "fixed": fixed_1d(48, 16, 4),
+    "fixed, second group": fixed_1d(50, 16, 4, group=1),
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from models.attention import local_attention as dispatch
 from models.attention.local_attention import local_attention
-from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
 from models.attention.tile_plan import TilePlan, plan_by_keys, plan_by_queries, plan_on_grid
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -38,6 +38,13 @@ PATTERNS = {
     "dilated": dilated_1d(256, 32, 16, 8, 3),
     "full": full(200),
     "global": full(200, causal=False),
+    "sliding": sliding_1d(256, 64),
+    "sliding, ragged": sliding_1d(301, 37),
+    "strided": strided_1d(256, 4),
+    "strided, ragged": strided_1d(301, 7),
+    "strided by more than a tile": strided_1d(300, 150),
+    "fixed": fixed_1d(256, 64, 16),
+    "fixed, second group": fixed_1d(256, 32, 4, group=1),
 }
 EVERY_PATTERN = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 
@@ -59,11 +66,12 @@ def run(arguments: list[str], **environment: str) -> str:
 def pairs_of(pattern: Pattern, plan: TilePlan, by_queries: bool) -> tuple[Tensor, Tensor]:
     """int [L, L]: how often each (query, key) is computed without a mask, and how often with one."""
     without, masked = torch.zeros(2, pattern.length, pattern.length, dtype=torch.int64)
+    step = pattern.step
     for start, stop, first, first_masked, last in plan.tiles.tolist():
         for index in range(first, last):
             other_start, other_stop, key_start, key_stop = plan.partners[index].tolist()
-            queries = slice(start, stop) if by_queries else slice(other_start, other_stop)
-            (without if index < first_masked else masked)[queries, key_start:key_stop] += 1
+            queries = slice(start, stop, step) if by_queries else slice(other_start, other_stop, step)
+            (without if index < first_masked else masked)[queries, key_start:key_stop:step] += 1
     return without, masked
 
 
@@ -75,9 +83,10 @@ def test_a_plan_computes_each_visible_pair_once_and_masks_all_others(plan_of, pa
     visible = pattern.mask_in_storage_order()
     assert torch.equal((without + masked)[visible], torch.ones_like(without)[visible])
     assert not without[~visible].any()
-    # The kernels mask by rank; keys that come later are the only ones that a tile may hold in vain.
-    rank = pattern.rank
-    assert ((rank[None, :] > rank[:, None]) & pattern.causal)[(masked > 0) & ~visible].all()
+    # The kernels mask by rank; only keys that come later, or before a window, may be in a tile in vain.
+    age = pattern.rank[:, None] - pattern.rank[None, :]
+    invisible = ((age < 0) | (age >= (pattern.window or pattern.length))) & pattern.causal
+    assert invisible[(masked > 0) & ~visible].all()
 
 
 @EVERY_PATTERN
@@ -86,7 +95,7 @@ def test_no_tile_is_computed_in_vain(pattern: Pattern) -> None:
     plan = plan_by_queries(pattern, 32, 16)
     for start, stop, first, _, last in plan.tiles.tolist():
         for key_start, key_stop, _, _ in plan.partners[first:last].tolist():
-            assert visible[start:stop, key_start:key_stop].any()
+            assert visible[start : stop : pattern.step, key_start : key_stop : pattern.step].any()
 
 
 @EVERY_PATTERN
@@ -175,6 +184,9 @@ def test_interpreted_kernels_pass_their_tests() -> None:
         pytest.param(80, 128, "bf16", "causal", 1, marks=pytest.mark.slow),
         pytest.param(90, 64, "fp16", "both sides", 4, marks=pytest.mark.slow),
         pytest.param(90, 128, "fp32", "causal", 1, marks=pytest.mark.slow),
+        pytest.param(90, 64, "bf16", "window", 1, marks=pytest.mark.slow),
+        pytest.param(90, 128, "bf16", "stride", 1, marks=pytest.mark.slow),
+        pytest.param(80, 64, "bf16", "window", 1, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_kernels_fit_the_gpu(
@@ -200,7 +212,7 @@ def test_compiled_kernels_fit_the_gpu(
         # delta multiplies no matrices. fp32 is there for its precision: older instructions, and some spills.
         assert (row["HMMA" if dtype == "fp32" else TENSOR_CORES[capability]] > 0) == (name != "delta"), row
         assert dtype == "fp32" or row["stack"] == row["LDL"] == row["STL"] == 0, row
-        by_descriptors = capability == 90 and dtype != "fp32"
+        by_descriptors = capability == 90 and dtype != "fp32" and sees != "stride"
         assert (row["UTMALDG"] > 0) == (by_descriptors and name != "delta"), row
         assert (row["UTMAREDG"] > 0) == (by_descriptors and name == "backward"), row
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models.attention.local_attention import _plan
-from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
 
 
 def mask_of(length: int, sees) -> torch.Tensor:
@@ -83,7 +83,33 @@ def test_full_attention_is_everything_or_everything_before() -> None:
     assert full(9, causal=False).mask().all()
 
 
+@pytest.mark.parametrize("length, window", [(20, 4), (21, 4), (5, 16), (9, 1), (9, 9)])
+def test_a_sliding_query_sees_the_window_that_ends_with_itself(length: int, window: int) -> None:
+    assert torch.equal(sliding_1d(length, window).mask(), mask_of(length, lambda i, j: i - window < j <= i))
+
+
+@pytest.mark.parametrize("length, stride", [(24, 4), (30, 7), (5, 8), (6, 1)])
+def test_a_strided_query_sees_every_stride_th_position_back_from_itself(length: int, stride: int) -> None:
+    expected = mask_of(length, lambda i, j: j <= i and (i - j) % stride == 0)
+    assert torch.equal(strided_1d(length, stride).mask(), expected)
+
+
+@pytest.mark.parametrize("length, block, summary, group", [(32, 8, 2, 0), (32, 8, 2, 3), (30, 8, 3, 1), (16, 4, 4, 0)])
+def test_a_fixed_query_sees_its_block_and_summaries_of_those_before(length, block, summary, group) -> None:
+    def sees(i: int, j: int) -> bool:
+        last = block - group * summary
+        is_summary = last - summary <= j % block < last and j // block < i // block
+        return j <= i and (j // block == i // block or is_summary)
+
+    assert torch.equal(fixed_1d(length, block, summary, group).mask(), mask_of(length, sees))
+
+
 PATTERNS = [
+    sliding_1d(100, 32),
+    strided_1d(96, 12),
+    strided_1d(100, 7),
+    fixed_1d(96, 16, 4),
+    fixed_1d(100, 16, 4, group=1),
     local_1d(100, 32, 32),
     local_1d(64, 16, 24),
     dilated_1d(96, 16, 8, 8, 2),
@@ -101,10 +127,11 @@ def test_orders_are_permutations_that_agree_with_each_other(pattern: Pattern) ->
         assert torch.equal(order.sort().values, everything)
     assert torch.equal(pattern.generation_order[pattern.rank], pattern.storage_order)
     assert torch.equal(pattern.storage_order[pattern.slot_of_position], everything)
-    assert [block.start for block in pattern.blocks] == [0, *(block.stop for block in pattern.blocks[:-1])]
+    assert sorted(slot for block in pattern.blocks for slot in block.slots) == everything.tolist()
+    assert [block.start for block in pattern.blocks] == sorted(block.start for block in pattern.blocks)
     for block in pattern.blocks:
-        ranks = pattern.rank[block.start : block.stop]
-        assert torch.equal(ranks.sort().values, torch.arange(block.start, block.stop))
+        assert pattern.rank[list(block.slots)].sort().values.tolist() == list(block.slots)
+        assert block.step == pattern.step and (block.step == 1 or not block.memory)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -143,6 +170,10 @@ def test_senseless_sizes_are_refused() -> None:
         local_1d(8, 0, 4)
     with pytest.raises(ValueError, match="memory: -1 is negative"):
         local_1d(8, 4, -1)
+    with pytest.raises(ValueError, match="stride: 0 is not positive"):
+        strided_1d(8, 0)
+    with pytest.raises(ValueError, match="group: 2 of 2 positions lies outside of a block of 4"):
+        fixed_1d(8, 4, 2, group=2)
 
 
 def test_patterns_of_the_same_content_are_equal_and_share_what_is_made_of_one() -> None:

@@ -5,16 +5,16 @@ import math
 import pytest
 import torch
 
-from models.attention.pattern import Pattern, dilated_1d, full, local_1d, local_2d
+from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
 from models.image_transformer.decode_plan import DecodePlan, decode_plan, decode_plans
 from models.image_transformer.pixel_order import Shift, source_positions
-from models.image_transformer.shape import make_pattern
+from models.image_transformer.shape import make_patterns
 from tests.support.tiny_model import PATTERNS, tiny_config
 
 MODELS = {name: tiny_config(**changes) for name, changes in PATTERNS.items()}
 CASES: dict[str, tuple[Pattern, Shift]] = {
     **{
-        name: (make_pattern(c := tiny_config(**changes), c.attentions[0]), c.shift)
+        name: (make_patterns(c := tiny_config(**changes), c.attentions[0])[-1], c.shift)
         for name, changes in PATTERNS.items()
     },
     "1d ragged": (local_1d(50, 8, 11), "generation"),
@@ -22,6 +22,9 @@ CASES: dict[str, tuple[Pattern, Shift]] = {
     "2d without flange": (local_2d(8, 12, (4, 4), (0, 0)), "block"),
     "2d left flange only": (local_2d(8, 12, (4, 4), (0, 4)), "block"),
     "dilated": (dilated_1d(60, 6, 3, 4, 3), "generation"),
+    "sliding, ragged": (sliding_1d(50, 12), "generation"),
+    "strided, ragged": (strided_1d(50, 12), "generation"),
+    "fixed": (fixed_1d(60, 12, 3, group=1), "generation"),
 }
 
 
@@ -34,10 +37,11 @@ def seen_by_each(pattern: Pattern, plan: DecodePlan) -> dict[int, list[int]]:
         for row, copy in enumerate(wave.loads):
             windows[row, copy.window_slots] = kept[copy.kept_slots]
         for step in range(wave.num_steps):
-            windows[: len(wave.blocks), wave.own_window_slots[step]] = wave.slots[:, step]
-            for row, slot in enumerate(wave.slots[:, step].tolist()):
+            rows = range(len(wave.blocks)) if wave.own_windows is None else [int(wave.own_windows[step])]
+            windows[rows, wave.own_window_slots[step]] = wave.slots[:, step]
+            for row, slot in zip(rows, wave.slots[:, step].tolist(), strict=True):
                 assert slot not in seen
-                seen[slot] = windows[row][wave.order[row] <= step].tolist()
+                seen[slot] = windows[row][(wave.order[row] <= step) & (wave.until[row] > step)].tolist()
         for row, copy in enumerate(wave.stores):
             kept[copy.kept_slots] = windows[row, copy.window_slots]
     return seen
@@ -72,6 +76,13 @@ def test_the_window_of_1d_attention_is_a_ring_of_block_and_memory_at_any_length(
         plan = decode_plan(local_1d(length, 128, 96), "generation")
         assert (plan.window_slots, plan.kept_slots, plan.num_windows) == (224, 0, 1)
     assert decode_plan(full(100), "generation").num_keys == 100
+    for length in (1024, 4096):
+        assert decode_plan(sliding_1d(length, 96), "generation").num_keys == 95 + 96
+
+
+def test_strided_attention_keeps_each_key_once_and_a_step_looks_at_those_that_it_sees() -> None:
+    plan = decode_plan(strided_1d(1024, 32), "generation")
+    assert (plan.num_windows, plan.window_slots, plan.num_keys) == (32, 32, 1024)
 
 
 def test_what_2d_attention_keeps_grows_with_the_width_of_the_image_not_with_its_height() -> None:
@@ -110,6 +121,7 @@ def test_a_shift_along_the_generation_order_leaves_one_block_a_wave() -> None:
 
 TOGETHER: dict[str, tuple[tuple[Pattern, ...], Shift]] = {
     "blocks that end in different places": ((local_1d(48, 8, 8), full(48), dilated_1d(48, 4, 2, 1, 2)), "generation"),
+    "sparse": ((strided_1d(48, 12), sliding_1d(48, 10), fixed_1d(48, 12, 3), fixed_1d(48, 12, 3, 1)), "generation"),
     "blocks of no common length": ((local_1d(48, 12, 5), local_1d(48, 16, 16)), "generation"),
     "2d of one block": ((local_2d(8, 12, (4, 4), (4, 4), cell=(2, 2)), local_2d(8, 12, (4, 4), (2, 6))), "block"),
 }

@@ -13,7 +13,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.attention.local_attention import local_attention
 from models.given import Given
 from models.image_transformer.family import ImageTransformer
-from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D, SuperResolution
+from models.image_transformer.layer import attend_in_turn
+from models.image_transformer.shape import (
+    Dilated1D,
+    Fixed1D,
+    Full,
+    Local1D,
+    Local2D,
+    Sliding1D,
+    Strided1D,
+    SuperResolution,
+)
 from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats
 from models.model import Recompute
 from tests.support.tiny_model import (
@@ -36,7 +46,10 @@ def build(seed: int = 0, **changes: Any) -> ImageTransformer:
 
 
 def use_backend(model: ImageTransformer, backend: Any) -> None:
-    model.attends = [partial(local_attention, pattern=pattern, backend=backend) for pattern in model.patterns]
+    model.attends = [
+        attend_in_turn([partial(local_attention, pattern=pattern, backend=backend) for pattern in of_layer])
+        for of_layer in model.patterns
+    ]
 
 
 def by_position(parameters: Tensor, num_positions: int) -> Tensor:
@@ -49,7 +62,7 @@ def lost_ranks(model: ImageTransformer) -> set[int]:
     length = model.length
     if model.config.shift == "generation":
         return {length - 1}
-    return {block.stop - 1 for block in model.patterns[0].blocks}
+    return {block.stop - 1 for block in model.patterns[0][0].blocks}
 
 
 @pytest.mark.parametrize("backend", ["reference", "blocked"])
@@ -61,7 +74,7 @@ def test_a_value_changes_nothing_generated_before_it_or_with_it_and_something_af
 ) -> None:
     model = build(**PATTERNS[pattern], **HEADS[head], **BLOCKS[block])
     use_backend(model, backend)
-    length, rank_of_position = model.length, model.patterns[0].rank[model.patterns[0].slot_of_position]
+    length, rank_of_position = model.length, model.patterns[0][0].rank[model.patterns[0][0].slot_of_position]
     image = random_images(1, 4)
     # One image for each sub-pixel, which is changed in it.
     changed = image.flatten().repeat(image.numel(), 1)
@@ -271,7 +284,7 @@ def test_flops_are_those_that_torch_counts_with_only_visible_pairs_of_attention(
     by_operator = {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
     matrices = sum(flops for name, flops in by_operator.items() if name in ("aten.mm", "aten.addmm"))
     encoder_length = 3 * config.small_size**2
-    pairs = config.layers * (int(model.patterns[0].mask().sum()) + length * encoder_length)
+    pairs = config.layers * (int(model.patterns[0][0].mask().sum()) + length * encoder_length)
     pairs += config.encoder_layers * encoder_length**2
     assert config.account().flops.forward == matrices + 4 * config.attention_width * pairs
 
@@ -291,14 +304,14 @@ def test_each_part_takes_the_flops_that_torch_counts_in_its_modules() -> None:
         "head": counted["head"],
     }
     assert {name: parts[name] for name in modules} == modules
-    dense = 4 * config.attention_width * config.layers * (model.length**2 - model.patterns[0].num_pairs)
+    dense = 4 * config.attention_width * config.layers * (model.length**2 - model.patterns[0][0].num_pairs)
     attention = counter.get_total_flops() - sum(modules.values()) - dense
     assert parts["attention projections"] + parts["attention scores"] == attention
 
 
 def test_no_more_than_the_visible_pairs_are_counted_and_the_backward_pass_takes_twice_as_much() -> None:
     local, everything = (tiny_config(**PATTERNS[name]) for name in ("1d", "full"))
-    pairs = {config: int(config.build().patterns[0].mask().sum()) for config in (local, everything)}
+    pairs = {config: int(config.build().patterns[0][0].mask().sum()) for config in (local, everything)}
     difference = 4 * local.layers * local.attention_width * (pairs[everything] - pairs[local])
     assert everything.account().flops.forward - local.account().flops.forward == difference > 0
     assert local.account().flops.training == 3 * local.account().flops.forward
@@ -340,7 +353,7 @@ def test_training_takes_the_flops_that_torch_counts_where_scores_are_matrices(pa
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         nats(config.output, model(images, random_given(config, 1)), images).sum().backward()
     expected = config.account(Recompute(every=every)).flops
-    invisible = model.length**2 - model.patterns[0].num_pairs
+    invisible = model.length**2 - model.patterns[0][0].num_pairs
     times = 3 * config.layers + (config.layers // every if every else 0)
     dense = times * 4 * config.attention_width * invisible
     assert counter.get_total_flops() - dense == expected.training + expected.recomputed
@@ -444,6 +457,15 @@ BAD = [
     ({"attention": Dilated1D(query_block=8, memory=8, gap=0, chunks=0)}, "attention.memory: dilated_1d .* at least 1"),
     ({"attention": Dilated1D(query_block=8, memory=8, gap=0, chunks=9)}, "attention.memory: reaches 72"),
     ({"attention": Dilated1D(query_block=8, memory=1, gap=-1, chunks=1)}, "attention.gap: -1 is negative"),
+    ({"attention": Sliding1D(window=0)}, "attention.window: 0, but the image has 48 positions; choose 1 to 48"),
+    ({"attention": Strided1D(stride=49)}, "attention.stride: 49, but the image has 48 positions; choose 1 to 48"),
+    ({"attention": Fixed1D(query_block=9, summary=1)}, "attention.query_block: 9 does not divide"),
+    ({"attention": Fixed1D(query_block=8, summary=3, groups=3)}, "attention.summary: 3 positions for each of 3 groups"),
+    ({"attention": Fixed1D(query_block=8, summary=1, groups=3)}, "attention.groups: 3 groups do not .* among 2 heads"),
+    (
+        {**MODERN, "heads": 4, "key_heads": 4, "attention": Fixed1D(query_block=8, summary=1, groups=3)},
+        "attention.groups: 3 groups do not .* among 4 heads",
+    ),
     ({"attention": ()}, "attention: the list is empty"),
     ({"attention": (Full(),) * 3}, "attention: a list of 3 patterns, but the model has 2 layers"),
     ({"attention": (Full(), Local1D(query_block=7, memory=0))}, "attention.1.query_block: 7 does not divide"),

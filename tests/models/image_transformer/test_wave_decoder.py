@@ -14,7 +14,7 @@ from models.drawing import canvas as canvas_module
 from models.drawing.draw import Sampling
 from models.given import Given
 from models.image_transformer.family import ImageTransformer
-from models.image_transformer.shape import Dilated1D, Full, Local1D, Local2D
+from models.image_transformer.shape import Dilated1D, Fixed1D, Full, Local1D, Local2D, Sliding1D, Strided1D
 from models.image_transformer.wave_decoder import WaveDecoder
 from models.likelihood import CategoricalOutput, nats
 from models.recompute_decoder import RecomputeDecoder
@@ -84,6 +84,7 @@ def test_cached_parameters_are_those_of_the_full_forward_pass(
 
 TURNS: dict[str, tuple[Any, ...]] = {
     "1d": (Local1D(query_block=8, memory=3), Full(), Dilated1D(query_block=4, memory=2, gap=1, chunks=2)),
+    "sparse": (Strided1D(stride=12), Sliding1D(window=7), Fixed1D(query_block=12, summary=2, groups=2)),
     "2d, in waves": tuple(
         Local2D(query_block=(2, 2), memory=memory, shift="block") for memory in ((2, 4), (1, 2), (2, 1))
     ),
@@ -132,18 +133,21 @@ def test_the_cache_is_as_long_as_the_window_and_has_the_heads_of_the_keys(patter
     numbers = []
     for size, key_heads in ((4, 4), (8, 4), (16, 4), (16, 1)):
         changes = {**MODERN, "heads": 4, "key_heads": key_heads, "image_size": size, **PATTERNS[pattern]}
-        (cache,) = decoder_of(decoding_of(build(**changes), 1, in_waves=False))._caches
-        numbers.append(cache.windows.numel() + cache.kept.numel())
+        caches = decoder_of(decoding_of(build(**changes), 1, in_waves=False))._caches
+        numbers.append(sum(cache.windows.numel() + cache.kept.numel() for cache in caches))
     small, medium, large, one_head = numbers
-    if pattern == "full":
+    if pattern in ("full", "strided"):
         assert (medium, large) == (4 * small, 16 * small)
+    elif pattern == "fixed":  # an eighth of the keys of each image, twice, and a block
+        assert medium < 4 * small and large < 4 * medium
     elif pattern == "dilated":
         assert small <= medium == large
-    elif pattern.startswith("1d"):
+    elif pattern.startswith("1d") or pattern == "sliding":
         assert small == medium == large
     else:
         assert large < 2 * medium < 4 * small
-    assert large == 4 * one_head
+    # What heads take in turn, they keep apart, also where they share keys.
+    assert large == (2 if pattern == "fixed" else 4) * one_head
 
 
 @pytest.mark.parametrize("head", HEADS)
