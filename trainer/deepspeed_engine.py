@@ -26,12 +26,12 @@ from data_pipeline.wording import counted
 from models.given import Given
 from models.model import Model
 from trainer.config import RunConfig
-from trainer.engine import State, Update
+from trainer.engine import State, Update, subpixels_per_update
 from trainer.errors import ConfigError
 from trainer.memory import reduce_bucket_elements
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import build_optimizer, keep_ema, orthogonalised_names, state_names
-from trainer.options import Muon, NvmeOffload
+from trainer.options import AdamW, Muon, NvmeOffload
 from trainer.ranks import Ranks
 
 MUON_MOMENTUM = 0.95
@@ -65,6 +65,10 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
                 dictionary["zero_optimization"][what]["buffer_count"] = 5 if config.optimizer.ema_decay else 4
             # We use torch's fused AdamW, as everywhere; DeepSpeed would compile its own one at the first start.
             dictionary["zero_force_ds_cpu_optimizer"] = False
+    if not isinstance(config.optimizer, AdamW | Muon):
+        # DeepSpeed lets ZeRO hand its flat shards only to optimizers that it knows, unless told so. Ours treat each
+        # number alike.
+        dictionary["zero_allow_untested_optimizer"] = True
     if isinstance(config.optimizer, Muon):
         dictionary["zero_optimization"]["reduce_scatter"] = False  # stage 3 requires this: matrices are reduced whole
     if train.precision == "bf16":
@@ -205,7 +209,7 @@ class DeepSpeedEngine:
             self._optimizer = build_muon(model, config.optimizer)
             self._muon_lr_ratio = config.optimizer.muon_peak_lr / config.optimizer.peak_lr
         else:
-            self._optimizer = build_optimizer(model, config.optimizer)
+            self._optimizer = build_optimizer(model, config.optimizer, subpixels_per_update(config))
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=self._optimizer, config=deepspeed_config(config, ranks.world_size)
         )

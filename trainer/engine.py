@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from models.given import Given
 from trainer.config import RunConfig
 from trainer.optimizer import build_optimizer
-from trainer.options import AdamW
+from trainer.options import Muon
 
 State = dict[str, Tensor]
 """fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq` or
@@ -30,6 +30,11 @@ class Update:
     outcome: Outcome
     gradient_norm: float | None
     """Global gradient norm before clipping; None where the engine cannot know it."""
+
+
+def subpixels_per_update(config: RunConfig) -> int:
+    """Values whose loss one update averages."""
+    return config.train.global_batch_images * 3 * config.model.image_size**2
 
 
 class Engine(Protocol):
@@ -75,14 +80,14 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """One process, fp32, AdamW, no DeepSpeed: the oracle that DeepSpeed's losses are compared with."""
+    """One process, fp32, no Muon, no DeepSpeed: the oracle that DeepSpeed's losses are compared with."""
 
     def __init__(self, model: nn.Module, config: RunConfig) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.accumulation_steps = config.train.global_batch_images // config.train.micro_batch_images
         self._model = model.to(self.device)
-        assert isinstance(config.optimizer, AdamW)
-        self._optimizer = build_optimizer(model, config.optimizer)
+        assert not isinstance(config.optimizer, Muon)
+        self._optimizer = build_optimizer(model, config.optimizer, subpixels_per_update(config))
         self._clip = config.optimizer.clip_grad_norm
 
     def forward(self, images: Tensor, given: Given) -> Tensor:

@@ -1,15 +1,38 @@
 """Which parameters are decayed, which does Muon update, and how large is the learning rate at each step?"""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from models.model import Model
-from trainer.options import AdamW, Cosine, Muon, Noam, OptimizerConfig, Rsqrt, WarmupStableDecay
+from trainer.options import (
+    AdamW,
+    Cosine,
+    Exponential,
+    Muon,
+    Noam,
+    OptimizerConfig,
+    Rsqrt,
+    SummedAdam,
+    WarmupStableDecay,
+)
 
 
-def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: AdamW | SummedAdam, subpixels_per_update: int) -> torch.optim.Optimizer:
+    """The optimizer of a config, which keeps the average of the weights, too. Muon is in deepspeed_engine.py."""
+    match config:
+        case AdamW():
+            optimizer: torch.optim.Optimizer = _adamw(model, config)
+        case SummedAdam():
+            optimizer = _summed_adam(model, config, subpixels_per_update)
+    if config.ema_decay:
+        keep_ema(optimizer, config.ema_decay)
+    return optimizer
+
+
+def _adamw(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
     """AdamW over two groups: matrices with weight decay, vectors (norm gains, biases) without.
 
     With `weight_decay: 0` this is Adam as in the paper. `fused` needs no compiler and is five times as fast
@@ -20,16 +43,56 @@ def build_optimizer(model: nn.Module, config: AdamW) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.peak_lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True,
     )
-    if config.ema_decay:
-        keep_ema(optimizer, config.ema_decay)
-    return optimizer
+
+
+class AdamUnderTheRoot(torch.optim.Optimizer):
+    """Adam whose eps stands inside the root: the update is lr m / sqrt(v + eps), with both moments corrected for their
+    start at 0. Its state has the names of torch's."""
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            (beta1, beta2), eps = group["betas"], group["eps"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                state = self.state[weight]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+                state["step"] += 1
+                updates = int(state["step"])
+                mean = state["exp_avg"].lerp_(weight.grad, 1 - beta1)
+                square = state["exp_avg_sq"].mul_(beta2).addcmul_(weight.grad, weight.grad, value=1 - beta2)
+                root = (square / (1 - beta2**updates)).add_(eps).sqrt_()
+                weight.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**updates))
+
+
+def _summed_adam(model: nn.Module, config: SummedAdam, subpixels_per_update: int) -> AdamUnderTheRoot:
+    """Adam of the summed loss, from the gradients of the mean loss in nats per sub-pixel.
+
+    The sum over an update's images has S times these gradients, S sub-pixels. Dividing m and sqrt(v + eps) by S leaves
+    the update as it is, so eps / S^2 does what eps does there.
+    """
+    return AdamUnderTheRoot(
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=config.peak_lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps / subpixels_per_update**2,
+    )
 
 
 def orthogonalised_names(model: Model, config: OptimizerConfig) -> set[str]:
@@ -56,6 +119,8 @@ def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float
     peak: base b at width d and warm-up w has the peak 10 b / sqrt(d w).
     """
     schedule, done = config.schedule, step + 1
+    if isinstance(schedule, Exponential):
+        return config.peak_lr * schedule.factor**done
     warmup = schedule.warmup_steps
     match schedule:
         case Noam():

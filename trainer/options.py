@@ -197,7 +197,19 @@ class WarmupStableDecay:
         )
 
 
-Schedule = Noam | Rsqrt | Cosine | WarmupStableDecay
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Exponential:
+    """Multiplied by the same factor before every update, also the first (PixelCNN++, PixelSNAIL)."""
+
+    kind: Literal["exponential"] = "exponential"
+    factor: float
+    """A little below 1."""
+
+    def __post_init__(self) -> None:
+        require(self, (0 < self.factor <= 1, "factor: must be above 0 and at most 1"))
+
+
+Schedule = Noam | Rsqrt | Cosine | WarmupStableDecay | Exponential
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +228,30 @@ class AdamW:
     """Decoupled weight decay (AdamW) on matrices; vectors (norms, biases) have none."""
     clip_grad_norm: float = 1.0
     """Largest global gradient norm; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay per update of the exponential moving average of the weights; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        _require_decay(self)
+        _require_adam(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SummedAdam:
+    """Adam as in the code of PixelCNN++ and PixelSNAIL: of the gradients of a loss in nats that is summed over the
+    images of an update, not averaged, and with eps inside the root: m / sqrt(v + eps)."""
+
+    name: Literal["summed_adam"] = "summed_adam"
+    peak_lr: float
+    """Learning rate before it decays."""
+    schedule: Schedule
+    """How the learning rate changes from step to step."""
+    beta1: float = 0.95
+    beta2: float = 0.9995
+    eps: float = 1e-8
+    """Under the root, so that it is a squared gradient of the summed loss."""
+    clip_grad_norm: float = 0.0
+    """Largest global norm of the gradient of the mean loss in nats per sub-pixel; 0 does not clip."""
     ema_decay: float = 0.0
     """Decay per update of the exponential moving average of the weights; 0 keeps none."""
 
@@ -248,10 +284,15 @@ class Muon:
 
     def __post_init__(self) -> None:
         require(self, (0 < self.muon_peak_lr < math.inf, "muon_peak_lr: must be above 0 and finite"))
+        _require_decay(self)
         _require_adam(self)
 
 
-OptimizerConfig = AdamW | Muon
+OptimizerConfig = AdamW | SummedAdam | Muon
+
+
+def _require_decay(optimizer: AdamW | Muon) -> None:
+    require(optimizer, (0 <= optimizer.weight_decay < math.inf, "weight_decay: must be at least 0"))
 
 
 def _require_adam(optimizer: OptimizerConfig) -> None:
@@ -261,7 +302,6 @@ def _require_adam(optimizer: OptimizerConfig) -> None:
         (0 <= optimizer.beta1 < 1, "beta1: must be at least 0 and below 1"),
         (0 <= optimizer.beta2 < 1, "beta2: must be at least 0 and below 1"),
         (0 < optimizer.eps < math.inf, "eps: must be above 0"),
-        (0 <= optimizer.weight_decay < math.inf, "weight_decay: must be at least 0"),
         (0 <= optimizer.clip_grad_norm < math.inf, "clip_grad_norm: must be at least 0"),
         (0 <= optimizer.ema_decay < 1, "ema_decay: must be at least 0 and below 1"),
     )

@@ -12,10 +12,10 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.support.rivals import dmol, pixelcnnpp, pixelrnn, pixelsnail, sparse
+from tests.support.rivals import adam, dmol, pixelcnnpp, pixelrnn, pixelsnail, sparse
 from tests.support.rivals.case import TOLERANCE, Case, Check, load_case
 
-CHECKERS = (dmol, pixelcnnpp, pixelrnn, pixelsnail, sparse)
+CHECKERS = (adam, dmol, pixelcnnpp, pixelrnn, pixelsnail, sparse)
 """Each says whether it `knows` a case, and yields what it finds when it `check`s it."""
 
 

@@ -102,6 +102,20 @@ def test_every_stage_precision_and_recomputation_gives_the_losses_of_plain_torch
     assert found == pytest.approx(oracle, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.004}))
 
 
+SUMMED_ADAM: dict[str, object] = {"optimizer.name": "summed_adam", "optimizer.eps": 1e-2}
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")])
+def test_summed_adam_gives_the_losses_of_plain_torch_at_every_stage(
+    device: torch.device, stage: int, precision: str
+) -> None:
+    plain, config = tiny(0, "fp32", **SUMMED_ADAM), tiny(stage, precision, **SUMMED_ADAM)
+    expected = losses(TorchEngine(new_model(plain), plain), range(10))
+    assert expected[-1] < expected[0] - 0.1
+    found = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(10))
+    assert found == pytest.approx(expected, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.004}))
+
+
 def test_fp16_on_a_machine_without_it_is_refused(device: torch.device) -> None:
     if deepspeed_engine.get_accelerator().is_fp16_supported():
         pytest.skip("this machine computes fp16")
