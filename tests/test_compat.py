@@ -126,6 +126,7 @@ def test_every_option_since_then_has_a_row(path: Path) -> None:
 
 OF_NEW_MEMBERS = {
     "optimizer.muon_peak_lr",
+    "optimizer.decay",
     *(f"model.{name}" for name in ("features", "head_features", "first_kernel", "kernel", "grouping")),
     *(f"model.{name}" for name in ("blocks", "nonlinearity", "initial_images", "convolutions", "key_pooling")),
 }

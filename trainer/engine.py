@@ -14,8 +14,8 @@ from trainer.optimizer import build_optimizer
 from trainer.options import Muon
 
 State = dict[str, Tensor]
-"""fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq` or
-Muon's `momentum_buffer`, and `ema` where an average of the weights is kept."""
+"""fp32 tensors of one parameter, each of the parameter's full shape: `weight`, Adam's `exp_avg` and `exp_avg_sq`,
+RMSProp's `square_avg` or Muon's `momentum_buffer`, and `ema` where an average of the weights is kept."""
 
 
 Outcome = Literal["applied", "rescaled", "skipped"]

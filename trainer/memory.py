@@ -26,6 +26,7 @@ from models.model import Recompute
 from trainer.config import RunConfig
 from trainer.model_inputs import blank_inputs
 from trainer.optimizer import orthogonalised_names
+from trainer.options import RMSProp
 
 MAX_REDUCE_BUCKET_ELEMENTS = 50_000_000
 STAGE_3_GATHERED = 1.6
@@ -44,7 +45,7 @@ class States:
     weights: int
     gradients: int
     optimizer: int
-    """fp32 master weights, Adam's moments or Muon's momentum, the average of the weights."""
+    """fp32 master weights, Adam's moments, RMSProp's one or Muon's momentum, the average of the weights."""
     buffers: int
     """Where gradients are put together for a reduction and weights are gathered."""
     update: int
@@ -82,7 +83,10 @@ def state_bytes(
     weight, gradient = (4, 4) if precision == "fp32" else (2, 4 if precision == "bf16" else 2)
     share = num_parameters / ranks
     master = 0 if stage == 0 else 4
-    optimizer = (master + 8 + (4 if config.optimizer.ema_decay else 0)) * (num_parameters if stage == 0 else share)
+    moments = 4 if isinstance(config.optimizer, RMSProp) else 8
+    optimizer = (master + moments + (4 if config.optimizer.ema_decay else 0)) * (
+        num_parameters if stage == 0 else share
+    )
     # One moment instead of two, at stage 3 in the precision of the gradients.
     momentum = 2 if stage == 3 and precision == "bf16" else 4
     optimizer -= (8 - momentum) * orthogonalised / (1 if stage == 0 else ranks)

@@ -14,19 +14,25 @@ from trainer.options import (
     Muon,
     Noam,
     OptimizerConfig,
+    RMSProp,
     Rsqrt,
     SummedAdam,
     WarmupStableDecay,
 )
 
 
-def build_optimizer(model: nn.Module, config: AdamW | SummedAdam, subpixels_per_update: int) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: AdamW | SummedAdam | RMSProp, subpixels_per_update: int
+) -> torch.optim.Optimizer:
     """The optimizer of a config, which keeps the average of the weights, too. Muon is in deepspeed_engine.py."""
     match config:
         case AdamW():
             optimizer: torch.optim.Optimizer = _adamw(model, config)
         case SummedAdam():
             optimizer = _summed_adam(model, config, subpixels_per_update)
+        case RMSProp():
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            optimizer = torch.optim.RMSprop(parameters, lr=config.peak_lr, alpha=config.decay, eps=config.eps)
     if config.ema_decay:
         keep_ema(optimizer, config.ema_decay)
     return optimizer
@@ -108,7 +114,10 @@ def orthogonalised_names(model: Model, config: OptimizerConfig) -> set[str]:
 
 def state_names(is_orthogonalised: bool, config: OptimizerConfig) -> list[str]:
     """Names of the optimizer's tensors that have the full shape of a parameter."""
-    moments = ["momentum_buffer"] if is_orthogonalised else ["exp_avg", "exp_avg_sq"]
+    if isinstance(config, RMSProp):
+        moments = ["square_avg"]
+    else:
+        moments = ["momentum_buffer"] if is_orthogonalised else ["exp_avg", "exp_avg_sq"]
     return moments + (["ema"] if config.ema_decay else [])
 
 

@@ -260,6 +260,29 @@ class SummedAdam:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSProp:
+    """RMSProp as in torch, without momentum: g / (sqrt(v) + eps), v an average of squared gradients. PixelRNN and
+    Gated PixelCNN were trained with it."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    peak_lr: float
+    """Highest learning rate of the schedule."""
+    schedule: Schedule
+    """How the learning rate changes from step to step."""
+    decay: float = 0.99
+    """Of the average of squared gradients, per update."""
+    eps: float = 1e-8
+    clip_grad_norm: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Decay per update of the exponential moving average of the weights; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        require(self, (0 <= self.decay < 1, "decay: must be at least 0 and below 1"))
+        _require_usual(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Muon:
     """Muon (Jordan et al. 2024), momentum that is made orthogonal, on the matrices of the layers, and AdamW on
     embeddings, head, norms and biases. Needs bf16 at zero_stage 1 or 3, or fp32 at 0 or 3."""
@@ -288,19 +311,26 @@ class Muon:
         _require_adam(self)
 
 
-OptimizerConfig = AdamW | SummedAdam | Muon
+OptimizerConfig = AdamW | SummedAdam | RMSProp | Muon
 
 
 def _require_decay(optimizer: AdamW | Muon) -> None:
     require(optimizer, (0 <= optimizer.weight_decay < math.inf, "weight_decay: must be at least 0"))
 
 
-def _require_adam(optimizer: OptimizerConfig) -> None:
+def _require_adam(optimizer: AdamW | SummedAdam | Muon) -> None:
+    require(
+        optimizer,
+        (0 <= optimizer.beta1 < 1, "beta1: must be at least 0 and below 1"),
+        (0 <= optimizer.beta2 < 1, "beta2: must be at least 0 and below 1"),
+    )
+    _require_usual(optimizer)
+
+
+def _require_usual(optimizer: OptimizerConfig) -> None:
     require(
         optimizer,
         (0 < optimizer.peak_lr < math.inf, "peak_lr: must be above 0 and finite"),
-        (0 <= optimizer.beta1 < 1, "beta1: must be at least 0 and below 1"),
-        (0 <= optimizer.beta2 < 1, "beta2: must be at least 0 and below 1"),
         (0 < optimizer.eps < math.inf, "eps: must be above 0"),
         (0 <= optimizer.clip_grad_norm < math.inf, "clip_grad_norm: must be at least 0"),
         (0 <= optimizer.ema_decay < 1, "ema_decay: must be at least 0 and below 1"),

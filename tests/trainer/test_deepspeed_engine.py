@@ -102,18 +102,36 @@ def test_every_stage_precision_and_recomputation_gives_the_losses_of_plain_torch
     assert found == pytest.approx(oracle, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.004}))
 
 
-SUMMED_ADAM: dict[str, object] = {"optimizer.name": "summed_adam", "optimizer.eps": 1e-2}
+OTHERS: dict[str, dict[str, object]] = {
+    "summed_adam": {"optimizer.name": "summed_adam", "optimizer.eps": 1e-2},
+    "rmsprop": {"optimizer.name": "rmsprop", "optimizer.decay": 0.9, "optimizer.eps": 1e-6},
+}
+"""Optimizers of other families of models."""
 
 
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16")])
-def test_summed_adam_gives_the_losses_of_plain_torch_at_every_stage(
-    device: torch.device, stage: int, precision: str
+def test_another_optimizer_gives_the_losses_of_plain_torch_at_every_stage(
+    device: torch.device, stage: int, precision: str, name: str
 ) -> None:
-    plain, config = tiny(0, "fp32", **SUMMED_ADAM), tiny(stage, precision, **SUMMED_ADAM)
+    plain, config = tiny(0, "fp32", **OTHERS[name]), tiny(stage, precision, **OTHERS[name])
     expected = losses(TorchEngine(new_model(plain), plain), range(10))
     assert expected[-1] < expected[0] - 0.1
     found = losses(DeepSpeedEngine(new_model(config), config, ALONE, device), range(10))
     assert found == pytest.approx(expected, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.004}))
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(1, 2), (2, 0), (0, 3), (3, 2)])
+def test_rmsprop_goes_on_at_another_stage(device: torch.device, saved: int, loaded: int) -> None:
+    config = tiny(saved, "fp32", **OTHERS["rmsprop"])
+    first = DeepSpeedEngine(new_model(config), config, ALONE, device)
+    losses(first, range(4))
+    states = [(name, {key: value.clone() for key, value in state.items()}) for name, state in first.state()]
+    assert all(state.keys() == {"weight", "square_avg", "ema"} for _, state in states)
+    config = tiny(loaded, "fp32", **OTHERS["rmsprop"])
+    second = DeepSpeedEngine(config.model.build(), config, ALONE, device)
+    second.load_state(states, updates=4)
+    assert losses(second, range(4, 8)) == pytest.approx(losses(first, range(4, 8)), abs=1e-5)
 
 
 def test_fp16_on_a_machine_without_it_is_refused(device: torch.device) -> None:

@@ -158,6 +158,8 @@ def test_more_ranks_share_what_a_stage_shards() -> None:
         assert totals[stage][0] > totals[stage][1] > totals[stage][2]
     # Of 64 ranks each has 1/64 of 16 bytes a parameter: fp32 weights, two moments, average.
     assert state_bytes(config, 10**9, "cuda", stage=1, ranks=64).optimizer == 16 * 10**9 / 64
+    one_moment = load_config(QUICKSTART, ["train.precision=bf16", "optimizer.name=rmsprop"])
+    assert state_bytes(one_moment, 10**9, "cuda", stage=1, ranks=64).optimizer == 12 * 10**9 / 64
 
 
 def test_what_is_offloaded_is_on_the_host() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from tests.support.launch import QUICKSTART
 from trainer.config import load_config
 from trainer.optimizer import build_optimizer, learning_rate
-from trainer.options import AdamW, Cosine, Exponential, Noam, Rsqrt, Schedule, SummedAdam, WarmupStableDecay
+from trainer.options import AdamW, Cosine, Exponential, Noam, RMSProp, Rsqrt, Schedule, SummedAdam, WarmupStableDecay
 
 
 def config(**changes: object) -> AdamW:
@@ -92,3 +92,19 @@ def test_summed_adam_makes_the_updates_of_a_summed_loss_with_eps_inside_the_root
         ours.step()
         assert weight.item() == pytest.approx(expected, rel=1e-5)
         assert ours.state[weight]["ema"].item() == pytest.approx(average, rel=1e-5)
+
+
+def test_rmsprop_divides_gradients_by_their_average_size() -> None:
+    c = RMSProp(peak_lr=0.01, schedule=Cosine(warmup_steps=0), decay=0.9, eps=1e-6, ema_decay=0.5)
+    weight = nn.Parameter(torch.zeros(()))
+    ours = build_optimizer(nn.ParameterList([weight]), c, 1)
+    expected = square = 0.0
+    for gradient in (3e-3, -1e-3, 2e-3):
+        square = 0.9 * square + 0.1 * gradient**2
+        expected -= 0.01 * gradient / (math.sqrt(square) + 1e-6)
+        weight.grad = torch.tensor(gradient)
+        ours.step()
+        assert weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ours.state[weight].keys() >= {"square_avg", "ema"}
+    with pytest.raises(ValueError, match="decay: must be at least 0 and below 1, not 1.0"):
+        RMSProp(peak_lr=0.01, schedule=Cosine(warmup_steps=0), decay=1.0)

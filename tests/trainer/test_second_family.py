@@ -36,7 +36,7 @@ def settings(folder: Path, steps: int) -> list[str]:
         "train.micro_batch_images": 4,
         "train.activation_checkpoint_every_layers": 2,
         "train.log_every_steps": 1,
-        "optimizer.peak_lr": 3e-3,
+        "optimizer.peak_lr": 1e-3,
         "optimizer.schedule.warmup_steps": 0,
         "tracking.uri": mlflow_store(folder),
     }
