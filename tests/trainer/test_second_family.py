@@ -18,6 +18,7 @@ from trainer.demo import Wish, _Drawing, prepare
 from trainer.trained_model import load_trained_model
 
 PIXELCNN = ROOT / "configs/cifar10_pixelcnn.yaml"
+ROW_LSTM = ROOT / "configs/cifar10_row_lstm.yaml"
 DATA = ROOT / "tests/compat/f5483a5/data"
 
 
@@ -84,3 +85,18 @@ def test_pixelcnn_goes_through_every_command(
     while (message := drawing.advance())["done"] < message["total"]:
         pass
     assert message["total"] == 768
+
+
+@pytest.mark.timeout(600)
+def test_a_row_lstm_of_two_ranks_goes_on_with_one_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(DATA, tmp_path / "data")
+    sharded = ["--set", "train.zero_stage=2"]
+    train(settings(tmp_path, 3) + sharded, ranks=2, config=ROW_LSTM)
+    assert "going on from step-000000003" in train(settings(tmp_path, 5) + sharded, config=ROW_LSTM)
+    bits = [value for _, value in curve(tmp_path / "run")]
+    assert len(bits) == 5 and bits[-1] < bits[0]
+    assert export.main(["--run", "run", "--weights", "ema", "--to", "exported"]) == 0
+    use(sample, monkeypatch, "--run", "exported", "--n", "1", "--out", "new.png")
+    with Image.open("new.png") as picture:
+        assert len(picture.getcolors(1 << 20) or []) > 10
