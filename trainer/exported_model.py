@@ -8,7 +8,7 @@ DeepSpeed.
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,12 +173,12 @@ def origin_tags(folder: Path, exported: ExportedModel) -> dict[str, str]:
     }
 
 
-def first_states(exported: ExportedModel, config: RunConfig) -> Iterator[tuple[str, State]]:
-    """What `Engine.load_state(..., updates=0)` takes to begin a new run from exported weights: the optimizer starts
+def first_states(weights: Mapping[str, Tensor], config: RunConfig) -> Iterator[tuple[str, State]]:
+    """What `Engine.load_state(..., updates=0)` takes to begin a new run with these weights: the optimizer starts
     anew, and so does the average of the weights, from them."""
     with torch.device("meta"):
         muons = orthogonalised_names(config.model.build(), config.optimizer)
-    for name, weight in exported.state.items():
+    for name, weight in weights.items():
         names = state_names(name in muons, config.optimizer)
         states = {key: weight.clone() if key == "ema" else torch.zeros_like(weight) for key in names}
         yield name, {"weight": weight, **states}

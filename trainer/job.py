@@ -31,9 +31,10 @@ from trainer.exported_model import first_states, load_first_weights, origin_tags
 from trainer.faults.preemption import StopRequest
 from trainer.faults.watchdog import Verdict, Watchdog
 from trainer.loop import Job, TrainingState, interruptible
+from trainer.model_inputs import model_inputs
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
-from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank_0, meeting
+from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank, from_rank_0, meeting
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker, one_line, open_tracker
 from trainer.scoring import score
@@ -122,8 +123,41 @@ def newest_checkpoint(
 def begin_from(source: Path, engine: DeepSpeedEngine, config: RunConfig) -> dict[str, str]:
     """Give the engine exported weights in place of its first ones; returns what is recorded about them."""
     exported = load_first_weights(source, config)
-    engine.load_state(first_states(exported, config), updates=0)
+    engine.load_state(first_states(exported.state, config), updates=0)
     return origin_tags(source, exported)
+
+
+def begin_from_images(start: Start, engine: DeepSpeedEngine) -> None:
+    """Give the engine the first weights of a family where these depend on images; of others, nothing. Collective.
+
+    Every rank computes them from the first images of the run, whose number does not depend on that of the ranks. Then
+    all take rank 0's. Averages of the weights start from them, as PixelSNAIL's do in its authors' code; those of
+    PixelCNN++ start from the weights before, which is forgotten after a few times 1 / (1 - ema_decay) updates.
+    """
+    config = start.config
+    with torch.device("meta"):
+        count = min(config.model.build().initial_images, start.train_shards.count)
+    if not count:
+        return
+    torch.manual_seed(config.run.seed)
+    model = config.model.build().to(engine.device).train()
+    batches = train_batches(
+        start.train_shards,
+        seed=config.run.seed,
+        lanes=config.data.lanes,
+        consumed_samples=0,
+        rank=0,
+        world_size=1,
+        global_batch_images=count,
+        micro_batch_images=count,
+        fetch_threads=config.data.fetch_threads,
+        prefetch_batches=1,
+        damaged=DamagedBlocks(config.data.max_damaged_blocks) if config.data.max_damaged_blocks else None,
+    )
+    torch.manual_seed(config.run.seed)  # of dropout
+    model.initialise(*model_inputs(next(batches).to(engine.device), config.model))
+    weights = {name: from_rank(0, parameter.detach()) for name, parameter in model.named_parameters()}
+    engine.load_state(first_states(weights, config), updates=0)
 
 
 def start_tracker(start: Start, origin: dict[str, str], step: int) -> Tracker | NoTracker:

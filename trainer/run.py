@@ -30,6 +30,7 @@ from trainer.errors import BUG, FINISHED, INTERRUPTED, LostRank, code_of  # noqa
 from trainer.job import (  # noqa: E402
     announce_new_run,
     begin_from,
+    begin_from_images,
     build_engine,
     build_job,
     close_job,
@@ -103,6 +104,8 @@ def run(start: Start) -> int:
         origin = start.origin
         if newest is None and start.source:
             origin = begin_from(start.source, engine, config)
+        elif newest is None:
+            begin_from_images(start, engine)
         tracker = start_tracker(start, origin, newest.checkpoint.step if newest else 0)
         if newest is None:
             announce_new_run(start, files, tracker, progress, origin)

@@ -262,7 +262,7 @@ def test_a_run_can_begin_from_it_as_from_the_weights_themselves(folder: Path) ->
     config = config_of(train__precision="fp32")
     expected = list(losses(TorchEngine(new_model(), config), range(4)))
     engine = TorchEngine(new_model(seed=9), config)
-    engine.load_state(first_states(load_first_weights(folder, config), config), updates=0)
+    engine.load_state(first_states(load_first_weights(folder, config).state, config), updates=0)
     assert list(losses(engine, range(4))) == pytest.approx(expected, abs=1e-6)
     assert list(losses(TorchEngine(new_model(seed=9), config), range(4))) != pytest.approx(expected, abs=1e-3)
 
@@ -271,8 +271,8 @@ def test_a_run_with_another_model_cannot_begin_from_it(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"another model.attention.memory \(16, not 8\) and model.heads \(2, not 4\)"):
         load_first_weights(folder, config_of(model__heads=4, model__attention__memory=8))
     exported = load_first_weights(folder, config_of(model__dropout=0.1))
-    assert next(first_states(exported, config_of()))[1].keys() >= {"weight", "exp_avg", "ema"}
-    assert "ema" not in next(first_states(exported, config_of(optimizer__ema_decay=0.0)))[1]
+    assert next(first_states(exported.state, config_of()))[1].keys() >= {"weight", "exp_avg", "ema"}
+    assert "ema" not in next(first_states(exported.state, config_of(optimizer__ema_decay=0.0)))[1]
 
 
 @pytest.fixture
