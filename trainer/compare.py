@@ -17,7 +17,7 @@ from pathlib import Path
 from data_pipeline.wording import counted
 from trainer.command_line import run_tool
 from trainer.comparison.page import comparison_page
-from trainer.comparison.published import PUBLISHED, data_set_key
+from trainer.comparison.published import PUBLISHED, Published, data_set_key
 from trainer.comparison.run_history import (
     RUN_ID,
     RunHistory,
@@ -166,7 +166,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     for note in notes:
         print(f"\nwarning: {note}")
     if key in PUBLISHED:
-        lines = "\n".join(f"  {str(entry):>6}  {entry.model}  ({entry.source})" for entry in PUBLISHED[key])
+        lines = "\n".join(f"  {str(entry):>6}  {entry.model}  ({_grounds(entry)})" for entry in PUBLISHED[key])
         print(f"\nPublished for {key}\n{lines}")
     if arguments.html:
         path = Path(arguments.html)
@@ -194,6 +194,14 @@ def _histories(arguments: argparse.Namespace) -> list[RunHistory]:
         more = histories_of_experiment(open_store(arguments.uri), arguments.experiment, arguments.filter)
         found += [run for run in more if run.place not in known]
     return found
+
+
+def _grounds(entry: Published) -> str:
+    """What a published figure rests on."""
+    words = [entry.source, {"bound": "another bound"}.get(entry.measure, entry.measure)]
+    words += [f"version {entry.version}: {entry.version_from}"] if entry.version != "only one" else []
+    words += [f"reproduced: {entry.reproduced}"] if entry.reproduced else []
+    return "; ".join(words)
 
 
 def _steps(run: RunHistory) -> str:

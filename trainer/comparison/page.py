@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from trainer.comparison.charts import charts, color_of, dash_of
-from trainer.comparison.published import PUBLISHED
+from trainer.comparison.published import PUBLISHED, Published
 from trainer.comparison.run_history import RunHistory
 
 PICTURE_STEPS = 4
 """Rows of pictures of one kind: the last one of each run, and earlier ones, evenly spread."""
 Row = tuple[str, list[str]]
+
+_PUBLISHED_COLUMNS = ("model", "bits/dim", "measure", "parameters", "version is", "reproduced", "source")
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -174,17 +176,28 @@ def _published(key: str | None) -> str:
     if key not in PUBLISHED:
         return ""
     rows = "".join(
-        f"<tr><td>{html.escape(entry.model)}</td><td>{entry}</td><td>{html.escape(entry.parameters)}</td>"
-        f"<td>{html.escape(entry.source)}</td></tr>"
+        "<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in _cells(entry)) + "</tr>"
         for entry in PUBLISHED[key]
     )
+    heads = "".join(f"<th>{column}</th>" for column in _PUBLISHED_COLUMNS)
     return (
         f"<h2>Published for {html.escape(key)}</h2>"
         '<p class="lead">Unconditional models, and only the same version of the images: figures of another version of '
-        "downsampled ImageNet cannot be compared. ≤ marks upper bounds.</p>"
-        '<div class="card"><table><thead><tr><th>model</th><th>bits/dim</th><th>parameters</th><th>source</th></tr>'
-        f"</thead><tbody>{rows}</tbody></table></div>"
+        "downsampled ImageNet cannot be compared. ≤ marks what is only a bound: of the model itself, bits/dim are not "
+        "more. Nothing is known of others' attempts where no word stands under reproduced.</p>"
+        f'<div class="card"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
     )
+
+
+def _cells(entry: Published) -> tuple[str, ...]:
+    """What the table of published figures says of one, as _PUBLISHED_COLUMNS."""
+    known = (
+        ""
+        if entry.version == "only one"
+        else {"data loader": "read from its data loader"}.get(entry.version_from, entry.version_from)
+    )
+    measure = {"bound": "another bound"}.get(entry.measure, entry.measure)
+    return entry.model, str(entry), measure, entry.parameters, known, entry.reproduced, entry.source
 
 
 def _sample(index: int) -> str:
