@@ -62,6 +62,19 @@ def test_results_on_imagenet_say_which_imagenet(name: str) -> None:
     assert f"Chrabaszcz et al. 2017, version {IMAGENET_VERSIONS['chrabaszcz']} (50 000" in header(name)
 
 
+@pytest.mark.parametrize(("name", "figure"), [("cifar10_sparse", "2.80"), ("imagenet64_sparse", "3.44")])
+def test_the_sparse_transformers_configs_name_its_figures_and_what_differs(name: str, figure: str) -> None:
+    assert f"Expected  {figure} bits/dim" in header(name)
+    assert "What differs:" in header(name)
+    model = load_config(CONFIGS / f"{name}.yaml", []).model
+    assert {attention.kind for attention in model.attentions} == {"strided_1d", "sliding_1d"}  # type: ignore[union-attr]
+
+
+def test_the_sparse_model_of_imagenet_differs_from_the_local_one_in_attention_only() -> None:
+    sparse, local = (load_config(CONFIGS / f"imagenet64_{name}.yaml", []).model for name in ("sparse", "152m"))
+    assert {field for field, value in vars(sparse).items() if value != getattr(local, field)} == {"attention"}
+
+
 @pytest.mark.parametrize("name", ["imagenet64_152m", "imagenet64_big"])
 def test_the_large_models_reach_back_over_the_whole_image(name: str) -> None:
     model = load_config(CONFIGS / f"{name}.yaml", []).model
