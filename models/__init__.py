@@ -10,7 +10,7 @@ Read in this order:
   local_attention.py computes it at the cost of the pattern;
 - image_transformer/: the family of the paper; family.py leads to its parts;
 - pixelcnn.py, gated_pixelcnn.py, row_lstm.py, diagonal_bilstm.py: other families, each in one file, of parts in
-  masked_convolution.py and lstm_cell.py;
+  masked_convolution.py and lstm_cell.py, drawn by pixel_decoder.py;
 - pixelcnnpp.py and pixelsnail.py: PixelCNN++ and PixelSNAIL, of the layers in weight_norm.py;
 - linear.py: how matrices are multiplied.
 """

@@ -16,6 +16,7 @@ Shapes: B batch, H rows, W columns, T diagonals, H + W - 1, and h features of a 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -30,7 +31,7 @@ from models.linear import product_dtype
 from models.lstm_cell import lstm_cell
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
 from models.model import Account, Flops, Model, Recompute, ToldNothing, check_inputs, check_sizes, num_parameters
-from models.recompute_decoder import RecomputeDecoder
+from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +126,8 @@ class DiagonalBiLSTM(Model):
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers
 
-    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
-        return RecomputeDecoder(self, canvas)
+    def decoder(self, canvas: Canvas) -> PixelDecoder:
+        return PixelDecoder(partial(DiagonalBiLSTMByPixel, self), self.head, canvas, self.config.image_size)
 
 
 class Layer(nn.Module):
@@ -199,3 +200,65 @@ def unskew(x: Tensor, columns: int) -> Tensor:
 def down_a_row(x: Tensor) -> Tensor:
     """[B, H, W, F]: each row gets what the one above it had, the first one zeros."""
     return F.pad(x, (0, 0, 0, 0, 1, -1))
+
+
+class DiagonalBiLSTMByPixel:
+    """See ByPixel (models/pixel_decoder.py). Of each layer, the states of the row above are kept; those of the LSTM
+    from the right are computed when a row is complete, since the row below is the first to see them."""
+
+    def __init__(self, model: DiagonalBiLSTM, images: int) -> None:
+        size = model.config.image_size
+        self._first = ConvolutionByPixel(model.first, images, size)
+        self._layers = [_LayerByPixel(layer, images, size) for layer in model.units() if isinstance(layer, Layer)]
+
+    def begin_row(self, row: int) -> None:
+        if row > 0:
+            for layer in self._layers:
+                layer.begin_row()
+
+    def features(self, x: Tensor, row: int, column: int) -> Tensor:
+        x = self._first.at(x, row, column)
+        for layer in self._layers:
+            x = x + layer.at(x, column)
+        return x
+
+    def complete(self, x: Tensor, row: int, column: int) -> None:
+        self._first.keep(x, row, column)
+
+
+class _LayerByPixel:
+    """Columns of states begin with one that stands for what lies outside of the image."""
+
+    def __init__(self, layer: Layer, images: int, size: int) -> None:
+        self._input_to_state, self._up = ConvolutionByPixel(layer.lstm.input_to_state), ConvolutionByPixel(layer.up)
+        weight = layer.lstm.from_left
+        dtype, self._features = product_dtype(weight), weight.shape[1] // 2
+        self._weights = (layer.lstm.from_left.to(dtype), layer.lstm.from_right.to(dtype))
+        shape = (images, 1 + size, self._features)
+        self._left, self._left_above, self._right = (weight.new_zeros(shape) for _ in range(3))
+        """Hidden states: from the left in this row and in that above, and from the right in that above."""
+        self._cells = weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self._right_gates = weight.new_zeros(images, size, 4 * self._features)
+        """Of this row, as the input gives them."""
+
+    def begin_row(self) -> None:
+        self._left_above = self._left.clone()
+        cell = torch.zeros_like(self._cells[:, 0])
+        beside = torch.zeros_like(self._right[:, 0])
+        for column in reversed(range(self._right_gates.shape[1])):
+            gates = self._right_gates[:, column] + self._products(self._right[:, 1 + column], beside, 1)
+            beside, cell = lstm_cell(gates, cell)
+            self._right[:, 1 + column] = beside
+
+    def at(self, x: Tensor, column: int) -> Tensor:
+        """What the layer adds to its input x [N, 2h] at a pixel of this row."""
+        gates, self._right_gates[:, column] = self._input_to_state.at(x).chunk(2, dim=-1)
+        gates = gates + self._products(self._left_above[:, 1 + column], self._left[:, column], 0)
+        self._left[:, 1 + column], self._cells[:, 1 + column] = lstm_cell(gates, self._cells[:, column])
+        return self._up.at(self._left[:, 1 + column] + self._right[:, 1 + column])
+
+    def _products(self, above: Tensor, beside: Tensor, direction: int) -> Tensor:
+        """What two states [N, h] add to the gates [N, 4h] of the LSTM from the left (0) or from the right (1)."""
+        neighbours = torch.cat([above, beside], dim=-1)
+        weight = self._weights[direction]
+        return F.linear(neighbours.to(weight.dtype), weight).to(above.dtype)

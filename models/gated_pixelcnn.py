@@ -14,6 +14,7 @@ Shapes: B batch, H rows, W columns, p features.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -27,7 +28,7 @@ from models.likelihood import CategoricalOutput
 from models.linear import Linear, product_dtype
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
 from models.model import Account, Flops, Model, Recompute, check_inputs, check_sizes, num_parameters
-from models.recompute_decoder import RecomputeDecoder
+from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +173,10 @@ class GatedPixelCNN(Model):
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers
 
-    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
-        return RecomputeDecoder(self, canvas)
+    def decoder(self, canvas: Canvas) -> PixelDecoder:
+        return PixelDecoder(
+            partial(GatedPixelCNNByPixel, self, canvas.given.labels), self.head, canvas, self.config.image_size
+        )
 
 
 class Layer(nn.Module):
@@ -190,7 +193,7 @@ class Layer(nn.Module):
         gain: float = 1.0,
     ) -> None:
         super().__init__()
-        self._is_residual = mask == "B"
+        self.is_residual = mask == "B"
         self.vertical = RowsAbove(features_in, 2 * features, kernel, with_own_row=mask == "B")
         self.to_horizontal = Linear(2 * features, 2 * features, std=(2 * features) ** -0.5, bias=True)
         # No ReLUs before these: half the variance of the first weights.
@@ -210,7 +213,7 @@ class Layer(nn.Module):
         own = own + self.to_horizontal(above)
         vertical = gated(above)
         out = self.out(gated(own))
-        return vertical, horizontal + out if self._is_residual else out
+        return vertical, horizontal + out if self.is_residual else out
 
     @property
     def flops_of_a_pixel(self) -> int:
@@ -232,11 +235,15 @@ class RowsAbove(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = product_dtype(x)
         below = 0 if self._with_own_row else -1  # the last row is above nothing
         padding = (self._side, self._side, self._side, below)
-        padded = F.pad(x.to(dtype).permute(0, 3, 1, 2), padding)
-        return F.conv2d(padded, self.weight.to(dtype), self.bias.to(dtype)).permute(0, 2, 3, 1).to(x.dtype)
+        return self.convolved(F.pad(x, (0, 0, *padding)))
+
+    def convolved(self, padded: Tensor) -> Tensor:
+        """The result for as many rows and columns as the kernel fits into those that are given."""
+        dtype = product_dtype(padded)
+        inputs = padded.to(dtype).permute(0, 3, 1, 2)
+        return F.conv2d(inputs, self.weight.to(dtype), self.bias.to(dtype)).permute(0, 2, 3, 1).to(padded.dtype)
 
     @property
     def flops_of_a_pixel(self) -> int:
@@ -247,3 +254,75 @@ def gated(x: Tensor) -> Tensor:
     """[..., 2p] -> [..., p]."""
     features, gates = x.chunk(2, dim=-1)
     return features.tanh() * gates.sigmoid()
+
+
+class GatedPixelCNNByPixel:
+    """See ByPixel (models/pixel_decoder.py). The vertical stack is computed for a whole row when the one above it is
+    complete."""
+
+    def __init__(self, model: GatedPixelCNN, labels: Tensor | None, images: int) -> None:
+        if labels is not None:
+            labels = F.pad(labels, (0, images - len(labels)))
+        of_layers = model.of_class(labels)
+        size = model.config.image_size
+        layers = [model.first, *(layer for layer in model.units() if isinstance(layer, Layer))]
+        self._layers = [
+            _LayerByPixel(layer, of_class, images, size) for layer, of_class in zip(layers, of_layers, strict=True)
+        ]
+
+    def begin_row(self, row: int) -> None:
+        first, *rest = self._layers
+        vertical = first.begin_row(None, row)
+        for layer in rest:
+            vertical = layer.begin_row(vertical, row)
+
+    def features(self, x: Tensor, row: int, column: int) -> Tensor:
+        for layer in self._layers:
+            x = layer.at(x, row, column)
+        return x
+
+    def complete(self, x: Tensor, row: int, column: int) -> None:
+        self._layers[0].keep(x, row, column)
+
+
+class _LayerByPixel:
+    def __init__(self, layer: Layer, of_class: Tensor | None, images: int, size: int) -> None:
+        self._layer = layer
+        self._of_above: Tensor | None = None
+        self._of_own: Tensor | None = None
+        if of_class is not None:
+            self._of_above, self._of_own = of_class.chunk(2, dim=-1)
+        self._horizontal = ConvolutionByPixel(layer.horizontal, images, size)
+        self._out = ConvolutionByPixel(layer.out)
+        weight = layer.vertical.weight
+        _, features_in, _, columns = weight.shape
+        self._side, self._is_first = columns // 2, not layer.is_residual
+        self._inputs = weight.new_zeros(images, self._side + size, 2 * self._side + size, features_in)
+        """Of the vertical stack."""
+        self._from_above = weight.new_zeros(0)
+        """What the row's vertical stack adds to the horizontal one: [N, W, 2p]."""
+
+    def begin_row(self, vertical: Tensor | None, row: int) -> Tensor:
+        """The vertical stack [N, W, p] of a row after the layer, of which it has given row `vertical` to the layer; the
+        first one has got the rows above pixel by pixel."""
+        side = self._side
+        if vertical is not None:
+            self._inputs[:, side + row, side:-side] = vertical
+        rows = self._inputs[:, row : row + side + (vertical is not None)]
+        above = self._layer.vertical.convolved(rows)
+        if self._of_above is not None:
+            above = above + self._of_above
+        self._from_above = self._layer.to_horizontal(above)[:, 0]
+        if self._of_own is not None:
+            self._from_above = self._from_above + self._of_own[:, 0]
+        return gated(above)[:, 0]
+
+    def keep(self, x: Tensor, row: int, column: int) -> None:
+        """The intensities x [N, 3] of a pixel, which the first layer's stacks both read."""
+        self._horizontal.keep(x, row, column)
+        self._inputs[:, self._side + row, self._side + column] = x
+
+    def at(self, x: Tensor, row: int, column: int) -> Tensor:
+        """The horizontal stack [N, p] at a pixel, of which the layer before has given x."""
+        out = self._out.at(gated(self._horizontal.at(x, row, column) + self._from_above[:, column]))
+        return out if self._is_first else x + out

@@ -8,6 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROWS_OF_A_PRODUCT = 4
+"""On a CPU, rows of a matrix product come in fours: then each is the same to the last bit, whatever the others are and
+however many (oneMKL computes the last one to three rows in another order, which depends on the number of threads)."""
+
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which products with x are computed: fp32 for half precision on a CPU, its own

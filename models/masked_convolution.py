@@ -74,7 +74,7 @@ class MaskedConvolution(nn.Module):
         rows, columns = kernel
         side = columns // 2
         self.padding = (side, side if rows > 1 else 0, rows // 2, 0)
-        """Columns to the left and right, rows above and below."""
+        """What the kernel sees around the pixel: columns to the left and right, rows above and below."""
         visible = kernel_mask(features_in, features_out, kernel, mask, grouping, gates)
         shape = visible.shape if kernel != (1, 1) else visible.shape[:2]  # a matrix, as the optimizer should know
         self.register_buffer("visible", visible.reshape(shape), persistent=False)
@@ -113,7 +113,10 @@ class ColourHead(nn.Module):
         self.logits = MaskedConvolution(features, 3 * 256, (1, 1), mask="B", grouping=grouping, gain=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = self.logits(F.relu(self.hidden(F.relu(x))), in_fp32=True)
+        return self.by_colour(self.logits(F.relu(self.hidden(F.relu(x))), in_fp32=True))
+
+    def by_colour(self, logits: Tensor) -> Tensor:
+        """[..., 768] -> [..., 3, 256]."""
         return logits.unflatten(-1, (3, 256)) if self._grouping == "blocks" else logits.unflatten(-1, (256, 3)).mT
 
     @property

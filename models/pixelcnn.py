@@ -10,6 +10,7 @@ What the paper leaves open: ReLUs stand before each convolution of a block.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -22,7 +23,7 @@ from models.given import NOTHING, Given
 from models.likelihood import CategoricalOutput
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
 from models.model import Account, Flops, Model, Recompute, ToldNothing, check_inputs, check_sizes, num_parameters
-from models.recompute_decoder import RecomputeDecoder
+from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,8 @@ class PixelCNN(Model):
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks
 
-    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
-        return RecomputeDecoder(self, canvas)
+    def decoder(self, canvas: Canvas) -> PixelDecoder:
+        return PixelDecoder(partial(PixelCNNByPixel, self), self.head, canvas, self.config.image_size)
 
 
 class Block(nn.Module):
@@ -134,3 +135,31 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.out(F.relu(self.convolve(F.relu(self.reduce(F.relu(x))))))
+
+
+class PixelCNNByPixel:
+    """See ByPixel (models/pixel_decoder.py)."""
+
+    def __init__(self, model: PixelCNN, images: int) -> None:
+        size = model.config.image_size
+        self._first = ConvolutionByPixel(model.first, images, size)
+        self._blocks = [
+            [ConvolutionByPixel(part, images, size) for part in (block.reduce, block.convolve, block.out)]
+            for block in model.units()
+            if isinstance(block, Block)
+        ]
+
+    def begin_row(self, row: int) -> None:
+        pass
+
+    def features(self, x: Tensor, row: int, column: int) -> Tensor:
+        x = self._first.at(x, row, column)
+        for block in self._blocks:
+            inside = x
+            for convolution in block:
+                inside = convolution.at(F.relu(inside), row, column)
+            x = x + inside
+        return x
+
+    def complete(self, x: Tensor, row: int, column: int) -> None:
+        self._first.keep(x, row, column)

@@ -13,6 +13,7 @@ Shapes: B batch, H rows, W columns, h features of a state.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -27,7 +28,7 @@ from models.linear import Linear
 from models.lstm_cell import LSTMState, lstm_cell
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
 from models.model import Account, Flops, Model, Recompute, ToldNothing, check_inputs, check_sizes, num_parameters
-from models.recompute_decoder import RecomputeDecoder
+from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,8 @@ class RowLSTM(Model):
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers
 
-    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
-        return RecomputeDecoder(self, canvas)
+    def decoder(self, canvas: Canvas) -> PixelDecoder:
+        return PixelDecoder(partial(RowLSTMByPixel, self), self.head, canvas, self.config.image_size)
 
 
 class Layer(nn.Module):
@@ -168,7 +169,59 @@ class RowLSTMLayer(nn.Module):
         """The states [B, W, h] of a row, of which the input has given gates [B, W, 4h]."""
         if above is None:
             return lstm_cell(gates, None)
-        columns, side = gates.shape[1], self._kernel // 2
-        padded = F.pad(above.hidden, (0, 0, side, side))
+        return lstm_cell(gates + self.from_above(above.hidden), above.cell)
+
+    def from_above(self, hidden: Tensor) -> Tensor:
+        """What the states [B, W, h] of the row above add to the gates of a row [B, W, 4h]."""
+        columns, side = hidden.shape[1], self._kernel // 2
+        padded = F.pad(hidden, (0, 0, side, side))
         neighbours = torch.cat([padded[:, tap : tap + columns] for tap in range(self._kernel)], dim=-1)
-        return lstm_cell(gates + self.state_to_state(neighbours), above.cell)
+        products: Tensor = self.state_to_state(neighbours)
+        return products
+
+
+class RowLSTMByPixel:
+    """See ByPixel (models/pixel_decoder.py). Of each layer, the states of the row above are kept."""
+
+    def __init__(self, model: RowLSTM, images: int) -> None:
+        size = model.config.image_size
+        self._first = ConvolutionByPixel(model.first, images, size)
+        self._layers = [_LayerByPixel(layer, images, size) for layer in model.units() if isinstance(layer, Layer)]
+
+    def begin_row(self, row: int) -> None:
+        for layer in self._layers:
+            layer.begin_row(row)
+
+    def features(self, x: Tensor, row: int, column: int) -> Tensor:
+        x = self._first.at(x, row, column)
+        for layer in self._layers:
+            x = x + layer.at(x, row, column)
+        return x
+
+    def complete(self, x: Tensor, row: int, column: int) -> None:
+        self._first.keep(x, row, column)
+
+
+class _LayerByPixel:
+    def __init__(self, layer: Layer, images: int, size: int) -> None:
+        self._lstm = layer.lstm
+        self._input_to_state = ConvolutionByPixel(layer.lstm.input_to_state, images, size)
+        self._up = ConvolutionByPixel(layer.up)
+        weight = layer.lstm.state_to_state.weight
+        shape = (images, size, weight.shape[0] // 4)
+        self._hidden = weight.new_zeros(shape)
+        self._cell = weight.new_zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+        self._above = weight.new_zeros(images, size, weight.shape[0])
+        """What the states of the row above add to the gates."""
+        self._above_cell = self._cell.clone()
+
+    def begin_row(self, row: int) -> None:
+        if row > 0:
+            self._above, self._above_cell = self._lstm.from_above(self._hidden), self._cell.clone()
+
+    def at(self, x: Tensor, row: int, column: int) -> Tensor:
+        """What the layer adds to its input x [N, 2h] at a pixel."""
+        gates = self._input_to_state.at(x, row, column)
+        state = lstm_cell(gates + self._above[:, column], self._above_cell[:, column])
+        self._hidden[:, column], self._cell[:, column] = state
+        return self._up.at(state.hidden)

@@ -23,11 +23,8 @@ from models.image_transformer.decode_cache import DecodeCache
 from models.image_transformer.decode_plan import Stretch, decode_plans
 from models.image_transformer.layer import Attend, attend_in_turn
 from models.image_transformer.network import Network
-from models.linear import product_dtype
+from models.linear import ROWS_OF_A_PRODUCT, product_dtype
 
-ROWS_OF_A_PRODUCT = 4
-"""On a CPU, rows of a matrix product come in fours: then each is the same to the last bit, whatever the others are and
-however many (oneMKL computes the last one to three rows in another order, which depends on the number of threads)."""
 FILLED_TOGETHER = 64
 """Known tokens that go through the layers at once."""
 
