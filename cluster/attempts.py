@@ -5,7 +5,6 @@ well after SIGTERM. What decides is `run_state.json`, which rank 0 writes into t
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ FINISHED, USAGE, CORRUPT, UNAVAILABLE, BUG = 0, 2, 65, 69, 70
 STOPPED, DIVERGED, REFUSED, SUPERSEDED = 75, 76, 77, 80
 HOPELESS = {USAGE, CORRUPT, DIVERGED, REFUSED, SUPERSEDED}
 """Exit codes of the trainer that end a run: starting it again would end in the same way."""
-TAIL_BYTES = 1 << 16
 
 State = dict[str, Any]
 
@@ -39,19 +37,28 @@ def read_state(run_dir: Path) -> State:
 
 
 def furthest_step(run_dir: Path) -> int:
-    """The last step that any attempt has recorded."""
+    """The highest step that any attempt has recorded."""
+    furthest = None
     try:
         with (run_dir / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().splitlines()
+            for line in file:
+                # The last attempt may have gone back, and may not have come so far again.
+                if (step := _step_of(line)) is not None:
+                    furthest = max(step, furthest or 0)
     except OSError:
-        lines = []
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line, at either end
-    return int(read_state(run_dir).get("step", 0))
+        pass
+    return int(read_state(run_dir).get("step", 0)) if furthest is None else furthest
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a point; None for half a line, and for one of the machine, which counts minutes."""
+    try:
+        point = json.loads(line)
+        if point["metrics"] and all(name.startswith("system/") for name in point["metrics"]):
+            return None
+        return int(point["step"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def decide(before: State, after: State, code: int, *, leaving: bool) -> Decision:

@@ -49,11 +49,8 @@ def export(run_dir: str, weights: Weights, last: int, to: Path) -> None:
 
 def _evaluated(files: RunFiles, step: int, weights: Weights) -> float | None:
     """Bits per dimension that trainer.evaluate recorded for these weights at this step, the last time."""
-    name, found = f"final/{weights}_bits_per_dim", None
-    for point in files.points().records():
-        if point["step"] == step and name in point["metrics"]:
-            found = point["metrics"][name]
-    return found
+    _, value = files.standing_points().get(f"final/{weights}_bits_per_dim", {}).get(step, (0.0, None))
+    return value
 
 
 if __name__ == "__main__":

@@ -75,5 +75,8 @@ def test_torn_and_missing_files_are_no_error(tmp_path: Path) -> None:
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99')
     assert furthest_step(tmp_path) == 3
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 40, "metrics": {"system/cpu": 1}}\n{"step": 2, "metrics": {"train/loss": 1}}\n[1]\n')
+    assert furthest_step(tmp_path) == 3  # neither minutes nor what an attempt repeats that went back
     (tmp_path / "run_state.json").write_text("torn")
     assert read_state(tmp_path) == {}

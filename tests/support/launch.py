@@ -1,7 +1,6 @@
 """How do tests start the main job for real: a tiny model on tiny shards, in one process or several."""
 
 import contextlib
-import json
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ import mlflow
 
 from tests.support.preloaded import Rank, start_rank
 from trainer.record.mlflow_mirror import quiet_mlflow
+from trainer.record.run_folder import RunFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs/quickstart.yaml"
@@ -125,10 +125,9 @@ def wait_for_step(run_dir: Path, step: int, processes: Sequence[Process]) -> Non
 
 
 def curve(run_dir: Path, name: str = "train/bits_per_dim") -> list[tuple[int, float]]:
-    """(step, value) of a metric, in the order of recording."""
-    *lines, _being_written = (run_dir / "metrics.jsonl").read_text().split("\n")
-    points = [json.loads(line) for line in lines]
-    return [(point["step"], point["metrics"][name]) for point in points if name in point["metrics"]]
+    """(step, value) of a metric, without the steps of weights that were thrown away."""
+    points = RunFiles(run_dir).standing_points().get(name, {})
+    return [(step, value) for step, (_, value) in points.items()]
 
 
 def free_port() -> int:

@@ -25,7 +25,7 @@ MOST_RUNS = 50
 _CURVES = ("train/", "val/", "perf/", "optim/", "progress/", "final/", "data/", "mem/")
 """Metrics that are read; MLflow's system metrics are left out."""
 _PICTURE = re.compile(r"(?P<key>.+)-step-(?P<step>\d+)\.png")
-_LOGGED_PICTURE = re.compile(r"(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+.*(?<!compressed)\.png")
+_LOGGED_PICTURE = re.compile(r"(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+(?P<time>\d+)\+.*(?<!compressed)\.png")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class RunHistory:
     data: Mapping[str, Any] = field(default_factory=dict)
     """The validation images: name, digest, version, image_size, form; empty where nothing says so."""
     attempts: list[dict[str, Any]] = field(default_factory=list)
-    """Each start of the run: `started`, `world_size`."""
+    """Each start of the run: `started`, `world_size`, and, but for older versions, the `step` that it began at."""
+    times: list[float] = field(default_factory=list)
+    """When points were recorded, those included that the curves have no more; empty: the times of the curves."""
     gpu: str | None = None
     pictures: Mapping[str, Mapping[int, Callable[[], bytes]]] = field(default_factory=dict)
     """By key and step, a function that reads the PNG."""
@@ -100,9 +102,8 @@ class RunHistory:
         return self.attempts or [{"started": min(self._all_times(), default=0.0)}]
 
     def _all_times(self) -> list[float]:
-        # What tools add long after the training (final/...) is not work of the run.
-        return sorted(
-            float(time) for name, curve in self.curves.items() if not name.startswith("final/") for time in curve.times
+        return self.times or sorted(
+            float(time) for name, curve in self.curves.items() if _is_work(name) for time in curve.times
         )
 
 
@@ -111,11 +112,7 @@ def history_of_folder(folder: Path) -> RunHistory:
     files = RunFiles(folder)
     if not files.metrics.exists():
         raise UsageError(f"{folder}: holds no run (no {files.metrics.name}); give the run.dir of a config")
-    points: dict[str, dict[int, tuple[float, float]]] = {}
-    for record in files.points().records():
-        for name, value in record["metrics"].items():
-            if name.startswith(_CURVES):
-                points.setdefault(name, {}).setdefault(record["step"], (record["time"], value))
+    curves = {name: points for name, points in files.standing_points().items() if name.startswith(_CURVES)}
     description = files.read_description()
     params = description.get("params")
     if params is None:
@@ -128,9 +125,10 @@ def history_of_folder(folder: Path) -> RunHistory:
         place=str(folder),
         status=str(files.read_state().get("state", "")),
         params=params_of_today(params),
-        curves={name: _curve(by_step) for name, by_step in points.items()},
+        curves={name: _curve(points) for name, points in curves.items()},
         data=next((data for data in description.get("data", []) if data["context"] == "validation"), {}),
         attempts=description.get("attempts", []),
+        times=sorted(record["time"] for record in files.points().records() if any(map(_is_work, record["metrics"]))),
         gpu=description.get("tags", {}).get("gpu.name"),
         pictures=_pictures_of_folder(files),
     )
@@ -144,13 +142,17 @@ def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             raise UsageError(f"{run_id}: MLflow has no such run; give --uri of the store that has it") from error
         raise
-    curves = {}
+    curves, times, attempts = {}, set(), _attempts(run.data.tags)
     for name in run.data.metrics:
         if name.startswith(_CURVES):
             by_step: dict[int, tuple[float, float]] = {}
-            for point in client.get_metric_history(run_id, name):
-                by_step.setdefault(point.step, (point.timestamp / 1000, point.value))
-            curves[name] = _curve(by_step)
+            for point in sorted(client.get_metric_history(run_id, name), key=lambda point: point.timestamp):
+                if _stands(point.step, point.timestamp, attempts):
+                    by_step[point.step] = (point.timestamp / 1000, point.value)
+                if _is_work(name):
+                    times.add(point.timestamp / 1000)
+            if by_step:
+                curves[name] = _curve(by_step)
     return RunHistory(
         name=str(run.info.run_name or run_id[:8]),
         place=run_id,
@@ -158,9 +160,10 @@ def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
         params=params_of_today(run.data.params),
         curves=curves,
         data=_validation_data(run),
-        attempts=_attempts(run.data.tags),
+        attempts=attempts,
+        times=sorted(times),
         gpu=run.data.tags.get("gpu.name"),
-        pictures=_pictures_of_run(client, run_id),
+        pictures=_pictures_of_run(client, run_id, attempts),
     )
 
 
@@ -194,6 +197,17 @@ def open_store(uri: str) -> mlflow.MlflowClient:
         raise MlflowUnreachable(f"--uri: MLflow at {uri} does not answer ({one_line(error)})") from error
 
 
+def _is_work(metric: str) -> bool:
+    """Whether a metric is recorded while the run trains; what tools add long after (final/...) is not."""
+    return metric.startswith(_CURVES) and not metric.startswith("final/")
+
+
+def _stands(step: int, timestamp: int, attempts: list[dict[str, Any]]) -> bool:
+    """Whether no newer attempt has begun before this step; `timestamp`, in milliseconds, says which are newer."""
+    newer = (attempt for attempt in attempts if int(attempt["started"] * 1000) > timestamp)
+    return all(step <= attempt.get("step", step) for attempt in newer)
+
+
 def _curve(by_step: dict[int, tuple[float, float]]) -> Curve:
     steps = sorted(by_step)
     times, values = zip(*(by_step[step] for step in steps), strict=True)
@@ -213,15 +227,19 @@ def _attempts(tags: Mapping[str, str]) -> list[dict[str, Any]]:
     number = 1
     while started := tags.get(f"attempt.{number}.started"):
         found.append({"started": float(started), "world_size": int(tags[f"attempt.{number}.world_size"])})
+        if step := tags.get(f"attempt.{number}.step"):
+            found[-1]["step"] = int(step)
         number += 1
     return found
 
 
 def _pictures_of_folder(files: RunFiles) -> dict[str, dict[int, Callable[[], bytes]]]:
     found: dict[str, dict[int, Callable[[], bytes]]] = {}
+    standing = files.standing_pictures()
     for folder in (files.samples, files.folder / "evaluation"):
         for path in sorted(folder.glob("*.png")):
-            if match := _PICTURE.fullmatch(path.name):
+            stands = standing.get(path.relative_to(files.folder).as_posix(), True)
+            if stands and (match := _PICTURE.fullmatch(path.name)):
                 found.setdefault(match["key"], {})[int(match["step"])] = partial(_read_png, path, files.folder)
     return found
 
@@ -234,14 +252,20 @@ def _read_png(path: Path, folder: Path) -> bytes:
     return content
 
 
-def _pictures_of_run(client: mlflow.MlflowClient, run_id: str) -> dict[str, dict[int, Callable[[], bytes]]]:
+def _pictures_of_run(
+    client: mlflow.MlflowClient, run_id: str, attempts: list[dict[str, Any]]
+) -> dict[str, dict[int, Callable[[], bytes]]]:
     found: dict[str, dict[int, Callable[[], bytes]]] = {}
     for folder, pattern in (("images", _LOGGED_PICTURE), ("samples", _PICTURE), ("evaluation", _PICTURE)):
-        for artifact in client.list_artifacts(run_id, folder):
-            if match := pattern.fullmatch(Path(artifact.path).name):
+        places = [artifact.path for artifact in client.list_artifacts(run_id, folder)]
+        matches = [(match, place) for place in places if (match := pattern.fullmatch(Path(place).name))]
+        for match, place in sorted(matches, key=lambda found: int(found[0].groupdict().get("time", 0))):
+            step, time = int(match["step"]), match.groupdict().get("time")
+            if time is not None and not _stands(step, int(time), attempts):
+                continue
 
-                def read(path: str = artifact.path) -> bytes:
-                    return Path(client.download_artifacts(run_id, path)).read_bytes()
+            def read(path: str = place) -> bytes:
+                return Path(client.download_artifacts(run_id, path)).read_bytes()
 
-                found.setdefault(match["key"].replace("~", "/"), {})[int(match["step"])] = read
+            found.setdefault(match["key"].replace("~", "/"), {})[step] = read
     return found

@@ -47,7 +47,9 @@ class RunLock:
         self._file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         self._file.write(json.dumps(holder).encode())
-        self.attempt = int(files.read_state().get("attempt", 0)) + 1
+        # Points say which attempt recorded them, so a number must not come again where the state was lost.
+        before = (files.read_state().get("attempt", 0), files.read_description().get("attempt", 0))
+        self.attempt = max(before) + 1
         files.write_state(attempt=self.attempt)
 
     def superseded(self) -> bool:

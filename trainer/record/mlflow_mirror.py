@@ -3,6 +3,9 @@
 `Mirror.catch_up` sends what is new in the folder since the last time. The training job calls it on a thread, and so do
 the tools and `python -m trainer.tracking sync`; it does not matter which of them sends. To send something twice does no
 harm: a point has the time at which it was recorded, and MLflow stores equal points once.
+
+MLflow forgets nothing. Points that it has and that a newer attempt supersedes stay there. Of two values at one step it
+counts the later one, and the tags `attempt.N.step` and `attempt.N.started` tell a reader which points stand.
 """
 
 import contextlib
@@ -30,7 +33,7 @@ from PIL import Image
 
 from trainer.errors import RefusedStore
 from trainer.pictures import open_picture
-from trainer.record.run_folder import RunFiles, write_json
+from trainer.record.run_folder import RunFiles, is_superseded, write_json
 from trainer.safe_files import file_inside, files_inside, read_file
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,7 @@ class Mirror:
         self._client: mlflow.MlflowClient | None = None
         self._run_id = ""
         self._attempt: int | None = None
+        self._begun: dict[int, int] = {}
         self._may_be_there = True
         """Whether an image may have arrived although its answer was lost."""
 
@@ -170,6 +174,7 @@ class Mirror:
             client.update_run(run_id, status="RUNNING")
             sent.pop("status", None)
         self._run_id, self._attempt = run_id, description["attempt"]
+        self._begun = files.attempts_begun()
 
     def _send_metrics(self, sent: dict[str, Any]) -> None:
         while True:
@@ -180,6 +185,7 @@ class Mirror:
                 Metric(name, value, int(record["time"] * 1000), record["step"])
                 for record in records
                 for name, value in record["metrics"].items()
+                if not is_superseded(record, self._begun, name)
             ]
             for begin in range(0, len(points), LARGEST_REQUEST):
                 self._send_points(points[begin : begin + LARGEST_REQUEST])
@@ -220,7 +226,9 @@ class Mirror:
     def _send_event(self, record: dict[str, Any]) -> None:
         assert self._client is not None
         client, run_id = self._client, self._run_id
-        if record["event"] == "image":
+        if record["event"] == "image" and is_superseded(record, self._begun):
+            pass
+        elif record["event"] == "image":
             image = _read_image(self._files.folder, record.get("file", ""))
             when = int(record["time"] * 1000)
             if image is not None and not (self._may_be_there and self._has_image(record["step"], when)):

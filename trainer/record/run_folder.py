@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,16 +25,20 @@ PIECE_BYTES = 1 << 20
 """A longer line is none of ours."""
 LARGEST_BACKLOG_LINES = 100_000
 """Lines kept in memory while the disk is full."""
+SYSTEM = "system/"
+"""How names of metrics begin that are of the machine. They count minutes and not updates."""
 _state_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Point:
-    """A line of `metrics.jsonl`."""
+    """A line of `metrics.jsonl`. Without metrics it says at which step its attempt begins."""
 
     step: Count
     time: Time
     metrics: dict[str, float]
+    attempt: Count = 0
+    """Which attempt recorded it, or was the last one when a tool did; 0 where an older version did not say."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Event:
     step: Count
     time: Time
     event: str
+    attempt: Count = 0
+    """As of a point."""
     text: str = ""
     key: str = ""
     """Of a picture: which series of pictures it is part of."""
@@ -90,6 +96,8 @@ class Attempt:
     started: Time
     world_size: Count
     host: str = ""
+    step: Count | None = None
+    """The step that it began at; older versions did not say."""
 
 
 @dataclass(frozen=True)
@@ -296,13 +304,53 @@ class RunFiles:
             kept = {name: value for name, value in self.read_state().items() if name not in forget}
             write_json(self.state, kept | redacted(changes))
 
+    def attempts_begun(self) -> dict[int, int]:
+        """The step at which each attempt began, by its number; without those of older versions."""
+        return _begun(self.points().records())
+
+    def standing_points(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """The curve of each metric: (time, value) by step, in order of the steps.
+
+        What belongs to weights that were thrown away is left out: a newer attempt has begun at an earlier step.
+        """
+        records = list(self.points().records())
+        begun = _begun(records)
+        curves: dict[str, dict[int, tuple[float, float]]] = {}
+        for record in sorted(records, key=attempt_of):
+            for name, value in record["metrics"].items():
+                if not is_superseded(record, begun, name):
+                    curves.setdefault(name, {})[record["step"]] = (record["time"], value)
+        return {name: dict(sorted(by_step.items())) for name, by_step in curves.items()}
+
+    def standing_pictures(self) -> dict[str, bool]:
+        """Whether each picture that was recorded stands, by its file; see standing_points."""
+        begun = self.attempts_begun()
+        pictures = (record for record in self.happenings().records() if record["event"] == "image")
+        return {record.get("file", ""): not is_superseded(record, begun) for record in sorted(pictures, key=attempt_of)}
+
     def last_steps(self) -> dict[str, int]:
-        """The last step recorded of each metric."""
-        last: dict[str, int] = {}
-        for point in self.points().records():
-            for name in point["metrics"]:
-                last[name] = max(last.get(name, -1), point["step"])
-        return last
+        """The last step of each metric's curve."""
+        return {name: max(by_step) for name, by_step in self.standing_points().items()}
+
+
+def attempt_of(record: dict[str, Any]) -> int:
+    """The number of the attempt that recorded a point or an event."""
+    return int(record.get("attempt", 0))
+
+
+def is_superseded(record: dict[str, Any], begun: Mapping[int, int], metric: str = "") -> bool:
+    """Whether a newer attempt began before the step of a record, with weights that know nothing of it.
+
+    `begun` has the step at which each attempt began. The machine's own metrics have other steps, and stay.
+    """
+    if metric.startswith(SYSTEM):
+        return False
+    attempt, step = attempt_of(record), record["step"]
+    return any(number > attempt and step > began for number, began in begun.items())
+
+
+def _begun(points: Iterable[dict[str, Any]]) -> dict[int, int]:
+    return {attempt_of(point): point["step"] for point in points if not point["metrics"]}
 
 
 def _read_json(path: Path, record: type, *, keep_others: bool = False) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
+from trainer.record.run_folder import SYSTEM
+
 log = logging.getLogger(__name__)
 
 SAMPLE_EVERY_SECONDS = 10.0
@@ -61,4 +63,4 @@ class SystemMetrics(threading.Thread):
         for monitor in self._monitors:
             values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
-        self._record({f"system/{name}": float(value) for name, value in values.items()})
+        self._record({f"{SYSTEM}{name}": float(value) for name, value in values.items()})

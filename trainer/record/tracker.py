@@ -38,7 +38,7 @@ from trainer.record.provenance import (
     packages,
 )
 from trainer.record.redaction import redact, redacted
-from trainer.record.run_folder import RunFiles, working_seconds, write_json
+from trainer.record.run_folder import SYSTEM, RunFiles, working_seconds, write_json
 from trainer.record.system_metrics import SystemMetrics
 from trainer.safe_files import write_file
 
@@ -79,15 +79,14 @@ class Tracker:
         self._metrics, self._events = files.points(), files.happenings()
         for journal in (self._metrics, self._events):
             journal.repair()
-        self._last_steps = files.last_steps()
-        self._last_images: dict[str, int] = {}
-        for record in self._events.records():
-            if record["event"] == "image" and "key" in record:
-                self._last_images[record["key"]] = max(record["step"], self._last_images.get(record["key"], -1))
-        now = time.time()
-        key = _describe_run(files, config, world_size, datasets, artifacts or {}, tags or {}, now)
+        before = files.last_steps()
+        self._last_steps = {name: last for name, last in before.items() if name.startswith(SYSTEM)}
+        self._clock = Clock(files)
+        now = self._clock.now()
+        key, self._attempt = _describe_run(files, config, world_size, step, datasets, artifacts or {}, tags or {}, now)
         remember_store(files.folder, key, config.tracking.uri)
         files.write_state(forget=("code", "reason", "ended"), state="running", started=now)
+        self._record(step, {})
         self.event(step, "start", f"at step {step}, on {counted(world_size, 'rank')}", world_size=world_size)
         self._uploader = Uploader(files, config.tracking.uri)
         self._uploader.start()
@@ -101,23 +100,21 @@ class Tracker:
         return self._uploader.wait_until_open(seconds)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record metrics after `step` updates; a step that an earlier attempt recorded is not recorded twice."""
+        """Record metrics after `step` updates, in place of what earlier attempts recorded; in one attempt only once."""
         named = {metric_name(name): float(value) for name, value in metrics.items()}
         fresh = {name: value for name, value in named.items() if step > self._last_steps.get(name, -1)}
         if fresh:
             self._last_steps |= dict.fromkeys(fresh, step)
-            self._metrics.append({"step": step, "time": time.time(), "metrics": fresh})
+            self._record(step, fresh)
 
     def event(self, step: int, name: str, text: str, **fields: Any) -> None:
         """Record that something happened: a line of `events.jsonl`, and the tag `event.NAME` with the last one."""
-        self._events.append(redacted({"step": step, "time": time.time(), "event": name, "text": text, **fields}))
+        entry = {"step": step, "time": self._clock.now(), "attempt": self._attempt, "event": name, "text": text}
+        self._events.append(redacted(entry | fields))
 
     def log_image(self, step: int, key: str, image: Path | str | Image.Image) -> None:
         """Keep a picture under `samples/` and show it in MLflow, where pictures of one key form a series over steps."""
-        if step <= self._last_images.get(key, -1):
-            return
         key = re.sub(r"[^\w\-./ ]", "_", key, flags=re.ASCII)
-        self._last_images[key] = step
         path = self._files.samples / f"{key.replace('/', '_')}-step-{step:09d}.png"
         try:
             content = png(image) if isinstance(image, Image.Image) else Path(image).read_bytes()
@@ -138,7 +135,7 @@ class Tracker:
         if self._system is not None:
             self._system.stop()
         if state == "finished":
-            self.log(step, _summary(self._files))
+            self.log(step, _summary(self._files, self._clock.now()))
         try:
             self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
         except OSError as error:
@@ -152,10 +149,28 @@ class Tracker:
                 counted(unsent, "point"), problem, sync_command(self._files),
             )  # fmt: skip
 
+    def _record(self, step: int, metrics: dict[str, float]) -> None:
+        point = {"step": step, "time": self._clock.now(), "attempt": self._attempt, "metrics": metrics}
+        self._metrics.append(point)
+
     def _log_system(self, values: dict[str, float]) -> None:
         # As in MLflow, these points have steps of their own, so that a run that stands still shows, too.
         step = 1 + max((self._last_steps.get(name, -1) for name in values), default=-1)
         self.log(step, values)
+
+
+class Clock:
+    """Times for records, in seconds since 1970: they only grow, from one attempt to the next and whatever is set.
+
+    In MLflow the newest of two values at one step counts, so a machine whose clock is behind must not write older ones.
+    """
+
+    def __init__(self, files: RunFiles) -> None:
+        latest = max((record["time"] for record in files.points().records()), default=0.0)
+        self._ahead = max(time.time(), latest + 0.001) - time.monotonic()
+
+    def now(self) -> float:
+        return time.monotonic() + self._ahead
 
 
 class NoTracker:
@@ -267,14 +282,14 @@ def record_results(
     MLflow is asked only if this user trained the run here, or if the environment names a store: otherwise the files
     have it alone, and a line says so.
     """
-    journal, events, now = files.points(), files.happenings(), time.time()
-    last_steps = files.last_steps()
+    journal, events, last_steps = files.points(), files.happenings(), files.last_steps()
+    same = {"step": step, "time": Clock(files).now(), "attempt": files.read_description().get("attempt", 0)}
     named = {metric_name(name): float(value) for name, value in metrics.items()}
     if fresh := {name: value for name, value in named.items() if step > last_steps.get(name, -1)}:
-        journal.append({"step": step, "time": now, "metrics": fresh})
+        journal.append({**same, "metrics": fresh})
     for path in artifacts:
         place = _place(files, path)
-        events.append({"step": step, "time": now, "event": "file", "text": "", "file": place, "folder": folder})
+        events.append({**same, "event": "file", "text": "", "file": place, "folder": folder})
     journal.close()
     events.close()
     if not (description := files.read_description()):
@@ -331,14 +346,15 @@ def _describe_run(
     files: RunFiles,
     config: RunConfig,
     world_size: int,
+    step: int,
     datasets: Mapping[str, Any],
     artifacts: Mapping[str, str],
     more_tags: Mapping[str, str],
     now: float,
-) -> str:
+) -> tuple[str, int]:
     """Write down what MLflow is told when it opens the run, so that this can happen at any later time.
 
-    Returns the run's key.
+    Returns the run's key and the number of the attempt that begins at `step`.
     """
     text = redact(as_yaml(config))
     write_file(files.config, text.encode())
@@ -351,7 +367,8 @@ def _describe_run(
     # The run's lock counts attempts. Without one they are counted here.
     attempt = files.read_state().get("attempt", before.get("attempt", 0) + 1)
     machine = machine_tags(world_size)
-    attempts = [*before.get("attempts", []), {"started": now, "world_size": world_size, "host": machine["host"]}]
+    begins = {"started": now, "world_size": world_size, "host": machine["host"], "step": step}
+    attempts = [*before.get("attempts", []), begins]
     data = [data_description(context, shards) for context, shards in datasets.items()]
     tags = {MLFLOW_SOURCE_NAME: "trainer/run.py", MLFLOW_USER: _user(), "config.sha": digest_of_text(text)}
     tags |= machine | code_tags() | {"attempts": str(len(attempts))}
@@ -373,14 +390,15 @@ def _describe_run(
         "data": data,
     }
     write_json(files.description, redacted(description))
-    return key
+    return key, attempt
 
 
-def _summary(files: RunFiles) -> dict[str, float]:
+def _summary(files: RunFiles, now: float) -> dict[str, float]:
     """The few figures that compare runs in MLflow's table and parallel coordinates."""
-    points = list(files.points().records())
-    times = [point["time"] for point in points] + [time.time()]
-    values = {name: [point["metrics"][name] for point in points if name in point["metrics"]]
+    # Time that was spent on steps that are thrown away was spent, too.
+    times = [point["time"] for point in files.points().records()] + [now]
+    curves = files.standing_points()
+    values = {name: [value for _, value in curves.get(name, {}).values()]
               for name in ("val/bits_per_dim", "perf/images_per_s")}  # fmt: skip
     attempts = files.read_description().get("attempts", [])
     seconds = sum(entry["world_size"] * duration for entry, duration in working_seconds(attempts, times))

@@ -1,6 +1,7 @@
 """Does a run keep its record, with one point a step, over restarts and without MLflow, and does no step wait for it?"""
 
 import inspect
+import io
 import json
 import logging
 import signal
@@ -18,6 +19,7 @@ from PIL import Image
 from tests.support.launch import QUICKSTART, ROOT, free_port, mlflow_store
 from tests.support.mlflow_server import MlflowServer
 from trainer import tracking
+from trainer.comparison.run_history import history_of_folder, history_of_run
 from trainer.config import RunConfig, load_config
 from trainer.errors import MlflowUnreachable
 from trainer.ranks import Ranks
@@ -91,18 +93,28 @@ def sync(folder: Path, *options: str) -> int:
         logging.setLogRecordFactory(factory)
 
 
+def curve_in(uri: str, name: str = BITS) -> dict[float, float]:
+    """A curve as a comparison reads it from MLflow."""
+    (run,) = runs_in(uri)
+    curve = history_of_run(mlflow.MlflowClient(uri), run.info.run_id).curves[name]
+    return dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
+
+
 def test_a_killed_run_is_continued_with_one_point_a_step(tmp_path: Path) -> None:
-    statements = "for step in (1, 2, 3): tracker.log(step, {'train/bits_per_dim': 8.0 - step})"
+    statements = "for step in (1, 2, 3): tracker.log(step, {'train/bits_per_dim': 18.0 - step})"
     killed_attempt(tmp_path, statements, "tracking.required=true")
     with RunFiles(tmp_path / "run").metrics.open("a") as file:
         file.write('{"step": 4, "metr')  # the kill came in the middle of a line; the checkpoint was of step 1
     assert RunFiles(tmp_path / "run").read_state()["state"] == "running"
-    second = tracker_in(tmp_path, "train.steps=900")
+    second = tracker_in(tmp_path, "train.steps=900", step=1)
     for step in (2, 3, 4):
         second.log(step, {BITS: 8.0 - step, "val/bits_per_dim": 7.0})
+    second.log(4, {BITS: 1.0})  # an attempt has one value
     second.close("finished", code=0, reason="all steps done", step=4)
 
-    assert history(tmp_path) == [(1, 7.0), (2, 6.0), (3, 5.0), (4, 4.0)]
+    expected = {1: 17.0, 2: 6.0, 3: 5.0, 4: 4.0}
+    assert curve_in(mlflow_store(tmp_path)) == expected
+    assert {step: value for step, (_, value) in RunFiles(tmp_path / "run").standing_points()[BITS].items()} == expected
     assert [step for step, _ in history(tmp_path, "val/bits_per_dim")] == [2, 3, 4]
     (run,) = runs_in(tmp_path)
     assert run.info.status == "FINISHED"
@@ -112,6 +124,55 @@ def test_a_killed_run_is_continued_with_one_point_a_step(tmp_path: Path) -> None
     assert run.data.metrics["final/val_bits_per_dim"] == 7.0
     lines = RunFiles(tmp_path / "run").metrics.read_text().splitlines()
     assert all(json.loads(line) for line in lines)
+
+
+def test_points_of_weights_that_were_thrown_away_are_superseded_wherever_they_arrived(tmp_path: Path) -> None:
+    first = tracker_in(tmp_path, "tracking.required=true", "tracking.system_metrics=true")
+    for step in range(1, 10):
+        first.log(step, {BITS: 20.0 + step, "val/bits_per_dim": 20.0, "perf/images_per_s": 1.0 * step})
+        first.log_image(step, "samples", Image.new("RGB", (8, 8), (255, 0, 0)))
+    first.close("failed", code=76, reason="diverged", step=9)
+    store, files = mlflow_store(tmp_path), RunFiles(tmp_path / "run")
+    assert list(curve_in(store)) == list(range(1, 10))
+
+    with pytest.MonkeyPatch.context() as patch:  # goes on on a machine whose clock is behind
+        right = time.time
+        patch.setattr(time, "time", lambda: right() - 7200)
+        files.write_state(attempt=2)
+        second = tracker_in(tmp_path, "tracking.system_metrics=true", step=4)
+        for step in (5, 6):
+            second.log(step, {BITS: 5.0 + step, "val/bits_per_dim": 6.0, "perf/images_per_s": 30.0})
+        second.log_image(6, "samples", Image.new("RGB", (8, 8), (0, 255, 0)))
+        second.close("finished", code=0, reason="", step=6)
+        record_results(files, 4, {"final/raw_bits_per_dim": 5.5}, [])  # of a checkpoint that is still there
+        files.write_state(attempt=3)
+        third = tracker_in(tmp_path, step=6)
+        third.close("stopped", code=75, reason="", step=6)
+
+    expected = {1: 21.0, 2: 22.0, 3: 23.0, 4: 24.0, 5: 10.0, 6: 11.0}
+    with files.metrics.open("a") as file:  # the first attempt lives on somewhere
+        file.write(json.dumps({"step": 7, "time": 1.0, "metrics": {BITS: 1.0}, "attempt": 1}) + "\n")
+    folder = history_of_folder(files.folder)
+    other = mlflow_store(tmp_path / "other")
+    assert sync(tmp_path, "--to", other) == 0
+    assert curve_in(store) == curve_in(other) == expected
+    assert dict(zip(folder.curves[BITS].steps, folder.curves[BITS].values, strict=True)) == expected
+    (run,) = runs_in(store)
+    assert run.data.metrics["final/val_bits_per_dim"] == 6.0
+    assert run.data.metrics["final/raw_bits_per_dim"] == 5.5
+    assert run.data.metrics["final/images_per_s"] == 3.5  # the median of 1, 2, 3, 4, 30, 30
+    assert len(files.standing_points()["system/cpu_utilization_percentage"]) == 2, "the machine's points stay"
+    histories = [
+        folder,
+        *(history_of_run(mlflow.MlflowClient(uri), runs_in(uri)[0].info.run_id) for uri in (store, other)),
+    ]
+    for history_read in histories:
+        pictures = history_read.pictures["samples"]
+        assert sorted(pictures) == [1, 2, 3, 4, 6]
+        with Image.open(io.BytesIO(pictures[6]())) as picture:
+            assert picture.getpixel((0, 0)) == (0, 255, 0)
+    # What did not stand any more is not sent to a store that never had it.
+    assert [step for step, _ in history(other)] == list(range(1, 7))
 
 
 @pytest.mark.parametrize(("state", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("failed", "FAILED")])
@@ -198,8 +259,7 @@ def test_events_pictures_and_files_reach_mlflow_once(tmp_path: Path) -> None:
     killed_attempt(tmp_path, statements)
     (tmp_path / "other.png").write_bytes((tmp_path / "run/samples/samples-step-000000010.png").read_bytes())
     (tmp_path / "run/trace.json").write_text("{}")
-    second = tracker_in(tmp_path)
-    second.log_image(20, "samples", Image.new("RGB", (8, 8)))  # repeated after the kill
+    second = tracker_in(tmp_path, step=20)
     second.log_image(30, "samples", tmp_path / "other.png")
     second.log_file(tmp_path / "run/trace.json", "profile")
     second.close("finished", code=0, reason="", step=30)
@@ -239,7 +299,7 @@ def test_a_run_that_was_deleted_is_made_anew_with_all_its_points(tmp_path: Path)
     first.close("stopped", code=75, reason="", step=1)
     (old,) = runs_in(tmp_path)
     mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").delete_run(old.info.run_id)
-    second = tracker_in(tmp_path)
+    second = tracker_in(tmp_path, step=1)
     second.log(2, {BITS: 6.0})
     second.close("finished", code=0, reason="", step=2)
     assert history(tmp_path) == [(1, 7.0), (2, 6.0)]
@@ -254,7 +314,7 @@ def test_a_run_that_goes_on_at_another_server_is_made_anew_there_with_all_its_po
     first.close("stopped", code=75, reason="", step=1)
     (old,) = runs_in(tmp_path)
     other = mlflow_store(tmp_path / "other")
-    second = tracker_in(tmp_path, f"tracking.uri={other}")
+    second = tracker_in(tmp_path, f"tracking.uri={other}", step=1)
     second.log(2, {BITS: 6.0})
     second.close("finished", code=0, reason="", step=2)
     assert history(other) == [(1, 7.0), (2, 6.0)]
@@ -268,7 +328,7 @@ def test_a_folder_that_lost_its_run_id_finds_its_run_again(tmp_path: Path) -> No
     first.close("stopped", code=75, reason="", step=1)
     for path in (RunFiles(tmp_path / "run").state, RunFiles(tmp_path / "run").sent):
         path.unlink()
-    second = tracker_in(tmp_path)
+    second = tracker_in(tmp_path, step=1)
     second.log(2, {BITS: 6.0})
     second.close("finished", code=0, reason="", step=2)
     assert history(tmp_path) == [(1, 7.0), (2, 6.0)]  # the first was sent a second time, and is there once
