@@ -87,6 +87,12 @@ class RunFolderFull(RuntimeError):
     exit_code = CANNOT_WRITE
 
 
+class RecordIncomplete(RuntimeError):
+    """Points or events of a run could not be written to its folder. The text says how many, and where they are."""
+
+    exit_code = CANNOT_WRITE
+
+
 class CheckpointError(RuntimeError):
     """A checkpoint or an exported model cannot be read or written. The text says which and why."""
 

@@ -23,6 +23,7 @@ from trainer.errors import (
     CheckpointError,
     LostRank,
     NoProgress,
+    RecordIncomplete,
     Superseded,
     code_of,
     is_foreseen,
@@ -38,7 +39,7 @@ from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank, from_rank_0, mee
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker, one_line, open_tracker
 from trainer.scoring import score
-from trainer.startup import Start, check_fits, count_start, why_not_anew
+from trainer.startup import Start, cannot_write, check_fits, count_start, why_not_anew
 from trainer.training_samples import draw_grid
 
 log = logging.getLogger(__name__)
@@ -163,17 +164,21 @@ def begin_from_images(start: Start, engine: DeepSpeedEngine) -> None:
 def start_tracker(start: Start, origin: dict[str, str], step: int) -> Tracker | NoTracker:
     """Begin to record the run in its folder and in MLflow, from a step on.
 
-    `origin` is what is recorded about its first weights.
+    `origin` is what is recorded about its first weights. Raises RunFolderFull or UsageError if the folder cannot be
+    written.
     """
     config, ranks = start.config, start.ranks
-    return open_tracker(
-        config,
-        ranks,
-        step=step,
-        datasets={"training": start.train_shards, "validation": start.validation_shards},
-        artifacts={"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)},
-        tags={f"origin.{key}": value for key, value in origin.items()},
-    )
+    try:
+        return open_tracker(
+            config,
+            ranks,
+            step=step,
+            datasets={"training": start.train_shards, "validation": start.validation_shards},
+            artifacts={"deepspeed.json": json.dumps(deepspeed_config(config, ranks.world_size), indent=1)},
+            tags={f"origin.{key}": value for key, value in origin.items()},
+        )
+    except OSError as error:
+        raise cannot_write(Path(config.run.dir), error) from error
 
 
 def announce_new_run(
@@ -330,18 +335,25 @@ def record_failure(
 
 
 def close_job(job: Job, state: TrainingState, *, finished: bool) -> int:
-    """Record that the attempt finished or stopped on request, and leave the other ranks; returns the exit code."""
+    """Record that the attempt finished or stopped on request, and leave the other ranks; returns the exit code.
+
+    Raises RecordIncomplete on rank 0 if the run's folder lacks points of a finished run.
+    """
     job.watchdog.close()
     for path in job.profiler.files:
         job.tracker.log_file(path, "profile")
     if finished:
-        job.tracker.close("finished", code=FINISHED, reason="all steps done", step=state.step)
-        job.progress.note(f"finished: {job.config.run.dir}")
+        lacking = job.tracker.close("finished", code=FINISHED, reason="all steps done", step=state.step)
+        if not lacking:
+            job.progress.note(f"finished: {job.config.run.dir}")
     else:
+        lacking = None  # the same command goes on, and it has been warned of
         job.stop.forget_stop_file()
         reason = f"{job.stop.reason}; {state.unsaved}" if state.unsaved else job.stop.reason
         job.tracker.close("stopped", code=STOPPED, reason=reason, step=state.step)
         rest = state.unsaved or "the same command goes on from there"
         job.progress.note(f"stopped at step {state.step} on request; {rest}")
     torch.distributed.destroy_process_group()
+    if lacking:
+        raise RecordIncomplete(f"all steps are done and the weights are safe, but {lacking}")
     return FINISHED if finished else STOPPED

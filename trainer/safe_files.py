@@ -7,9 +7,12 @@ files of bounded size are read, and a file is written beside its place and then 
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
+import re
 import stat
+import time
 from collections.abc import Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -21,6 +24,9 @@ LARGEST_READ = 64 << 20
 """Bytes of a file that is read as a whole."""
 LARGEST_JOURNAL = 16 << 30
 """Bytes of a file that is read piece by piece."""
+TORN_SECONDS = 3600.0
+"""An unfinished file that is older, on a file system without locks, was left by a process that was killed."""
+_TORN_NAME = re.compile(rf".+{re.escape(TORN_FILE)}[0-9a-f]{{16}}")
 
 
 def read_file(path: Path, *, within: Path | None = None, largest: int = LARGEST_READ) -> bytes:
@@ -61,6 +67,8 @@ def write_file(path: Path, content: bytes, *, within: Path | None = None, mode: 
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(temporary, flags, mode, dir_fd=folder), "wb") as file:
+                with contextlib.suppress(OSError):  # a file system without locks
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells remove_torn_files that somebody writes it
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -68,6 +76,49 @@ def write_file(path: Path, content: bytes, *, within: Path | None = None, mode: 
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=folder)
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError if so many bytes do not fit into a folder any more."""
+    temporary = f"room{TORN_FILE}{random.getrandbits(64):016x}"
+    with _folder_of(folder / temporary, folder, make=False) as opened:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with os.fdopen(os.open(temporary, flags, 0o600, dir_fd=opened), "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=opened)
+
+
+def remove_torn_files(folder: Path, within: Path) -> None:
+    """Remove the unfinished files of write_file that killed processes have left in a folder. Errors of it are ignored.
+
+    Whoever writes one holds a lock on it. Where there are no locks, one that is an hour old has no writer any more.
+    """
+    with contextlib.suppress(OSError), _folder_of(folder / "any", within, make=False) as opened:
+        for name in os.listdir(opened):
+            if _TORN_NAME.fullmatch(name) and _is_regular(name, opened):
+                with contextlib.suppress(OSError):
+                    _remove_if_torn(name, opened)
+
+
+def _remove_if_torn(name: str, folder: int) -> None:
+    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        age = time.time() - os.fstat(file).st_mtime
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            needed = TORN_SECONDS
+        else:
+            needed = 1.0  # between making it and locking it
+        if age > needed:
+            os.unlink(name, dir_fd=folder)
+    finally:
+        os.close(file)
 
 
 def file_inside(folder: Path, name: str) -> Path:

@@ -26,10 +26,12 @@ from trainer.gpus import missing_precision
 from trainer.profiler import Window
 from trainer.ranks import Ranks, occupied_master_port
 from trainer.record.run_folder import RunFiles
-from trainer.safe_files import refuse_links
+from trainer.safe_files import check_room, refuse_links, remove_torn_files
 from trainer.typed_values import differences, plain
 
 OPENING_DEADLINE_SECONDS = 60.0
+ROOM_BYTES = 1 << 20
+"""What must fit into the run's folder at the start: its description, and some hours of points."""
 WRITTEN_FOLDERS = ("samples", "repro", "skipped", "profile", "stacks", "evaluation")
 """Folders of a run that a job writes to. Links in them could lead out."""
 
@@ -140,16 +142,13 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
         (folder / "samples").mkdir(parents=True, exist_ok=True)
         changed = _changed(files.read_state().get("identity"), config, train_shards)
         if not changed and ranks.rank == 0:
+            check_room(folder, ROOM_BYTES)
             lock = RunLock(files)
             files.write_state(identity=identity)
-    except UnsafeFile as error:
-        raise UsageError(f"run.dir: {error}") from error
+            for name in ("", *WRITTEN_FOLDERS):
+                remove_torn_files(folder / name, folder)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunFolderFull(
-                f"run.dir: no space is left in {folder}; free some, or choose another run.dir"
-            ) from error
-        raise UsageError(f"run.dir: cannot write to {folder} ({error.strerror})") from error
+        raise cannot_write(folder, error) from error
     if changed:
         raise UsageError(
             f"run.dir: {folder} holds another run: {'; '.join(changed)}; choose another run.dir, or delete that folder"
@@ -161,6 +160,15 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
         elif missing := store.missing_part():
             raise UsageError(f"checkpoint.url: cannot write to {config.checkpoint.url}: {missing}")
     return lock
+
+
+def cannot_write(folder: Path, error: OSError) -> Exception:
+    """What is wrong with a run's folder that gave this error while a job started."""
+    if isinstance(error, UnsafeFile):
+        return UsageError(f"run.dir: {error}")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunFolderFull(f"run.dir: no space is left in {folder}; free some, or choose another run.dir")
+    return UsageError(f"run.dir: cannot write to {folder} ({error.strerror or error})")
 
 
 def _changed(identity: dict[str, Any] | None, config: RunConfig, train_shards: Shards) -> list[str]:

@@ -5,6 +5,8 @@ it. Damage to memory changes the weights that the rank computes with, in place, 
 """
 
 import ctypes
+import errno
+import os
 import time
 from collections.abc import Callable
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from trainer.deepspeed_engine import DeepSpeedEngine
 from trainer.engine import Update
+from trainer.record.run_folder import Journal
 
 TENSOR = "layers.1.feed_forward.out.weight"
 """The tensor that is damaged where its name is of no importance."""
@@ -54,6 +57,19 @@ def forward_passes_are_slow() -> None:
 def a_call_never_gives_python_back() -> None:
     """After the fifth update: C code that holds Python's lock, so that no thread of the rank runs any more."""
     _after_updates(lambda weight: ctypes.PyDLL(None).sleep(600), lambda update: update == 5)
+
+
+def the_points_cannot_be_written() -> None:
+    """From the fifth update on, every write to `metrics.jsonl` fails."""
+    write, broken = Journal._write, []
+    _after_updates(broken.append, lambda update: update == 5)
+
+    def write_or_fail(self: Journal, data: bytes) -> None:
+        if broken and self.path.name == "metrics.jsonl":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        write(self, data)
+
+    Journal._write = write_or_fail  # type: ignore[method-assign]
 
 
 def the_clock_is_two_hours_behind() -> None:

@@ -349,11 +349,12 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
     assert f"run.dir: cannot write to {locked}/run (Permission denied)" in result.stdout
 
 
-def test_a_folder_on_a_full_disk_is_refused_with_exit_code_73(tmp_path: Path, splits: Path) -> None:
+@pytest.mark.parametrize("filled", ["cat /dev/zero", "head -c 32768 /dev/zero"])
+def test_a_folder_on_a_full_disk_is_refused_with_exit_code_73(tmp_path: Path, splits: Path, filled: str) -> None:
     disk = tmp_path / "disk"
     run_dir = disk / "run"
     arguments = ["--config", str(QUICKSTART), *settings(tmp_path / "run", splits, run__dir=run_dir)]
-    fill = 'mkdir "$1/run" && cat /dev/zero > "$1/filler" 2> /dev/null; shift; exec "$@"'
+    fill = f'mkdir "$1/run" && {filled} > "$1/filler" 2> /dev/null; shift; exec "$@"'
     result = on_small_disk(disk, 64, fill, str(disk), sys.executable, str(ROOT / "trainer/run.py"), *arguments)
     assert result.returncode == 73, result.stderr
     assert f"error: run.dir: no space is left in {run_dir}" in result.stderr

@@ -1,5 +1,6 @@
 """Does nothing in a folder of a stranger lead a read or a write out of it, or hold it up?"""
 
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -13,7 +14,7 @@ from trainer.errors import ConfigError, UnsafeFile, UsageError
 from trainer.faults.run_lock import RunLock
 from trainer.pictures import save_picture
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.safe_files import file_inside, files_inside, read_file, refuse_links, write_file
+from trainer.safe_files import file_inside, files_inside, read_file, refuse_links, remove_torn_files, write_file
 
 MINE = "what only I may read and write"
 
@@ -110,6 +111,30 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(UnsafeFile, match="more than the 1,000 bytes"):
         read_file(tmp_path / "x", largest=1000)
+
+
+def test_what_killed_writers_left_is_removed_and_what_is_being_written_stays(tmp_path: Path) -> None:
+    torn, written, young, other = (
+        tmp_path / name
+        for name in (
+            "run_state.json.unfinished-0123456789abcdef",
+            "config.yaml.unfinished-0123456789abcdef",
+            "mlflow_sent.json.unfinished-0123456789abcdef",
+            "my.unfinished-work",
+        )
+    )
+    for path in (torn, written, young, other):
+        path.write_text("x")
+    for path in (torn, written, other):
+        os.utime(path, (1.0, 1.0))
+    (tmp_path / "linked.unfinished-0123456789abcdef").symlink_to(other)
+    with written.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        remove_torn_files(tmp_path, tmp_path)
+        names = {path.name for path in tmp_path.iterdir()}
+    assert names == {written.name, young.name, other.name, "linked.unfinished-0123456789abcdef"}
+    remove_torn_files(tmp_path, tmp_path)
+    assert not written.exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "run_state.json", "run.lock", "config.yaml"])

@@ -2,9 +2,11 @@
 
 There are two defences. A lock on `run.lock` keeps a second job out while the first one lives; the kernel releases it
 when the holder dies. An attempt number in `run_state.json` stops a holder that nobody can see any more: tasks of a
-requeued job that still run on a node that was lost. They find a newer number and end without writing.
+requeued job that still run on a node that was lost. They find a newer number and end without writing. On a file system
+without locks (Lustre mounted without them, NFS 3) the number is the only defence, and a warning says so.
 """
 
+import errno
 import fcntl
 import json
 import logging
@@ -20,6 +22,8 @@ from trainer.safe_files import open_to_append, read_file
 log = logging.getLogger(__name__)
 
 LOOK_AGAIN_SECONDS = 5.0
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What flock says where there are none."""
 
 
 class RunLock:
@@ -44,6 +48,13 @@ class RunLock:
                     "stop it first, or choose another run.dir"
                 ) from None
             log.warning("an earlier attempt of this job still runs on %s; it ends when it notices", holder.get("host"))
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning(
+                "%s is on a file system without locks (%s): a second job there is not refused, but ends this one, when "
+                "it is noticed after some seconds", files.folder, error.strerror,
+            )  # fmt: skip
         self._file.truncate(0)
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         self._file.write(json.dumps(holder).encode())

@@ -4,17 +4,22 @@
 `mlflow_sent.json` says how many bytes of each file have arrived in MLflow.
 """
 
+import contextlib
 import errno
 import json
 import logging
 import os
+import shlex
+import tempfile
 import threading
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.wording import counted
 from trainer.record.redaction import redacted
 from trainer.safe_files import LARGEST_JOURNAL, open_to_append, open_to_read, read_file, write_file
 from trainer.typed_values import Count, Key, Time, misfits
@@ -25,6 +30,8 @@ PIECE_BYTES = 1 << 20
 """A longer line is none of ours."""
 LARGEST_BACKLOG_LINES = 100_000
 """Lines kept in memory while the disk is full."""
+PAUSE_SECONDS = 0.25
+"""Between two tries to write the last lines."""
 SYSTEM = "system/"
 """How names of metrics begin that are of the machine. They count minutes and not updates."""
 _state_lock = threading.Lock()
@@ -161,17 +168,65 @@ class Journal:
         line = json.dumps(record).encode() + b"\n"
         with self._lock:
             self._backlog = [*self._backlog, line][-LARGEST_BACKLOG_LINES:]
-            data = (b"\n" if self._torn else b"") + b"".join(self._backlog)
+            error = self._write_backlog()
+            if error is not None and len(self._backlog) == 1:
+                why = error.strerror or error
+                log.warning("%s: cannot be written (%s); its lines are kept in memory", self.path, why)
+
+    def finish(self, seconds: float) -> str | None:
+        """Write what is left, and try for so long; then close the file, which is opened again if more is to be written.
+
+        Returns a sentence about lines that are not in the file. They are kept in the system's temporary folder.
+        """
+        deadline = time.monotonic() + seconds
+        while (error := self._flush()) is not None and time.monotonic() < deadline:
+            time.sleep(PAUSE_SECONDS)
+        self.close()
+        if error is None:
+            return None
+        why = error.strerror or error
+        with self._lock:
+            lines, self._backlog = self._backlog, []
+        if not lines:
+            return f"{self.path}: it is not known whether the disk has all of its lines ({why})"
+        lacking = f"{self.path}: {counted(len(lines), 'line')} could not be written ({why})"
+        try:
+            spare, name = tempfile.mkstemp(prefix=f"{self.path.parent.name}-{self.path.stem}-", suffix=".jsonl")
+            with open(spare, "wb") as file:
+                file.writelines(lines)
+                file.flush()
+                os.fsync(spare)
+        except OSError as other:
+            return f"{lacking}, nor kept elsewhere ({other.strerror})"
+        return f"{lacking} and are kept in {name}: cat {shlex.quote(name)} >> {shlex.quote(str(self.path))}"
+
+    def _flush(self) -> OSError | None:
+        """Write the backlog and wait until the disk has the file; returns what was in the way."""
+        with self._lock:
+            if (error := self._write_backlog()) is None and self._file is not None:
+                try:
+                    os.fsync(self._file.fileno())
+                except OSError as unsure:
+                    return unsure
+            return error
+
+    def _write_backlog(self) -> OSError | None:
+        failure = None
+        for _ in range(2):
+            if not self._backlog:
+                return None
             try:
-                self._write(data)
+                self._write((b"\n" if self._torn else b"") + b"".join(self._backlog))
+                self._backlog, self._torn = [], False
+                return None
             except OSError as error:
-                if len(self._backlog) == 1:
-                    why = error.strerror or error
-                    log.warning("%s: cannot be written (%s); its lines are kept in memory", self.path, why)
-                return
-            self._backlog, self._torn = [], False
+                failure = error
+                self._close()  # its handle may have gone stale: another one is tried at once
+        return failure
 
     def _write(self, data: bytes) -> None:
+        if self._file is not None and not self._is_in_place(self._file):
+            self._close()
         if self._file is None:
             # Each line is one write in append mode, so lines of several processes (a tool beside the training job) do
             # not mix. The file stays open: every system call releases Python's lock, and while the sender is at work
@@ -188,9 +243,20 @@ class Journal:
     def close(self) -> None:
         """Close the file; it is opened again when there is something to write."""
         with self._lock:
-            if self._file is not None:
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            with contextlib.suppress(OSError):
                 self._file.close()
-                self._file = None
+            self._file = None
+
+    def _is_in_place(self, file: FileIO) -> bool:
+        """Whether the path still leads to the open file; not so once its folder was replaced, or a server came back."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), os.stat(self.path, follow_symlinks=False))
+        except OSError:
+            return False
 
     def repair(self) -> None:
         """Cut off a last line that a killed process has left unfinished."""

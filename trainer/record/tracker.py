@@ -23,7 +23,7 @@ from PIL import Image
 
 from data_pipeline.wording import counted
 from trainer.config import RunConfig, as_yaml, flat
-from trainer.errors import MlflowUnreachable
+from trainer.errors import CANNOT_WRITE, MlflowUnreachable
 from trainer.pictures import png
 from trainer.ranks import Ranks, from_rank_0
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse
@@ -51,6 +51,8 @@ LONGEST_PAUSE_SECONDS = 60.0
 """The longest pause between two tries while MLflow is away."""
 REQUIRED_SECONDS = 30.0
 """How long MLflow may take to answer at the start, where tracking.required asks for it."""
+RECORD_SECONDS: dict[State, float] = {"finished": 10.0, "stopped": 3.0, "failed": 3.0}
+"""How long the last lines of the run's record are tried at the end, before they are kept elsewhere."""
 CLOSE_SECONDS: dict[State, float] = {"finished": 30.0, "stopped": 10.0, "failed": 30.0}
 """How long sending the rest at the end may take; a job that was told to stop has little time."""
 MAX_PARAM_CHARACTERS = 6000
@@ -130,24 +132,31 @@ class Tracker:
         last_step = max(self._last_steps.values(), default=0)
         self.event(last_step, "file", "", file=_place(self._files, Path(path)), folder=folder)
 
-    def close(self, state: State, *, code: int, reason: str, step: int) -> None:
-        """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow."""
+    def close(self, state: State, *, code: int, reason: str, step: int) -> str | None:
+        """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow.
+
+        Returns a sentence if points or events are not in the run's folder. All steps done, the run has failed then.
+        """
         if self._system is not None:
             self._system.stop()
         if state == "finished":
             self.log(step, _summary(self._files, self._clock.now()))
+        lacking = [text for journal in (self._metrics, self._events) if (text := journal.finish(RECORD_SECONDS[state]))]
+        if lacking and state == "finished":
+            state, code, reason = "failed", CANNOT_WRITE, f"{reason}, but {'; '.join(lacking)}"
+        elif lacking:
+            log.warning("%s", "; ".join(lacking))
         try:
             self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
         except OSError as error:
             log.warning("%s: cannot be written (%s)", self._files.state, error)
-        self._metrics.close()
-        self._events.close()
         unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
         if problem is not None:
             log.warning(
                 "%s and the end of the run not sent to MLflow (%s); run: %s",
                 counted(unsent, "point"), problem, sync_command(self._files),
             )  # fmt: skip
+        return "; ".join(lacking) or None
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         point = {"step": step, "time": self._clock.now(), "attempt": self._attempt, "metrics": metrics}
@@ -188,8 +197,8 @@ class NoTracker:
     def log_file(self, path: Path | str, folder: str) -> None:
         pass
 
-    def close(self, state: State, *, code: int, reason: str, step: int) -> None:
-        pass
+    def close(self, state: State, *, code: int, reason: str, step: int) -> str | None:
+        return None
 
 
 def open_tracker(
@@ -283,7 +292,7 @@ def record_results(
     have it alone, and a line says so.
     """
     journal, events, last_steps = files.points(), files.happenings(), files.last_steps()
-    same = {"step": step, "time": Clock(files).now(), "attempt": files.read_description().get("attempt", 0)}
+    same = {"step": step, "time": Clock(files).now(), "attempt": max(files.attempts_begun(), default=0)}
     named = {metric_name(name): float(value) for name, value in metrics.items()}
     if fresh := {name: value for name, value in named.items() if step > last_steps.get(name, -1)}:
         journal.append({**same, "metrics": fresh})

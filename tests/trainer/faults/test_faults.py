@@ -181,6 +181,25 @@ def test_a_rank_that_never_starts_is_named_instead_of_waited_for(tmp_path: Path,
         assert "error: rank 0 did not come to 127.0.0.1" in text
 
 
+def test_points_that_could_not_be_written_until_the_end_are_kept_elsewhere_and_said(
+    tmp_path: Path, splits: Path
+) -> None:
+    arguments = settings(tmp_path / "run", splits, train__steps=8, tracking__system_metrics=False)
+    code, text = finish(start(arguments, ranks=1, sabotage={0: sabotage.the_points_cannot_be_written}))
+    assert code == 73, text
+    # Those of steps 5 to 8, the last validation and the summary.
+    lacking = f"{tmp_path}/run/metrics.jsonl: 6 lines could not be written (Input/output error) and are kept in "
+    assert f"error: all steps are done and the weights are safe, but {lacking}" in text
+    state = state_of(tmp_path / "run")
+    assert (state["state"], state["code"], state["step"]) == ("failed", 73, 8)
+    assert "finished:" not in text
+    assert [step for step, _ in curve(tmp_path / "run")] == [1, 2, 3, 4]
+    command = text.split("are kept in ")[-1].split(": ", 1)[1].splitlines()[0]
+    assert command.startswith("cat ")
+    subprocess.run(command, shell=True, check=True)
+    assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 9))
+
+
 def test_a_rank_whose_threads_all_stand_still_is_named_by_the_others(tmp_path: Path, splits: Path) -> None:
     arguments = endless(tmp_path / "run", splits, limits__lost_rank_seconds=8)
     ranks = start(arguments, ranks=2, sabotage={1: sabotage.a_call_never_gives_python_back})

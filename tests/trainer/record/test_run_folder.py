@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,6 +100,89 @@ def test_appending_never_raises(tmp_path: Path, caplog: pytest.LogCaptureFixture
     journal.path.parent.mkdir()
     journal.append({"n": 3})
     assert numbers(journal.path) == [1, 2, 3]
+
+
+class StaleFile:
+    """What an open file becomes when its server forgets it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
+
+    def write(self, data: bytes) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def test_a_stale_handle_costs_neither_a_line_nor_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.append({"n": 1})
+    journal._file = StaleFile(journal._file)  # type: ignore[assignment]
+    journal.append({"n": 2})
+    assert numbers(journal.path) == [1, 2]
+    assert not caplog.records
+
+
+def test_a_folder_that_was_replaced_gets_the_lines_that_follow(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run" / "x.jsonl")
+    journal.path.parent.mkdir()
+    journal.append({"n": 1})
+    journal.path.parent.rename(tmp_path / "old")
+    journal.append({"n": 2})
+    journal.path.parent.mkdir()
+    assert journal.finish(0.0) is None
+    assert (numbers(tmp_path / "old/x.jsonl"), numbers(journal.path)) == ([1], [2])
+
+
+def test_the_last_lines_wait_for_a_disk_that_comes_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run" / "x.jsonl")
+    journal.append({"n": 1})
+    thread = threading.Timer(0.3, journal.path.parent.mkdir)
+    thread.start()
+    assert journal.finish(30.0) is None
+    assert numbers(journal.path) == [1]
+    thread.join()
+
+
+def test_lines_that_cannot_be_written_until_the_end_are_kept_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    journal = Journal(tmp_path / "a run" / "x.jsonl")
+    for n in range(3):
+        journal.append({"n": n})
+    text = journal.finish(0.3)
+    (spare,) = tmp_path.glob("a run-x-*.jsonl")
+    assert text is not None
+    sentence, command = text.split(": cat ")
+    assert (
+        sentence == f"{journal.path}: 3 lines could not be written (No such file or directory) and are kept in {spare}"
+    )
+    journal.path.parent.mkdir()
+    subprocess.run(f"cat {command}", shell=True, check=True)
+    assert numbers(journal.path) == [0, 1, 2]
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    lost = Journal(tmp_path / "nowhere" / "x.jsonl")
+    lost.append({"n": 1})
+    assert "1 line could not be written (No such file or directory), nor kept elsewhere" in str(lost.finish(0.0))
+
+
+def test_a_disk_that_does_not_confirm_the_lines_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    journal = Journal(tmp_path / "x.jsonl")
+    journal.append({"n": 1})
+    monkeypatch.setattr(os, "fsync", fail)
+    assert (
+        journal.finish(0.0)
+        == f"{journal.path}: it is not known whether the disk has all of its lines (Input/output error)"
+    )
 
 
 def test_a_kill_in_the_middle_leaves_whole_lines(tmp_path: Path) -> None:
