@@ -7,13 +7,14 @@ import os
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -229,6 +230,19 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # DeepSpeed wants it after every micro-batch; here it only counts
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        named: Iterator[tuple[str, nn.Parameter]] = self._engine.module.named_parameters()
+        return named
+
+    def recompute(self, images: Tensor, given: Given, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        # Beside the engine: what it does around a forward and a backward pass would add the gradients.
+        loss = loss_of(self._engine.module(images, given))
+        scaled = loss / self.accumulation_steps
+        if isinstance(self._engine.optimizer, ZeROOptimizer):
+            scaled = self._engine.optimizer.scale_if_loss(scaled)
+        torch.autograd.grad(scaled, [parameter for _, parameter in self.parameters()], allow_unused=True)
+        return loss.detach()
 
     def update(self, learning_rate: float) -> Update:
         assert self._engine.is_gradient_accumulation_boundary(), "update comes after accumulation_steps backward passes"

@@ -1,7 +1,7 @@
 """What does the training loop need of an engine, and what is the plainest one?"""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -55,6 +55,17 @@ class Engine(Protocol):
         """Add the gradients of one micro-batch's mean loss; collective."""
         ...
 
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters; hooks on them see the gradients of each micro-batch."""
+        ...
+
+    def recompute(self, images: Tensor, given: Given, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """Do what `forward` and `backward` do for a micro-batch, but for adding its gradients; returns its loss.
+
+        `loss_of` makes the mean loss of the parameters of the output distribution. Collective.
+        """
+        ...
+
     def update(self, learning_rate: float) -> Update:
         """Change the weights by the mean of the gradients added since the last update, then forget these; collective.
 
@@ -96,6 +107,14 @@ class TorchEngine:
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation_steps).backward()
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self._model.named_parameters()
+
+    def recompute(self, images: Tensor, given: Given, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+        loss = loss_of(self.forward(images, given))
+        torch.autograd.grad(loss / self.accumulation_steps, list(self._model.parameters()), allow_unused=True)
+        return loss.detach()
 
     def update(self, learning_rate: float) -> Update:
         norm = float(nn.utils.clip_grad_norm_(self._model.parameters(), self._clip or float("inf")))

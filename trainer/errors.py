@@ -17,6 +17,7 @@ All exit codes of the project (trainer, data_pipeline, cluster):
  78  a rank hangs or is lost
  79  the ranks' weights differ
  80  superseded: a newer attempt at the run has taken over
+ 81  a device gives another result when it computes the same again
 130  Ctrl-C outside of training
 
 Launchers lose exit codes and signals, so `run_state.json` in the run's folder says the same. `data_pipeline` and
@@ -36,6 +37,7 @@ REFUSED = 77
 HANG = 78
 DIFFERENT_WEIGHTS = 79
 SUPERSEDED = 80
+IRREPRODUCIBLE = 81
 INTERRUPTED = 130
 
 
@@ -117,6 +119,12 @@ class DifferentWeights(RuntimeError):
     """The ranks' copies of the weights differ. The text names ranks, hosts and tensors."""
 
     exit_code = DIFFERENT_WEIGHTS
+
+
+class Irreproducible(RuntimeError):
+    """A rank computed a micro-batch twice with different results. The text names rank, host and tensors."""
+
+    exit_code = IRREPRODUCIBLE
 
 
 class Superseded(RuntimeError):

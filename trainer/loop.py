@@ -6,6 +6,7 @@ import math
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from trainer.engine import Engine, Update
 from trainer.errors import CheckpointError, Diverged, Superseded
 from trainer.faults.divergence import SkipCounter, SpikeAlarm
 from trainer.faults.preemption import StopRequest
+from trainer.faults.replay import LOSS, compare, gradient_checksums, random_state_kept, reproducible
+from trainer.faults.replicas import checksum
 from trainer.faults.stragglers import SLOW_POINTS, StragglerWatch
 from trainer.faults.watchdog import Watchdog
 from trainer.metrics import Meter, work_of
@@ -111,11 +114,18 @@ def train(job: Job, state: TrainingState) -> bool:
             meter.restart_clock()
             torch.manual_seed(_dropout_seed(job.config.run.seed, state.step, job.ranks.rank))
             rate = learning_rate(job.config.optimizer, state.step, settings.steps)
-            micro_batches = []
+            micro_batches: list[tuple[Batch, Tensor]] = []
+            every = job.config.limits.replay_every_steps
             for _ in range(job.engine.accumulation_steps):
                 with meter.section("data"):
                     batch = next(job.batches)
-                micro_batches.append((batch, micro_step(job.engine, job.config, batch, meter)))
+                replayed = every and state.step % every == 0 and not micro_batches
+                loss = (
+                    micro_step_twice(job.engine, job.config, batch, meter, state.step)
+                    if replayed
+                    else micro_step(job.engine, job.config, batch, meter)
+                )
+                micro_batches.append((batch, loss))
                 job.watchdog.alive()
             with meter.section("optimizer"):
                 update = job.engine.update(rate)
@@ -165,13 +175,31 @@ def micro_step(engine: Engine, config: RunConfig, batch: Batch, meter: Meter) ->
     with meter.section("data"):
         batch = batch.to(engine.device)  # uint8 until here: a quarter of the copy
     with meter.section("forward"):
-        parameters = engine.forward(*model_inputs(batch, config.model))
-        loss = nats(config.model.output, parameters, batch.images).sum() / batch.images.numel()
+        loss = _mean_loss(config, batch, engine.forward(*model_inputs(batch, config.model)))
     with meter.section("backward"):
         engine.backward(loss)
     loss = loss.detach()  # stays on the device: no synchronisation
     meter.add(loss)
     return loss
+
+
+def micro_step_twice(engine: Engine, config: RunConfig, batch: Batch, meter: Meter, step: int) -> Tensor:
+    """As micro_step, after the same was computed beside it. Collective. Raises Irreproducible if the two differ."""
+    with reproducible(engine.device):
+        with random_state_kept(engine.device), gradient_checksums(engine.parameters(), discard=True) as first:
+            here = batch.to(engine.device)
+            loss = engine.recompute(*model_inputs(here, config.model), partial(_mean_loss, config, here))
+            first[LOSS] = checksum(loss)
+        with gradient_checksums(engine.parameters()) as second:
+            loss = micro_step(engine, config, batch, meter)
+            second[LOSS] = checksum(loss)
+    compare(step, first, second)
+    return loss
+
+
+def _mean_loss(config: RunConfig, batch: Batch, parameters: Tensor) -> Tensor:
+    """Nats per sub-pixel."""
+    return nats(config.model.output, parameters, batch.images).sum() / batch.images.numel()
 
 
 def _count_update(

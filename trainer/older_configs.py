@@ -32,6 +32,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "limits.skipped_updates": 10,
     "limits.loss_spike": 6.0,
     "limits.starts_without_progress": 3,
+    "limits.replay_every_steps": 0,
     "tracking.required": False,
     "tracking.sample_every_steps": 0,
     "tracking.sample_images": 16,

@@ -405,6 +405,9 @@ class LimitsConfig:
     """Warn when the loss rises above its running mean by so many standard deviations; 0 never warns."""
     starts_without_progress: int = 3
     """End with exit code 70 at a start after so many that got no further than the one before."""
+    replay_every_steps: int = 0
+    """Every so many steps each rank computes one micro-batch twice. The run ends with exit code 81 if any bit of the
+    loss or of a gradient differs; 0 never does."""
 
     def __post_init__(self) -> None:
         require(
@@ -420,6 +423,7 @@ class LimitsConfig:
             (self.skipped_updates >= 1, "skipped_updates: must be at least 1"),
             (0 <= self.loss_spike < math.inf, "loss_spike: must be at least 0"),
             (self.starts_without_progress >= 1, "starts_without_progress: must be at least 1"),
+            (self.replay_every_steps >= 0, "replay_every_steps: must be at least 0"),
         )
 
 

@@ -36,6 +36,21 @@ def a_weight_becomes_nan() -> None:
     _after_updates(lambda weight: weight.view(-1)[7].fill_(float("nan")), lambda update: update == 5)
 
 
+def a_gradient_is_computed_wrongly() -> None:
+    """One bit of the gradient of one micro-batch after the fifth update, once."""
+    flipped = []
+
+    def flip_once(gradient: Tensor) -> Tensor:
+        if flipped:
+            return gradient
+        flipped.append(True)
+        wrong = gradient.clone()
+        _flip(wrong)
+        return wrong
+
+    _after_updates(lambda weight: weight.register_hook(flip_once), lambda update: update == 5)
+
+
 def the_output_layer_grows() -> None:
     """After the thirtieth update, once: the loss jumps, and is finite."""
     _after_updates(lambda weight: weight.mul_(50.0), lambda update: update == 30, "head.weight")

@@ -27,7 +27,7 @@ def check_replicas(replicas: Iterable[tuple[str, Tensor]]) -> None:
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return
-    named = [(name, _checksum(tensor)) for name, tensor in replicas]
+    named = [(name, checksum(tensor)) for name, tensor in replicas]
     if not named:
         return
     sums = torch.stack([checksum for _, checksum in named])
@@ -39,7 +39,7 @@ def check_replicas(replicas: Iterable[tuple[str, Tensor]]) -> None:
     raise DifferentWeights(_describe([name for name, _ in named], found))
 
 
-def _checksum(tensor: Tensor) -> Tensor:
+def checksum(tensor: Tensor) -> Tensor:
     """The sum of a tensor's raw bits, read as integers, as an int64 without dimensions. Any flipped bit changes it."""
     return tensor.detach().contiguous().view(_BITS[tensor.element_size()]).sum(dtype=torch.int64)
 
