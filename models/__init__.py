@@ -4,6 +4,7 @@ Read in this order:
 - given.py, model.py: what every family of models offers: a config that builds the model and accounts for it, the model
   from images to the parameters of a distribution, and a decoder that draws from it;
 - likelihood.py: nats and bits per dimension;
+- receptive_field.py: what a position sees of the past, measured by gradients;
 - decoding.py: drawing images, whatever the family; recompute_decoder.py, the plainest decoder; drawing/: how a value is
   drawn from parameters, and where it goes;
 - attention/: pattern.py says which keys each query sees, the one definition that attention and decoding follow;

@@ -30,7 +30,17 @@ from models.likelihood import CategoricalOutput
 from models.linear import product_dtype
 from models.lstm_cell import lstm_cell
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
-from models.model import Account, Flops, Model, Recompute, ToldNothing, check_inputs, check_sizes, num_parameters
+from models.model import (
+    Account,
+    Entrance,
+    Flops,
+    Model,
+    Recompute,
+    ToldNothing,
+    check_inputs,
+    check_sizes,
+    num_parameters,
+)
 from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
@@ -67,6 +77,9 @@ class DiagonalBiLSTMConfig(ToldNothing):
 
     def with_units(self, count: int) -> Self:
         return dataclasses.replace(self, layers=count)
+
+    def narrow(self) -> Self:
+        return dataclasses.replace(self, features=12, head_features=24)
 
     def build(self, recompute: Recompute = Recompute()) -> "DiagonalBiLSTM":  # noqa: B008 (immutable)
         return DiagonalBiLSTM(self, recompute)
@@ -122,6 +135,9 @@ class DiagonalBiLSTM(Model):
                 x = layer(x)
         logits: Tensor = self.head(x)
         return logits
+
+    def entrance(self) -> Entrance:
+        return Entrance(self.first, torch.arange(len(self.generation_order)))
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers

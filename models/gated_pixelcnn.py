@@ -27,7 +27,7 @@ from models.given import NOTHING, Given
 from models.likelihood import CategoricalOutput
 from models.linear import Linear, product_dtype
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
-from models.model import Account, Flops, Model, Recompute, check_inputs, check_sizes, num_parameters
+from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, check_sizes, num_parameters
 from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
@@ -89,6 +89,9 @@ class GatedPixelCNNConfig:
 
     def with_units(self, count: int) -> Self:
         return dataclasses.replace(self, layers=count)
+
+    def narrow(self) -> Self:
+        return dataclasses.replace(self, features=12, head_features=24, num_classes=0, label_dropout=0.0)
 
     def build(self, recompute: Recompute = Recompute()) -> "GatedPixelCNN":  # noqa: B008 (immutable)
         return GatedPixelCNN(self, recompute)
@@ -169,6 +172,9 @@ class GatedPixelCNN(Model):
         if labels is None:
             return [None] * num_layers
         return F.embedding(labels, self.classes)[:, None, None].chunk(num_layers, dim=-1)
+
+    def entrance(self) -> Entrance:
+        return Entrance(self.first, torch.arange(len(self.generation_order)))
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers

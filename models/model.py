@@ -9,7 +9,7 @@ Shapes: B batch, H rows, W columns, C values per position (1 sub-pixel or the 3 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -123,11 +123,26 @@ class ModelConfig(ModelShape, Protocol):
         """The same model with this many units in its main stack."""
         ...
 
+    def narrow(self) -> Self:
+        """The same model with as few features as show which values each position sees; without dropout."""
+        ...
+
     def build(self, recompute: Recompute = ...) -> "Model":
         """The model with its first weights, drawn with torch's generator."""
         ...
 
     def account(self, recompute: Recompute = ...) -> Account: ...
+
+
+class Entrance(NamedTuple):
+    """Where values enter a model."""
+
+    module: nn.Module
+    """Its first input is rows of values [B, ..., any]."""
+    positions: Tensor
+    """int64: the raster position whose value each row holds, and -1 for none."""
+    looks_up: bool = False
+    """Values are looked up, so that the rows are the module's output."""
 
 
 class ToldNothing:
@@ -162,6 +177,10 @@ class Model(nn.Module, ABC):
         images uint8 [B, H, W, 3]. What is returned for a position depends on the values generated before it only.
         Raises ValueError where images or what is given does not fit the config.
         """
+
+    @abstractmethod
+    def entrance(self) -> Entrance:
+        """Where its values begin to count: what gradients end at."""
 
     @abstractmethod
     def units(self) -> Iterator[nn.Module]:

@@ -22,7 +22,17 @@ from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
 from models.likelihood import CategoricalOutput
 from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
-from models.model import Account, Flops, Model, Recompute, ToldNothing, check_inputs, check_sizes, num_parameters
+from models.model import (
+    Account,
+    Entrance,
+    Flops,
+    Model,
+    Recompute,
+    ToldNothing,
+    check_inputs,
+    check_sizes,
+    num_parameters,
+)
 from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
 
 
@@ -61,6 +71,9 @@ class PixelCNNConfig(ToldNothing):
 
     def with_units(self, count: int) -> Self:
         return dataclasses.replace(self, layers=count)
+
+    def narrow(self) -> Self:
+        return dataclasses.replace(self, features=12, head_features=24)
 
     def build(self, recompute: Recompute = Recompute()) -> "PixelCNN":  # noqa: B008 (immutable)
         return PixelCNN(self, recompute)
@@ -114,6 +127,9 @@ class PixelCNN(Model):
                 x = block(x)
         logits: Tensor = self.head(x)
         return logits
+
+    def entrance(self) -> Entrance:
+        return Entrance(self.first, torch.arange(len(self.generation_order)))
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
 from models.likelihood import MixtureOutput
-from models.model import Account, Flops, Model, Recompute, check_inputs, num_parameters
+from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, num_parameters
 from models.recompute_decoder import RecomputeDecoder
 from models.weight_norm import (
     VARIANCE_FLOOR,
@@ -98,6 +98,9 @@ class PixelCNNPPConfig:
 
     def with_units(self, count: int) -> Self:
         return dataclasses.replace(self, blocks=count // (2 * STAGES))
+
+    def narrow(self) -> Self:
+        return dataclasses.replace(self, features=4, dropout=0.0, num_classes=0)
 
     def build(self, recompute: Recompute = Recompute()) -> "PixelCNNPP":  # noqa: B008 (immutable)
         return PixelCNNPP(self, recompute)
@@ -194,6 +197,9 @@ class PixelCNNPP(Model):
         """As in Model; as in the authors' run, dropout is on in training mode."""
         x = (images.float() - 127.5) / 127.5
         set_scales_from_images(self, lambda: self.parameters_of(x, given.labels), lambda layer: VARIANCE_FLOOR)
+
+    def entrance(self) -> Entrance:
+        return Entrance(self.entry, torch.arange(len(self.generation_order)))
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.down

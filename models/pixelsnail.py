@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
 from models.likelihood import MixtureOutput
-from models.model import Account, Flops, Model, Recompute, check_inputs, num_parameters
+from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, num_parameters
 from models.recompute_decoder import RecomputeDecoder
 from models.weight_norm import (
     VARIANCE_FLOOR,
@@ -114,6 +114,9 @@ class PixelSNAILConfig:
     def with_units(self, count: int) -> Self:
         return dataclasses.replace(self, blocks=count)
 
+    def narrow(self) -> Self:
+        return dataclasses.replace(self, features=4, dropout=0.0)
+
     def build(self, recompute: Recompute = Recompute()) -> "PixelSNAIL":  # noqa: B008 (immutable)
         return PixelSNAIL(self, recompute)
 
@@ -197,6 +200,9 @@ class PixelSNAIL(Model):
             lambda: self.parameters_of((images.float() - 127.5) / 127.5),
             lambda layer: VARIANCE_FLOOR_OF_CONVOLUTIONS if isinstance(layer, Convolution) else VARIANCE_FLOOR,
         )
+
+    def entrance(self) -> Entrance:
+        return Entrance(self.entry, torch.arange(len(self.generation_order)))
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_pipeline.wording import counted
+from models.receptive_field import receptive_field
 from trainer.command_line import run_tool
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, Published, data_set_key
@@ -66,6 +67,7 @@ def results(runs: Sequence[RunHistory]) -> list[Row]:
     for weights in ("raw", "ema", "avg"):
         measures.append((f"evaluated, {weights} weights", lambda run, weights=weights: _evaluated(run, weights)))  # type: ignore[misc]
     measures += [
+        ("receptive field", _receptive_field),
         ("training bits/dim", lambda run: _value(run.last("train/bits_per_dim"))),
         ("images/s", lambda run: _value(run.median("perf/images_per_s"))),
         ("MFU", lambda run: _percent(run.median("perf/mfu"))),
@@ -202,6 +204,14 @@ def _grounds(entry: Published) -> str:
     words += [f"version {entry.version}: {entry.version_from}"] if entry.version != "only one" else []
     words += [f"reproduced: {entry.reproduced}"] if entry.reproduced else []
     return "; ".join(words)
+
+
+def _receptive_field(run: RunHistory) -> str:
+    """What the first position that is generated of the pixel in the middle sees of the pixels before it."""
+    config = run.model
+    if config is None or (field := receptive_field(config)) is None:
+        return _NONE
+    return f"{field.seen:,} of {field.past:,} pixels"
 
 
 def _steps(run: RunHistory) -> str:

@@ -4,6 +4,7 @@ The parts, in the order in which they use each other: shape.py, network.py, wave
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
@@ -14,9 +15,9 @@ from torch import nn
 from models.drawing.canvas import Canvas
 from models.image_transformer.account import account_of
 from models.image_transformer.network import Network
-from models.image_transformer.shape import ImageTransformerShape
+from models.image_transformer.shape import Fixed1D, ImageTransformerShape
 from models.image_transformer.wave_decoder import WaveDecoder
-from models.model import Account, Recompute
+from models.model import Account, Entrance, Recompute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,12 @@ class ImageTransformerConfig(ImageTransformerShape):
     def with_units(self, count: int) -> Self:
         return dataclasses.replace(self, layers=count)
 
+    def narrow(self) -> Self:
+        kinds = self.attention if isinstance(self.attention, tuple) else (self.attention,)
+        heads = math.lcm(*(kind.groups for kind in kinds if isinstance(kind, Fixed1D)))
+        thin = dataclasses.replace(self, width=8, ff_width=8, dropout=0.0, label_dropout=0.0)
+        return dataclasses.replace(thin, heads=heads, key_heads=0, attention_width=4 * heads)
+
     def build(self, recompute: Recompute = Recompute()) -> "ImageTransformer":  # noqa: B008 (immutable)
         return ImageTransformer(self, recompute)
 
@@ -44,6 +51,9 @@ class ImageTransformerConfig(ImageTransformerShape):
 
 class ImageTransformer(Network):
     """An Image Transformer that can be trained and drawn from."""
+
+    def entrance(self) -> Entrance:
+        return Entrance(self.embed_input, self.sources, looks_up=True)
 
     def units(self) -> Iterator[nn.Module]:
         if self.config.small_size:

@@ -1,5 +1,6 @@
 """What happened in a run? Its parameters, curves, pictures and time, read from its folder or from MLflow."""
 
+import ast
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from trainer.config import flat, load_written
+from trainer.config import ModelConfig, flat, load_written, model_config_from
 from trainer.errors import ConfigError, MlflowUnreachable, UsageError
 from trainer.older_configs import params_of_today
 from trainer.record.mlflow_mirror import open_client
@@ -55,6 +56,8 @@ class RunHistory:
     times: list[float] = field(default_factory=list)
     """When points were recorded, those included that the curves have no more; empty: the times of the curves."""
     gpu: str | None = None
+    model: ModelConfig | None = None
+    """Its config; None where its parameters do not say, or this version does not understand them."""
     pictures: Mapping[str, Mapping[int, Callable[[], bytes]]] = field(default_factory=dict)
     """By key and step, a function that reads the PNG."""
 
@@ -107,6 +110,41 @@ class RunHistory:
         )
 
 
+def model_of(params: Mapping[str, str]) -> ModelConfig | None:
+    """The config of the model of a run, of the parameters that were recorded of it."""
+    values: dict[str, Any] = {}
+    for name, text in params.items():
+        if name.startswith("model."):
+            *sections, key = name.split(".")[1:]
+            place = values
+            for section in sections:
+                below = place.setdefault(section, {})
+                if not isinstance(below, dict):
+                    return None
+                place = below
+            place[key] = _literal(text)
+    try:
+        return model_config_from(_with_lists(values), "model") if values else None
+    except ConfigError:
+        return None
+
+
+def _with_lists(values: Any) -> Any:
+    """Sections that are numbered from 0 on as the lists that they were."""
+    if not isinstance(values, dict):
+        return values
+    below = {key: _with_lists(value) for key, value in values.items()}
+    return list(below.values()) if below and list(below) == [str(index) for index in range(len(below))] else below
+
+
+def _literal(text: str) -> Any:
+    """A parameter's value, which was recorded as Python writes it."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
 def history_of_folder(folder: Path) -> RunHistory:
     """A run from its folder, without MLflow. Raises UsageError for a folder that holds no run."""
     files = RunFiles(folder)
@@ -125,6 +163,7 @@ def history_of_folder(folder: Path) -> RunHistory:
         place=str(folder),
         status=str(files.read_state().get("state", "")),
         params=params_of_today(params),
+        model=model_of(params),
         curves={name: _curve(points) for name, points in curves.items()},
         data=next((data for data in description.get("data", []) if data["context"] == "validation"), {}),
         attempts=description.get("attempts", []),
@@ -158,6 +197,7 @@ def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
         place=run_id,
         status=str(run.info.status).lower(),
         params=params_of_today(run.data.params),
+        model=model_of(run.data.params),
         curves=curves,
         data=_validation_data(run),
         attempts=attempts,

@@ -3,15 +3,19 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from models.image_transformer.shape import Full, Local1D
 from tests.support.launch import ROOT, mlflow_store
 from tests.support.recorded_runs import shards
+from tests.support.tiny_model import tiny_config
 from trainer import compare
-from trainer.comparison.run_history import RunHistory, history_of_folder
+from trainer.comparison.run_history import RunHistory, history_of_folder, model_of
+from trainer.config import flat, load_config
 from trainer.record.run_folder import RunFiles
 
 
@@ -163,3 +167,27 @@ def test_a_reader_that_has_seen_enough_is_no_error(two_runs: list[Path]) -> None
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["Parameters that differ", "0"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["cifar10_sparse", "celeba_sr_2d", "cifar10_row_lstm", "cifar10_pixelcnnpp"])
+def test_a_model_is_known_by_the_parameters_that_were_recorded(name: str) -> None:
+    config = load_config(ROOT / f"configs/{name}.yaml", [])
+    assert model_of({key: str(value) for key, value in flat(config).items()}) == config.model
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"model.layers": "2"}, {"model.attention": "1", "model.attention.kind": "full"}]
+)
+def test_parameters_that_describe_no_model_have_no_receptive_field(params: dict[str, str]) -> None:
+    assert model_of(params) is None
+    run = RunHistory(name="", place="", status="", params=params, curves={}, model=model_of(params))
+    assert "receptive field" not in dict(compare.results([run]))
+
+
+def test_the_receptive_field_stands_beside_the_results() -> None:
+    local = tiny_config(image_size=8, attention=Local1D(query_block=8, memory=8), layers=1)
+    runs = [
+        RunHistory(name="", place="", status="", params={}, curves={}, model=model)
+        for model in (local, replace(local, attention=Full()), None)
+    ]
+    assert dict(compare.results(runs))["receptive field"] == ["5 of 36 pixels", "36 of 36 pixels", "–"]
