@@ -32,6 +32,9 @@ EXPORTS = COMPAT / "768923b/exports"
 RECORDED = {"f5483a5": {"raw": 6.281692930473202, "ema": 6.43698796954958}}
 """Bits/dim of the weights over the validation images, as those commits printed them."""
 
+DATA = ["--data-url", "data/validation"]
+"""Today's trainer opens only data that its user has named."""
+
 
 @pytest.fixture(params=WRITTEN, ids=lambda path: path.name)
 def written(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -52,13 +55,13 @@ def run_tool(tool: Any, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Non
 def test_a_run_scores_what_was_recorded(written: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for path in (written / "runs/yesterday/evaluation").iterdir():
         path.unlink()
-    run_tool(evaluate, monkeypatch, "--run", "runs/yesterday", "--weights", weights)
+    run_tool(evaluate, monkeypatch, "--run", "runs/yesterday", "--weights", weights, *DATA)
     (result,) = (written / "runs/yesterday/evaluation").glob("*.json")
     assert json.loads(result.read_text())["bits_per_dim"] == pytest.approx(RECORDED[written.name][weights], abs=5e-4)
 
 
 def test_an_export_scores_what_was_recorded(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_tool(evaluate, monkeypatch, "--run", "exported")
+    run_tool(evaluate, monkeypatch, "--run", "exported", *DATA)
     (result,) = (written / "exported/evaluation").glob("*.json")
     assert json.loads(result.read_text())["bits_per_dim"] == pytest.approx(RECORDED[written.name]["ema"], abs=5e-4)
 
@@ -80,7 +83,7 @@ def test_the_first_exports_of_every_kind_compute_what_they_did(name: str, tmp_pa
 @pytest.mark.parametrize("run", ["runs/yesterday", "exported"])
 def test_it_draws_and_completes(written: Path, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_tool(sample, monkeypatch, "--run", run, "--n", "2", "--out", "new.png")
-    run_tool(sample, monkeypatch, "--run", run, "--n", "2", "--complete-half", "--out", "completed.png")
+    run_tool(sample, monkeypatch, "--run", run, "--n", "2", "--complete-half", "--out", "completed.png", *DATA)
     assert {path.name for path in written.glob("*.png")} == {"new.png", "completed.png"}
 
 

@@ -39,6 +39,10 @@ FORMAT_VERSION = 3
 WITHOUT_DIGEST = 2
 """The format before manifests had a digest of themselves. It is read as well."""
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 64 << 20
+"""Bytes of a manifest that is read."""
+FAR_TOO_LARGE = 8
+"""So many times what a model's weights take is no checkpoint of it. With all of the optimizer's state it is five."""
 STORE_DEADLINE_SECONDS = 120.0
 WRITES = 3
 """So many times a file is written that reads back differently."""
@@ -365,7 +369,7 @@ def list_complete(store: Store) -> list[Checkpoint]:
     found = []
     for folder in folders_with_manifest(store):
         try:
-            checkpoint = _from_manifest(json.loads(store.read(f"{folder}/{MANIFEST}")), store.url_of(folder))
+            checkpoint = _read_manifest(store, folder)
         except DataError:
             raise
         except (ValueError, RecursionError):
@@ -375,6 +379,13 @@ def list_complete(store: Store) -> list[Checkpoint]:
         else:
             log.warning("%s has a damaged manifest and is passed over", store.url_of(folder))
     return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _read_manifest(store: Store, folder: str) -> Checkpoint | None:
+    path = f"{folder}/{MANIFEST}"
+    if store.size(path) > LARGEST_MANIFEST:
+        return None
+    return _from_manifest(json.loads(store.read(path)), store.url_of(folder))
 
 
 def folders_with_manifest(store: Store) -> list[str]:
@@ -395,18 +406,26 @@ class SavedWeights:
     """Where they come from, newest first; more than one for a mean."""
 
 
-def read_weights(url: str, weights: Weights, last: int = 1) -> SavedWeights:
+def read_weights(url: str, weights: Weights, last: int = 1, parameters: int | None = None) -> SavedWeights:
     """Weights of the newest undamaged checkpoint at a URL, for tools of one process. Each file is read once.
 
     raw: the weights themselves. ema: their moving average. avg: the mean of the weights of the newest `last` undamaged
-    checkpoints (the paper's checkpoint averaging), or of all if there are fewer.
+    checkpoints (the paper's checkpoint averaging), or of all if there are fewer. `parameters` is how many numbers the
+    model has: a checkpoint that is far too small or too large for it is not read.
 
-    Raises UsageError if there is no checkpoint or no moving average, CheckpointError if all checkpoints are damaged.
+    Raises UsageError if there is no checkpoint or no moving average, CheckpointError if all checkpoints are damaged, or
+    one is of another size.
     """
     store = Store(url.rstrip("/"), STORE_DEADLINE_SECONDS)
     used: list[Checkpoint] = []
     sums: dict[str, Tensor] = {}
     for checkpoint in reversed(list_complete(store)):
+        size, needed = sum(file["bytes"] for file in checkpoint.files), 4 * (parameters or 0)
+        if needed and not needed // FAR_TOO_LARGE <= size <= needed * FAR_TOO_LARGE + LARGEST_MANIFEST:
+            raise CheckpointError(
+                f"{store.url_of(checkpoint.name)}: has {size:,} bytes, and the weights of the run's model take "
+                f"{needed:,}"
+            )
         found = _read_kind(store, checkpoint, "ema" if weights == "ema" else "weight")
         if found is None:
             continue

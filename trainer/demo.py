@@ -43,7 +43,7 @@ from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import area_downsample
 from trainer.pictures import enlarged, open_picture, to_picture, to_tensor
-from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
+from trainer.trained_model import TrainedModel, add_data_argument, add_run_arguments, load_trained_model, own_data
 
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("demo_page.html")
@@ -359,18 +359,18 @@ def _png_url(image: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
 
 
-def prepare(trained: TrainedModel) -> Demo:
+def prepare(trained: TrainedModel, data_url: str | None = None) -> Demo:
     """The demo of a model, with examples and names of classes where its data is at hand."""
     card = trained.card
     examples: list[bytes] = []
     names = tuple(str(number) for number in range(card.model.num_classes))
     try:
-        shards = open_shards(card.validation_url, read_deadline_seconds=10)
+        shards = open_shards(own_data(trained, card.validation_url, data_url), read_deadline_seconds=10)
         count = min(EXAMPLES, shards.count)
         batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=count, limit=count))
         examples = [_png(image) for image in batch.images]
         names = shards.classes if card.model.num_classes else ()
-    except DataError as error:
+    except (DataError, UsageError) as error:
         print(f"no examples on the page, as the validation images are not at hand: {error}", file=sys.stderr)
     return Demo(trained, examples, list(names))
 
@@ -378,6 +378,7 @@ def prepare(trained: TrainedModel) -> Demo:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
+    add_data_argument(parser)
     parser.add_argument("--port", type=int, default=8765, help="port of the page (default 8765; 0: any free one)")
     arguments = parser.parse_args()
     return run_tool(lambda: _serve(arguments))
@@ -391,7 +392,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         listener.bind((HOST, arguments.port))
     except (OSError, OverflowError) as error:
         raise UsageError(f"--port: {arguments.port} cannot be used ({error}); choose another, or 0") from None
-    demo = prepare(load_trained_model(arguments.run, arguments.weights, arguments.last))
+    trained = load_trained_model(arguments.run, arguments.weights, arguments.last, arguments.checkpoint_url)
+    demo = prepare(trained, arguments.data_url)
     print(f"open http://{HOST}:{listener.getsockname()[1]}   (Ctrl-C ends it)", flush=True)
     settings = uvicorn.Config(
         make_app(demo), log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=MOST_CONNECTIONS

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
 from trainer.record.tracker import record_results
 from trainer.safe_files import write_file
 from trainer.scoring import score
-from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
+from trainer.trained_model import TrainedModel, add_data_argument, add_run_arguments, load_trained_model, own_data
 
 CHANNELS = ("red", "green", "blue")
 
@@ -41,6 +42,7 @@ CHANNELS = ("red", "green", "blue")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
+    add_data_argument(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed
     arguments = parser.parse_args()
     return run_tool(lambda: _evaluate_run(arguments, ranks_from_environment()))
@@ -87,7 +89,9 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
     trained, problem = None, None
     if ranks.rank == 0:
         try:
-            trained = load_trained_model(arguments.run, arguments.weights, arguments.last)
+            trained = load_trained_model(arguments.run, arguments.weights, arguments.last, arguments.checkpoint_url)
+            url = own_data(trained, trained.card.validation_url, arguments.data_url)
+            trained = replace(trained, card=replace(trained.card, validation_url=url))
         except Exception as error:  # noqa: BLE001 (the other ranks wait for it; raised below)
             problem = error
     if ranks.world_size == 1 and problem is None:

@@ -22,17 +22,17 @@ def main(arguments: list[str] | None = None) -> int:
     add_run_arguments(parser)
     parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="new or empty folder")
     given = parser.parse_args(arguments)
-    return run_tool(lambda: export(given.run, given.weights, given.last, given.to))
+    return run_tool(lambda: export(given.run, given.weights, given.last, given.to, given.checkpoint_url))
 
 
-def export(run_dir: str, weights: Weights, last: int, to: Path) -> None:
+def export(run_dir: str, weights: Weights, last: int, to: Path, checkpoint_url: str | None = None) -> None:
     """Write the newest weights of a run, their average or the mean of its `last` checkpoints, to a folder.
 
     Raises UsageError, CheckpointError.
     """
     if is_exported(Path(run_dir)):
         raise UsageError(f"--run {run_dir}: is an exported model already; copy the folder")
-    trained = load_trained_model(run_dir, weights, last)
+    trained = load_trained_model(run_dir, weights, last, checkpoint_url)
     origin = Origin(
         run=trained.run,
         mlflow_run_id=trained.files.read_state().get("mlflow_run_id") or "",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data_pipeline.storage import DataError, Store
 from models.model import num_parameters
-from trainer.checkpoint import Weights
+from trainer.checkpoint import FAR_TOO_LARGE, Weights
 from trainer.config import ModelConfig, RunConfig
 from trainer.engine import State
 from trainer.errors import CheckpointError, ConfigError, UsageError
@@ -31,7 +31,6 @@ from trainer.typed_values import differences, plain, read
 
 FORMAT_VERSION = 2
 """2 holds a card where 1 held the whole config of the run; both are read."""
-FAR_TOO_LARGE = 8
 LARGEST_DESCRIPTION = 1 << 20
 """Bytes of a description that is read."""
 WEIGHTS_FILE, DESCRIPTION_FILE = "model.safetensors", "config.json"
@@ -124,7 +123,8 @@ def load_exported(folder: Path) -> ExportedModel:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
     # A model that is somewhat too large is found below, where the tensor that is missing has a name.
-    if (needed := 4 * num_parameters_of(card.model)) > FAR_TOO_LARGE * entry["bytes"]:
+    needed = 4 * num_parameters_of(card.model)
+    if not needed // FAR_TOO_LARGE <= entry["bytes"] <= needed * FAR_TOO_LARGE + LARGEST_DESCRIPTION:
         raise CheckpointError(
             f"{path}: has {entry['bytes']:,} bytes, and the model of {DESCRIPTION_FILE} takes {needed:,}; "
             "export the run again"

@@ -143,9 +143,10 @@ def refuse_links(folder: Path) -> None:
         raise _no_regular_file(folder)
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
-            mode = path.lstat().st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-                raise _no_regular_file(path)
+            with contextlib.suppress(FileNotFoundError):  # a job at work has removed it
+                mode = path.lstat().st_mode
+                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                    raise _no_regular_file(path)
 
 
 def _open(path: Path, within: Path, flags: int) -> int:

@@ -33,7 +33,7 @@ from trainer.errors import UsageError
 from trainer.model_inputs import Inputs, area_downsample, model_inputs
 from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
 from trainer.record.tracker import record_results
-from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
+from trainer.trained_model import TrainedModel, add_data_argument, add_run_arguments, load_trained_model, own_data
 
 DEFAULT_NUM_IMAGES = 16
 
@@ -75,6 +75,7 @@ class ProgressBar:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
+    add_data_argument(parser)
     parser.add_argument(
         "--n", type=int, help="number of images (default 16; with --complete or --super-resolve each once)"
     )
@@ -105,7 +106,7 @@ def main() -> int:
 
 def _sample(arguments: argparse.Namespace) -> None:
     sampling = _checked(arguments)
-    trained = load_trained_model(arguments.run, arguments.weights, arguments.last)
+    trained = load_trained_model(arguments.run, arguments.weights, arguments.last, arguments.checkpoint_url)
     if trained.device.type == "cuda" and trained.card.precision != "fp32":
         trained.model.bfloat16()
     if sampling.is_guided and not trained.card.model.label_dropout:
@@ -165,7 +166,7 @@ def _checked(arguments: argparse.Namespace) -> Sampling:
 def _new_images(trained: TrainedModel, arguments: argparse.Namespace, sampling: Sampling) -> Drawn:
     """A square of new images; a model of classes draws them in turn."""
     count = arguments.n or DEFAULT_NUM_IMAGES
-    given = Given(labels=_labels(trained, arguments.classes, count))
+    given = Given(labels=_labels(trained, arguments, count))
     images = _draw(trained, arguments, sampling, count, given)
     return Drawn("samples", images, images, math.ceil(count**0.5))
 
@@ -177,7 +178,7 @@ def _completions(trained: TrainedModel, arguments: argparse.Namespace, sampling:
         files = torch.stack([read_picture(path, size) for path in arguments.complete])
         originals = _in_turn(files, arguments.n or len(files)).to(trained.device)
         given = Given(
-            labels=_labels(trained, arguments.classes, len(originals)),
+            labels=_labels(trained, arguments, len(originals)),
             small_images=area_downsample(originals, small) if small else None,
         )
     else:
@@ -204,7 +205,7 @@ def _super_resolutions(trained: TrainedModel, arguments: argparse.Namespace, sam
             )
         files = torch.stack(read_pictures(arguments.super_resolve, small))
         small_images = _in_turn(files, arguments.n or len(files)).to(trained.device)
-        given = Given(labels=_labels(trained, arguments.classes, len(small_images)), small_images=small_images)
+        given = Given(labels=_labels(trained, arguments, len(small_images)), small_images=small_images)
     else:
         originals, given = _validation_images(trained, arguments)
         assert given.small_images is not None
@@ -252,24 +253,24 @@ def _batch_progress(bar: ProgressBar, before: int, keep: int) -> Callable[[int, 
     return lambda done, total: bar.show(before + done - keep)
 
 
-def _labels(trained: TrainedModel, classes: str | None, count: int) -> Tensor | None:
+def _labels(trained: TrainedModel, arguments: argparse.Namespace, count: int) -> Tensor | None:
     """int64 [count]: the wanted classes in turn, or all; None for a model without classes."""
-    num_classes = trained.card.model.num_classes
+    num_classes, classes = trained.card.model.num_classes, arguments.classes
     if classes is None:
         return torch.arange(count, device=trained.device) % num_classes if num_classes else None
     if not num_classes:
         raise UsageError(f"--classes: the model of {trained.files.folder} was trained without classes; leave it out")
-    wanted = [_class_number(trained, name.strip()) for name in classes.split(",")]
+    wanted = [_class_number(trained, name.strip(), arguments.data_url) for name in classes.split(",")]
     return _in_turn(torch.tensor(wanted), count).to(trained.device)
 
 
-def _class_number(trained: TrainedModel, name: str) -> int:
+def _class_number(trained: TrainedModel, name: str, data_url: str | None) -> int:
     num_classes = trained.card.model.num_classes
     if re.fullmatch("-?[0-9]+", name):
         if not 0 <= int(name) < num_classes:
             raise UsageError(f"--classes: {name} is not between 0 and {num_classes - 1}, the classes of the model")
         return int(name)
-    names = open_shards(trained.card.train_url).classes
+    names = open_shards(own_data(trained, trained.card.train_url, data_url)).classes
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3) or names[:3]
         raise UsageError(
@@ -284,12 +285,12 @@ def _in_turn(items: Tensor, count: int) -> Tensor:
 
 def _validation_images(trained: TrainedModel, arguments: argparse.Namespace) -> Inputs:
     """The first validation images (of the packed, shuffled order), as the model takes them, with the wanted classes."""
-    shards = open_shards(trained.card.validation_url)
+    shards = open_shards(own_data(trained, trained.card.validation_url, arguments.data_url))
     count = min(arguments.n or DEFAULT_NUM_IMAGES, shards.count)
     batch = next(evaluation_batches(shards, rank=0, world_size=1, batch_images=count, limit=count))
     images, given = model_inputs(batch.to(trained.device), trained.card.model)
     if arguments.classes is not None:
-        given = dataclasses.replace(given, labels=_labels(trained, arguments.classes, count))
+        given = dataclasses.replace(given, labels=_labels(trained, arguments, count))
     return images, given
 
 

@@ -7,6 +7,7 @@ import torch
 from tests.support.launch import QUICKSTART, settings
 from trainer.config import load_config
 from trainer.model_card import card_of
+from trainer.record.own_runs import remember_urls
 from trainer.record.run_folder import RunFiles
 from trainer.trained_model import TrainedModel
 
@@ -19,6 +20,7 @@ def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
     arguments = settings(folder, data, **changes)
     config = load_config(QUICKSTART, arguments[1::2])
     folder.mkdir(parents=True, exist_ok=True)
+    remember_urls([config.data.train_url, config.data.validation_url])
     torch.manual_seed(0)
     model = config.model.build().eval()
     return TrainedModel(model, card_of(config), config.run.name, 7, "raw", RunFiles(folder), torch.device("cpu"))

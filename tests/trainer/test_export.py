@@ -284,7 +284,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files.config.write_text(as_yaml(config_of()))
     checkpoint = Checkpoint(7, 7, 56, None, {}, "digest of the data", [])
 
-    def load(run_dir: str, weights: Weights, last: int) -> TrainedModel:
+    def load(run_dir: str, weights: Weights, last: int, checkpoint_url: None) -> TrainedModel:
         used = (checkpoint,) * (last if weights == "avg" else 1)
         card = card_of(config_of())
         return TrainedModel(new_model(), card, "quickstart", 7, weights, files, torch.device("cpu"), used)

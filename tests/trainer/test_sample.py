@@ -1,6 +1,7 @@
 """Does each option of `python -m trainer.sample` draw what it says, and does bad input get one clear sentence?"""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,26 @@ def test_classes_can_be_named_as_in_the_data(
 ) -> None:
     names = sample.open_shards(str(data / "train")).classes
     trained = tiny_run(tmp_path / "run", data, model__num_classes=len(names))
-    labels = sample._labels(trained, f"{names[2]}, 0,{names[1]}", 4)
+    wanted = Namespace(classes=f"{names[2]}, 0,{names[1]}", data_url=None)
+    labels = sample._labels(trained, wanted, 4)
     assert labels is not None and labels.tolist() == [2, 0, 1, 2]
     assert draw(monkeypatch, trained, "--classes", names[2][:-1] + "?") == 2
     error = capsys.readouterr().err
     assert "is not a class of the training data" in error and names[2] in error
+
+
+def test_the_data_of_a_strangers_model_is_opened_where_the_user_names_it(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "mine"))
+    trained = tiny_run(tmp_path / "run", data)
+    classes = tiny_run(tmp_path / "classes", data, model__num_classes=2)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of somebody else"))
+    out = ["--n", "1", "--out", str(tmp_path / "grid.png")]
+    for model, arguments in ((trained, ["--complete-half"]), (classes, ["--classes", "cat"])):
+        assert draw(monkeypatch, model, *arguments, *out) == 2
+        assert "it is not opened unless you name it, or another one, with --data-url" in capsys.readouterr().err
+    assert draw(monkeypatch, trained, "--complete-half", *out, "--data-url", str(data / "validation")) == 0
 
 
 def test_files_are_completed_in_turn(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

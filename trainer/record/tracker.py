@@ -27,7 +27,7 @@ from trainer.errors import CANNOT_WRITE, MlflowUnreachable
 from trainer.pictures import png
 from trainer.ranks import Ranks, from_rank_0
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse
-from trainer.record.own_runs import own_store, remember_store, store_of_environment
+from trainer.record.own_runs import own_store, remember_store, remember_urls, store_of_environment
 from trainer.record.provenance import (
     code_changes,
     code_tags,
@@ -87,6 +87,8 @@ class Tracker:
         now = self._clock.now()
         key, self._attempt = _describe_run(files, config, world_size, step, datasets, artifacts or {}, tags or {}, now)
         remember_store(files.folder, key, config.tracking.uri)
+        checkpoints = config.checkpoint.url or str(files.folder / "checkpoints")
+        remember_urls([config.data.train_url, config.data.validation_url, checkpoints])
         files.write_state(forget=("code", "reason", "ended"), state="running", started=now)
         self._record(step, {})
         self.event(step, "start", f"at step {step}, on {counted(world_size, 'rank')}", world_size=world_size)

@@ -15,7 +15,7 @@ from tests.trainer.record.test_tracker import runs_in, sync, tracker_in
 from trainer.errors import RefusedStore
 from trainer.record import mlflow_mirror, tracker
 from trainer.record.mlflow_mirror import Mirror, open_client
-from trainer.record.own_runs import own_store, remember_store, store_of_environment
+from trainer.record.own_runs import is_own_url, own_store, remember_store, remember_urls, store_of_environment
 from trainer.record.run_folder import Journal, RunFiles, write_json
 from trainer.record.tracker import record_results
 
@@ -74,6 +74,18 @@ def test_without_a_home_runs_are_not_known(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setenv("XDG_STATE_HOME", "/proc/nowhere")
     remember_store(tmp_path, KEY, "http://mlflow:5000")
     assert own_store(KEY) is None
+
+
+def test_urls_are_remembered_outside_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    remember_urls(["data/train", "s3://bucket/train/", "pipe:odd"])
+    for url in (f"{tmp_path}/data/train", "data/train", f"file://{tmp_path}/link/train", "s3://bucket/train"):
+        assert is_own_url(url), url
+    for url in ("data", "data/train/more", "s3://bucket/other", "http://bucket/train", "pipe:odd", ""):
+        assert not is_own_url(url), url
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "state").rglob("*.json")} == {0o600}
 
 
 def test_the_environment_names_a_store(monkeypatch: pytest.MonkeyPatch) -> None:
