@@ -94,7 +94,7 @@ class Task:
             labels=torch.arange(batch_images, device=device) % classes if classes else None,
             small_images=area_downsample(self.images, config.small_size) if config.small_size else None,
         )
-        self.values = to_positions(self.images, config.input)
+        self.values = self.model.enter(to_positions(self.images, config.input))
         self.keys_values: list[Tensor] = []
         """Of each layer, [2, B, N, L, K] in generation order."""
         self.hidden = self._forward()
@@ -112,7 +112,7 @@ class Task:
 
     def tokens(self, slots: Tensor, attends: list[Callable[[Tensor, Tensor, Tensor], Tensor]]) -> Tensor:
         """Tokens [B, T, D] of storage slots, given the images' values."""
-        inputs = self.values.index_select(1, self.model.sources[slots].clamp(min=0))
+        inputs = self.model.inputs(self.values, slots)
         encoded = self.model.encode(self.given.small_images)
         return self.model.hidden(inputs, slots, self.given.labels, encoded, attends)
 

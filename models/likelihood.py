@@ -1,10 +1,11 @@
 """How probable are the pixels under the model's output?
 
-Two output distributions (section 3.4 of the paper); models/drawing/draw.py draws from them:
+The output distributions (section 3.4 of the paper); models/drawing/draw.py draws from them:
 - "categorical": 256 logits for each sub-pixel, parameters [B, H, W, 3, 256];
-- "mixture": a discretised mixture of K logistics for each pixel (PixelCNN++), parameters [B, H, W, 10 K].
+- "mixture": a discretised mixture of K logistics for each pixel (PixelCNN++), parameters [B, H, W, 10 K];
+- "predictor_mixture": the same, computed from means that are relative to guesses (`around_guesses`).
 
-Shapes: B batch, H rows, W columns, K mixtures.
+Shapes: B batch, H rows, W columns, K mixtures, P predictors.
 """
 
 import math
@@ -14,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.neighbours import PREDICTORS, Predictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,35 @@ class MixtureOutput:
             raise ValueError(f"components: {self.components} is not positive")
 
 
-Output = CategoricalOutput | MixtureOutput
+@dataclass(frozen=True, kw_only=True)
+class PredictorMixtureOutput:
+    """A mixture of logistics whose means are given relative to guesses from the neighbours of the pixel: one for each
+    predictor and scale. Green and blue move with what the predictor missed of the channels before them. Raises
+    ValueError.
+    """
+
+    kind: Literal["predictor_mixture"] = "predictor_mixture"
+    predictors: tuple[Predictor, ...] = PREDICTORS
+    """How pixels are guessed (models/neighbours.py)."""
+    scales: int = 2
+    """Logistics around each guess, which start with different scales."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not self.predictors or len(set(self.predictors)) < len(self.predictors):
+            problems.append(f"predictors: {list(self.predictors)} must be one or more, each once")
+        if self.scales < 1:
+            problems.append(f"scales: {self.scales} is not positive")
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @property
+    def components(self) -> int:
+        """Logistics that are mixed."""
+        return len(self.predictors) * self.scales
+
+
+Output = CategoricalOutput | MixtureOutput | PredictorMixtureOutput
 
 # Intensities 0..255 lie on [-1, 1], so that a level is 1 / 127.5 wide.
 LEVELS_PER_UNIT = 127.5
@@ -44,6 +75,10 @@ LOG_SCALE_FLOOR = -7.0
 # For bins of fewer scales than this, 1 - exp(-width) is its series up to the second term: the next is 4e-10 of it.
 NARROW_BIN = 1e-4
 INITIAL_LOG_SCALE = math.log(0.1)
+# Of what a predictor misses: red, green given red, blue given both, in photographs; as a logistic's scale.
+INITIAL_MISSES = tuple(deviation * math.sqrt(3) / math.pi for deviation in (0.06, 0.03, 0.03))
+MISS_GAIN = 0.1
+"""Of the means that are relative to guesses, which are about as small."""
 
 
 def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
@@ -52,7 +87,7 @@ def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
 
     fp32, or fp64 for parameters in fp64.
     """
-    if isinstance(output, MixtureOutput):
+    if not isinstance(output, CategoricalOutput):
         return mixture_nats(parameters, images)
     logits = _at_least_fp32(parameters)
     losses = F.cross_entropy(logits.flatten(0, -2), images.flatten().long(), reduction="none")
@@ -98,6 +133,29 @@ def initial_mixture(num_mixtures: int) -> Tensor:
     )
     coefficients = torch.tensor([math.atanh(0.9), 0.0, math.atanh(0.9)]).expand(num_mixtures, 3)
     return torch.cat([torch.zeros(num_mixtures), means.flatten(), log_scales.flatten(), coefficients.flatten()])
+
+
+def initial_predictor_mixture(output: PredictorMixtureOutput) -> Tensor:
+    """Parameters [10 K] to start from: the guesses themselves, with scales that are typical of photographs."""
+    spread = torch.linspace(-1.75, 1.25, 2 * output.scales + 1)[1::2]
+    log_scales = (torch.tensor(INITIAL_MISSES).log() + spread[:, None]).repeat_interleave(len(output.predictors), dim=0)
+    coefficients = torch.tensor([math.atanh(0.9), 0.0, math.atanh(0.9)]).expand(output.components, 3)
+    return torch.cat([torch.zeros(4 * output.components), log_scales.flatten(), coefficients.flatten()])
+
+
+def around_guesses(parameters: Tensor, guesses: Tensor) -> Tensor:
+    """Parameters [..., 10 K] with means that are relative to guesses [..., P, 3] -> those of a mixture, [..., 10 K].
+
+    Component k belongs to guess k modulo P.
+    """
+    num_mixtures = parameters.shape[-1] // 10
+    logits, means, log_scales, coefficients = parameters.split([num_mixtures] + [3 * num_mixtures] * 3, dim=-1)
+    guess = guesses.repeat(*[1] * (guesses.ndim - 2), num_mixtures // guesses.shape[-2], 1)
+    red, green, _ = guess.unbind(-1)
+    on_green, red_on_blue, green_on_blue = coefficients.unflatten(-1, (num_mixtures, 3)).tanh().unbind(-1)
+    # A mixture's green and blue move with the values of the channels before them, these with what is left of them.
+    moved = torch.stack([torch.zeros_like(red), on_green * red, red_on_blue * red + green_on_blue * green], dim=-1)
+    return torch.cat([logits, MISS_GAIN * means + (guess - moved).flatten(-2), log_scales, coefficients], dim=-1)
 
 
 def mixture_nats(parameters: Tensor, images: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ BEFORE_IT_EXISTED: dict[str, Any] = {
     "model.family": "image_transformer",
     "model.label_dropout": 0.0,
     "model.key_heads": 0,
+    "model.stem": "previous",
     "optimizer.name": "adamw",
 }
 """What each option meant while it did not exist, by its path of today. Read in place of the option's default where a

@@ -45,11 +45,13 @@ def account_of(network: Network, recompute: Recompute) -> Account:
             if shape.norm == "pre" and shape.dropout == 0:
                 # Nothing after the layer's last product needs its result, so torch stops before it.
                 recomputed["feed-forward"] -= products[f"layers.{index}.feed_forward.out"]
-    first = products.get("embed_input.values", 0)  # a matrix only where intensities are combined linearly
+    # Where intensities are combined linearly, they need no gradient.
+    needless = {"embedding": ("embed_input.values", "embed_input.values.combine"), "head": ("predictors.combine",)}
+    first = {part: sum(products.get(name, 0) for name in names) for part, names in needless.items()}
     parts = {
         part: Flops(
             forward=forward[part],
-            backward=2 * forward[part] - (first if part == "embedding" else 0),
+            backward=2 * forward[part] - first.get(part, 0),
             recomputed=recomputed[part],
         )
         for part in PARTS

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from models.image_transformer.pixel_order import Input
 from models.linear import Linear
+from models.neighbours import NeighbourhoodStem
 
+Stem = Literal["previous", "neighbourhood"]
 Position = Literal["sine", "learned", "rotary"]
 
 SINE_LONGEST_WAVELENGTH = 1e4
@@ -32,15 +34,31 @@ class Embedding(nn.Embedding):
         return super().forward(indices) * math.sqrt(self.embedding_dim)
 
 
-class InputEmbedding(nn.Module):
-    """The value generated before a position, and the position itself, as one token (section 3.2 of the
-    paper)."""
+class Intensities(nn.Module):
+    """uint8 -> fp32 on [-1, 1]."""
 
-    def __init__(self, input: Input, grid: tuple[int, int], width: int, position: Position) -> None:
+    def forward(self, values: Tensor) -> Tensor:
+        return values.float() / 127.5 - 1
+
+
+class InputEmbedding(nn.Module):
+    """The value generated before a position (section 3.2 of the paper) or what a stem sees around it, and the position
+    itself, as one token."""
+
+    def __init__(
+        self,
+        input: Input,
+        grid: tuple[int, int],
+        width: int,
+        position: Position,
+        stem: NeighbourhoodStem | None = None,
+    ) -> None:
         super().__init__()
         self.grid_columns = grid[1]
-        if input == "categorical":
-            self.values: Embedding | Linear = Embedding(3 * 256, width)
+        if stem is not None:
+            self.values: Embedding | Linear | NeighbourhoodStem = stem
+        elif input == "categorical":
+            self.values = Embedding(3 * 256, width)
         else:
             self.values = Linear(3, width, std=1.0, bias=True)
         if position == "sine":
@@ -49,14 +67,18 @@ class InputEmbedding(nn.Module):
             self.position = LearnedCode(grid, width)
 
     def forward(self, values: Tensor, sources: Tensor, positions: Tensor) -> Tensor:
-        """values uint8 [B, T, C] were at raster positions `sources` [T] (-1: no value, a zero vector) and are
-        used to predict raster positions `positions` [T]; the result is [B, T, D]."""
+        """values [B, T, C], categories in uint8 or intensities on [-1, 1], were at raster positions `sources` [T]
+        (-1: no value, a zero vector) and are used to predict raster positions `positions` [T]; the result is [B, T, D].
+        With a stem, values are its features."""
+        code = self.position(*self.rows_and_columns(positions))
+        if isinstance(self.values, NeighbourhoodStem):
+            x = self.values(values)
+            return x + code.to(x.dtype)
         if isinstance(self.values, Embedding):
             x = self.values(values.squeeze(-1).long() + 256 * (sources % 3))
         else:
             # Linear, as in the paper; the original code adds a ReLU.
-            x = self.values((values.float() / 127.5 - 1).to(self.values.weight.dtype))
-        code = self.position(*self.rows_and_columns(positions))
+            x = self.values(values.to(self.values.weight.dtype))
         return x * (sources >= 0)[:, None] + code.to(x.dtype)
 
     def rows_and_columns(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from models.drawing.canvas import Canvas
 from models.image_transformer.account import account_of
+from models.image_transformer.embedding import Intensities
 from models.image_transformer.network import Network
 from models.image_transformer.shape import Fixed1D, ImageTransformerShape
 from models.image_transformer.wave_decoder import WaveDecoder
@@ -53,6 +54,8 @@ class ImageTransformer(Network):
     """An Image Transformer that can be trained and drawn from."""
 
     def entrance(self) -> Entrance:
+        if isinstance(self.enter, Intensities):  # which are looked at by stem and predictors, too
+            return Entrance(self.enter, torch.arange(self.length), looks_up=True)
         return Entrance(self.embed_input, self.sources, looks_up=True)
 
     def units(self) -> Iterator[nn.Module]:

@@ -24,12 +24,19 @@ from torch.utils.checkpoint import (
 from models.attention.local_attention import attend_to_all, local_attention
 from models.attention.pattern import Pattern
 from models.given import NOTHING, Given
-from models.image_transformer.embedding import Embedding, InputEmbedding
+from models.image_transformer.embedding import Embedding, InputEmbedding, Intensities
 from models.image_transformer.layer import Attend, Layer, attend_in_turn, norm, rotary
 from models.image_transformer.pixel_order import grid_shape, source_positions, to_positions
 from models.image_transformer.shape import ImageTransformerShape, make_patterns
-from models.likelihood import MixtureOutput, initial_mixture
+from models.likelihood import (
+    CategoricalOutput,
+    PredictorMixtureOutput,
+    around_guesses,
+    initial_mixture,
+    initial_predictor_mixture,
+)
 from models.model import Model, Recompute, check_inputs
+from models.neighbours import NeighbourhoodStem, Predictors
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -65,7 +72,13 @@ class Network(Model):
         """How the tokens of whole images attend to each other, in each layer."""
 
         grid = grid_shape(config.image_size, config.input)
-        self.embed_input = InputEmbedding(config.input, grid, config.width, config.position)
+        self.enter = Intensities() if config.input == "ordinal" else nn.Identity()
+        stem = (
+            NeighbourhoodStem(config.image_size, self.generation_order, config.width)
+            if config.stem == "neighbourhood"
+            else None
+        )
+        self.embed_input = InputEmbedding(config.input, grid, config.width, config.position, stem)
         if config.num_classes:
             # The last entry is no class.
             self.embed_class = Embedding(config.num_classes + (config.label_dropout > 0), config.width)
@@ -75,6 +88,8 @@ class Network(Model):
         self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
         self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
         self.head = Head(config)
+        if isinstance(config.output, PredictorMixtureOutput):
+            self.predictors = Predictors(config.output.predictors, config.image_size, self.generation_order)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         """As in Model. In training, labels are hidden at the rate of label_dropout."""
@@ -83,31 +98,46 @@ class Network(Model):
         if labels is not None and self.training and self.config.label_dropout:
             hidden = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = labels.masked_fill(hidden, self.config.num_classes)
-        values = to_positions(images, self.config.input)[:, self.sources.clamp(min=0)]
+        values = self.enter(to_positions(images, self.config.input))
         slots = torch.arange(self.length, device=images.device)
-        x = self.hidden(values, slots, labels, self.encode(given.small_images), self.attends)
+        inputs = self.inputs(values, slots)
+        x = self.hidden(inputs, slots, labels, self.encode(given.small_images), self.attends)
         if not self.stored_in_raster_order:
             x = x[:, self.slot_of_position]
-        size = self.config.image_size
-        if isinstance(self.config.output, MixtureOutput):
-            return self.head(x).view(-1, size, size, 10 * self.config.output.components)
-        return self.head(x).view(-1, size, size, 3, 256)
+        size, output = self.config.image_size, self.config.output
+        of_pixel = (3, 256) if isinstance(output, CategoricalOutput) else (10 * output.components,)
+        return self.parameters_of(x, values, slots).view(-1, size, size, *of_pixel)
+
+    def inputs(self, values: Tensor, slots: Tensor) -> Tensor:
+        """What the tokens of storage slots [T] get of the values before theirs, [B, T, any number], among all values
+        [B, L, C] that have passed `enter`; those at or after a slot's position in the order of generation play no
+        part."""
+        stem = self.embed_input.values
+        if isinstance(stem, NeighbourhoodStem):
+            return stem.features(values, self.positions[slots])
+        return values.index_select(1, self.sources[slots].clamp(min=0))
+
+    def parameters_of(self, x: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        """What the head makes of tokens [B, T, D] of raster positions [T]; values as in `inputs`."""
+        parameters = self.head(x)
+        if isinstance(self.config.output, PredictorMixtureOutput):
+            parameters = around_guesses(parameters, self.predictors(values, positions))
+        return parameters
 
     def hidden(
         self,
-        values: Tensor,
+        inputs: Tensor,
         slots: Tensor,
         labels: Tensor | None,
         encoder_kv: Sequence[KeysValues | None],
         attends: Sequence[Attend],
     ) -> Tensor:
-        """Tokens [B, T, D] before the head, for storage slots [T] and the input values uint8 [B, T, C] they
-        hold.
+        """Tokens [B, T, D] before the head, for storage slots [T] and their `inputs`.
 
         Layer i attends by attends[i], and to encoder_kv[i] as of encode().
         """
         positions = self.positions[slots]
-        x = self.embed_input(values, self.sources[slots], positions)
+        x = self.embed_input(inputs, self.sources[slots], positions)
         if labels is not None:
             x = x + self.embed_class(labels)[:, None]
         x = self.dropout(x)
@@ -167,13 +197,16 @@ class Head(nn.Linear):
 
     def __init__(self, config: ImageTransformerShape) -> None:
         values_per_position = 1 if config.input == "categorical" else 3
-        components = config.output.components if isinstance(config.output, MixtureOutput) else 0
+        components = 0 if isinstance(config.output, CategoricalOutput) else config.output.components
         super().__init__(config.width, 10 * components if components else 256 * values_per_position)
         self.is_mixture = components > 0
-        # Almost no opinion at first: uniform intensities, or components that are spread out.
+        # Almost no opinion at first: uniform intensities, components that are spread out, or the guesses as they are.
         nn.init.normal_(self.weight, std=0.1 / math.sqrt(config.width))
         with torch.no_grad():
-            self.bias.copy_(initial_mixture(components) if components else torch.zeros_like(self.bias))
+            if isinstance(config.output, PredictorMixtureOutput):
+                self.bias.copy_(initial_predictor_mixture(config.output))
+            else:
+                self.bias.copy_(initial_mixture(components) if components else torch.zeros_like(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = F.linear(x.float(), self.weight.float(), self.bias.float())

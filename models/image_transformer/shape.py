@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 
 from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
-from models.image_transformer.embedding import Position
+from models.image_transformer.embedding import Position, Stem
 from models.image_transformer.layer import Block, NormPlace
 from models.image_transformer.pixel_order import Input, Shift, grid_shape
-from models.likelihood import MixtureOutput, Output
+from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput
 
 LARGEST = {
     "image_size": 1024,
@@ -133,7 +133,12 @@ class ImageTransformerShape:
     """"categorical": a position is a sub-pixel, embedded by channel and intensity. "ordinal": a position is a
     pixel, its three intensities combined linearly."""
     output: Output
-    """The distribution of a value: 256 probabilities of a sub-pixel, or a mixture of logistics of a pixel."""
+    """The distribution of a value: 256 probabilities of a sub-pixel, or a mixture of logistics of a pixel, also around
+    guesses from its neighbours."""
+    stem: Stem = "previous"
+    """What a token is made of, beside its position. "previous": the value generated just before (the paper).
+    "neighbourhood": the pixels around that are known, and their differences; needs the ordinal input. Blocks are then
+    not decoded in waves."""
     attention: Attention | tuple[Attention, ...]
     """Which positions see each other: one pattern for all layers of the decoder, or a list of patterns that the layers
     take in turn, all with the same order of generation."""
@@ -184,6 +189,11 @@ class ImageTransformerShape:
     @property
     def encoder_layers(self) -> int:
         return self.super_resolution.encoder_layers if self.super_resolution else 0
+
+    @property
+    def sees_neighbours(self) -> bool:
+        """Whether anything but attention sees the pixels around: the input, or what the output is relative to."""
+        return self.stem == "neighbourhood" or isinstance(self.output, PredictorMixtureOutput)
 
     @property
     def shift(self) -> Shift:
@@ -350,7 +360,7 @@ def _shift(attention: Attention) -> Shift:
 def _combination_problems(config: ImageTransformerShape) -> list[str]:
     """Fields that are fine alone but not together."""
     head_width = config.attention_width / config.heads
-    is_mixture = isinstance(config.output, MixtureOutput)
+    is_mixture = not isinstance(config.output, CategoricalOutput)
     rules: list[tuple[bool, str]] = [
         (
             head_width.is_integer(),
@@ -377,6 +387,11 @@ def _combination_problems(config: ImageTransformerShape) -> list[str]:
             not (is_mixture and config.input == "categorical"),
             "output: a mixture describes whole pixels, but input 'categorical' makes a sequence of sub-pixels; set "
             "input to 'ordinal' or output to 'categorical'",
+        ),
+        (
+            not (config.stem == "neighbourhood" and config.input == "categorical"),
+            "stem: 'neighbourhood' sees whole pixels, but input 'categorical' makes a sequence of sub-pixels; set "
+            "input to 'ordinal' or stem to 'previous'",
         ),
         (
             not (config.block == "modern" and config.norm == "post"),

@@ -40,6 +40,8 @@ class WaveDecoder:
         # What a cache is for: a pattern, and how many patterns the heads of its layers take in turn.
         caches_of_layers = [[(pattern, len(patterns)) for pattern in patterns] for patterns in network.patterns]
         kinds = list(dict.fromkeys(kind for of_layer in caches_of_layers for kind in of_layer))
+        # Neighbours may lie in other blocks of a wave.
+        in_waves = in_waves and not config.sees_neighbours
         self._plans, self._stretches = decode_plans(tuple(pattern for pattern, _ in kinds), config.shift, in_waves)
         self._caches_of_layers = [[kinds.index(kind) for kind in of_layer] for of_layer in caches_of_layers]
         has_own_keys = config.num_key_heads == config.heads
@@ -133,7 +135,7 @@ class WaveDecoder:
                     iter(cache.attend_several(row, first + begin, first + end))
                     for cache, first in zip(self._caches, stretch.first_steps, strict=True)
                 ]
-                self._hidden(self._inputs(slots), slots, self._by_layer(attends))
+                self._hidden(self._entered(self._canvas.values), slots, self._by_layer(attends))
         self._step.fill_(stop)
 
     def _advance(self, rows: int) -> int:
@@ -169,18 +171,18 @@ class WaveDecoder:
         numbers = torch.minimum(self._step + ahead, self._last_step)
         offsets = numbers - self._step  # at the end of a stretch, its last token again and again
         slots = self._slots[:rows].index_select(1, numbers)
-        inputs = self._inputs(slots[:, 0])[:, :, None]
+        values = canvas.values
         if steps > 1:
-            # Where a stretch has one step only, what is looked up is not used.
-            guessed = self._guesses[:, :rows].index_select(2, (numbers[1:] - 1).clamp(min=0))
-            inputs = torch.cat([inputs, guessed.where((offsets[1:] > 0)[:, None], inputs)], dim=2)
-        slots = slots.flatten()
+            guessed = self._guesses[:, :rows].index_select(2, numbers[:-1])
+            values = values.index_copy(1, network.positions[slots[:, :-1]].flatten(), guessed.flatten(1, 2))
+        values, slots = self._entered(values), slots.flatten()
         attends = [
             iter(cache.attend_steps(rows, first + numbers))
             for cache, first in zip(self._caches, self._first_steps, strict=True)
         ]
-        hidden = self._hidden(inputs.flatten(1, 2), slots, self._by_layer(attends))
-        parameters = network.head(hidden)[:, : len(slots)]
+        hidden = self._hidden(values, slots, self._by_layer(attends))
+        positions = network.positions[self._with_padding(slots)]
+        parameters = network.parameters_of(hidden, values, positions)[:, : len(slots)]
         self._parameters[rows] = parameters
         noise = self._noise[:, :rows].index_select(2, numbers).flatten(1, 2)
         drawn = canvas.draw(parameters, noise).unflatten(1, (rows, steps))
@@ -212,16 +214,19 @@ class WaveDecoder:
         new = torch.where(known, guesses.index_select(2, entering), guesses.index_select(2, like))
         guesses.index_copy_(2, entering, new)
 
-    def _inputs(self, slots: Tensor) -> Tensor:
-        """uint8 [B, T, C]: what the tokens of slots [T] get of the values before them."""
-        return self._canvas.values.index_select(1, self._network.sources[slots].clamp(min=0))
+    def _entered(self, values: Tensor) -> Tensor:
+        """Values [B, L, C] as the network sees them, [copies B, L, C]."""
+        entered: Tensor = self._network.enter(values)
+        return entered.repeat(self._canvas.copies, 1, 1)
 
-    def _hidden(self, inputs: Tensor, slots: Tensor, attends: list[Attend]) -> Tensor:
-        """Hidden states, padded to a multiple of ROWS_OF_A_PRODUCT."""
-        padding = self._padded(len(slots)) - len(slots)
-        inputs = F.pad(inputs, (0, 0, 0, padding)).repeat(self._canvas.copies, 1, 1)
-        labels = self._canvas.given.labels
-        return self._network.hidden(inputs, F.pad(slots, (0, padding)), labels, self._encoder_kv, attends)
+    def _hidden(self, values: Tensor, slots: Tensor, attends: list[Attend]) -> Tensor:
+        """Hidden states of slots [T] among entered values, padded to a multiple of ROWS_OF_A_PRODUCT."""
+        slots = self._with_padding(slots)
+        inputs = self._network.inputs(values, slots)
+        return self._network.hidden(inputs, slots, self._canvas.given.labels, self._encoder_kv, attends)
+
+    def _with_padding(self, slots: Tensor) -> Tensor:
+        return F.pad(slots, (0, self._padded(len(slots)) - len(slots)))
 
     def _by_layer(self, attends: list[Iterator[Attend]]) -> list[Attend]:
         """Of what each cache has for its layers, one for each layer of the network."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import diagonal_bilstm, masked_convolution, pixelcnnpp, pixelsnail
+from models import diagonal_bilstm, masked_convolution, neighbours, pixelcnnpp, pixelsnail
 from models.attention.local_attention import local_attention
 from models.decoding import Decoding, generate
 from models.diagonal_bilstm import DiagonalBiLSTM, DiagonalBiLSTMConfig
@@ -23,7 +23,14 @@ from models.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig, RowsAbove
 from models.image_transformer.family import ImageTransformer
 from models.image_transformer.layer import attend_in_turn
 from models.image_transformer.shape import Attention, Dilated1D, Fixed1D, Full, Local1D, Local2D, Sliding1D, Strided1D
-from models.likelihood import CategoricalOutput, MixtureOutput, bits_per_dim, nats, nats_by_channel
+from models.likelihood import (
+    CategoricalOutput,
+    MixtureOutput,
+    PredictorMixtureOutput,
+    bits_per_dim,
+    nats,
+    nats_by_channel,
+)
 from models.model import Model, ModelConfig, Recompute
 from models.pixelcnn import PixelCNN, PixelCNNConfig
 from models.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig
@@ -57,6 +64,21 @@ FAMILIES: dict[str, ModelConfig] = {
     "image_transformer, patterns in turn": tiny_config(attention=TURNS, layers=4),
     "image_transformer, 2d patterns in turn": tiny_config(**MODERN, attention=FLANGES, layers=3),
     "image_transformer, sparse patterns in turn": tiny_config(attention=SPARSE, layers=3),
+    "image_transformer, predictors": tiny_config(
+        input="ordinal", output=PredictorMixtureOutput(scales=1), **GIVEN["super-resolution"]
+    ),
+    "image_transformer, predictors, 2d": tiny_config(
+        input="ordinal", output=PredictorMixtureOutput(scales=1), attention=FLANGES[0]
+    ),
+    "image_transformer, stem": tiny_config(**PIXELS, **MODERN, stem="neighbourhood", attention=FLANGES[0]),
+    "image_transformer, predictors and stem": tiny_config(
+        input="ordinal",
+        output=PredictorMixtureOutput(predictors=("median", "learned"), scales=2),
+        stem="neighbourhood",
+        attention=Local2D(query_block=(2, 2), memory=(1, 2), shift="block"),
+        **MODERN,
+        **GIVEN["classes"],
+    ),
     "pixelcnn": PixelCNNConfig(**PIXELCNN),
     "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | ODD),
     "gated_pixelcnn": GatedPixelCNNConfig(**PIXELCNN),
@@ -80,6 +102,9 @@ def built(family: str, recompute: Recompute = Recompute()) -> Model:  # noqa: B0
     model = FAMILIES[family].build(recompute)
     for layer in layers(model):  # whose biases are 0 until they have seen images, for which these are too small
         nn.init.normal_(layer.b, std=0.3)
+    for module in model.modules():
+        if isinstance(module, neighbours.LearnedPredictor):  # whose weights begin at 0
+            nn.init.normal_(module.weight)
     return model
 
 
@@ -163,7 +188,27 @@ def with_attention_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pixelsnail, "earlier", lambda *arguments: torch.ones(16, 16, dtype=torch.bool).tril())
 
 
+def with_the_pixel_as_its_neighbour(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = neighbours.known_neighbours
+
+    def found(size: int, generation_order: Tensor) -> Tensor:
+        positions = original(size, generation_order)
+        positions[:, 1] = torch.arange(len(positions))
+        return positions
+
+    monkeypatch.setattr(neighbours, "known_neighbours", found)
+
+
+def with_neighbours_of_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = neighbours.known_neighbours
+    monkeypatch.setattr(neighbours, "known_neighbours", lambda size, order: original(size, order.sort().values))
+
+
 LEAKS = [
+    ("image_transformer, predictors", with_the_pixel_as_its_neighbour),
+    ("image_transformer, stem", with_the_pixel_as_its_neighbour),
+    ("image_transformer, stem", with_neighbours_of_another_order),
+    ("image_transformer, predictors, 2d", with_neighbours_of_another_order),
     ("pixelcnn", with_mask_b_first),
     ("pixelcnn", with_two_groupings),
     ("gated_pixelcnn", with_mask_b_first),

@@ -17,7 +17,7 @@ from models.image_transformer.shape import (
     Strided1D,
     SuperResolution,
 )
-from models.likelihood import CategoricalOutput, MixtureOutput
+from models.likelihood import CategoricalOutput, MixtureOutput, PredictorMixtureOutput
 from models.model import ModelConfig
 
 TINY: dict[str, Any] = {
@@ -36,6 +36,8 @@ TINY: dict[str, Any] = {
 }
 PIXELS = {"input": "ordinal", "output": CategoricalOutput()}
 MIXTURE = {"input": "ordinal", "output": MixtureOutput(components=3)}
+NEIGHBOURS = {"input": "ordinal", "output": PredictorMixtureOutput(scales=1), "stem": "neighbourhood"}
+"""Everything that sees the pixels around."""
 HEADS: dict[str, dict[str, Any]] = {"sub-pixels": {}, "pixels": PIXELS, "mixture": MIXTURE}
 """What a position is and how it is distributed."""
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from models.image_transformer.embedding import Embedding, InputEmbedding, LearnedCode, SineCode
+from models.image_transformer.embedding import Embedding, InputEmbedding, Intensities, LearnedCode, SineCode
 
 
 def test_a_sub_pixel_is_looked_up_by_channel_and_intensity() -> None:
@@ -20,7 +20,7 @@ def test_a_sub_pixel_is_looked_up_by_channel_and_intensity() -> None:
 
 def test_a_pixel_is_a_linear_combination_of_its_intensities_on_minus_one_to_one() -> None:
     embed = InputEmbedding("ordinal", (2, 2), 8, "sine")
-    values = torch.tensor([[[0, 255, 51]]], dtype=torch.uint8)
+    values = Intensities()(torch.tensor([[[0, 255, 51]]], dtype=torch.uint8))
     positions = torch.tensor([1])
     token = embed(values, torch.tensor([0]), positions) - embed.position(*embed.rows_and_columns(positions))
     expected = torch.tensor([-1.0, 1.0, -0.6]) @ embed.values.weight.T + embed.values.bias

@@ -19,7 +19,17 @@ from models.image_transformer.wave_decoder import WaveDecoder
 from models.likelihood import CategoricalOutput, nats
 from models.recompute_decoder import RecomputeDecoder
 from tests.models.test_likelihood import channel_distributions
-from tests.support.tiny_model import BLOCKS, GIVEN, HEADS, MODERN, PATTERNS, random_given, random_images, tiny_config
+from tests.support.tiny_model import (
+    BLOCKS,
+    GIVEN,
+    HEADS,
+    MODERN,
+    NEIGHBOURS,
+    PATTERNS,
+    random_given,
+    random_images,
+    tiny_config,
+)
 
 
 def build(seed: int = 0, **changes: Any) -> ImageTransformer:
@@ -80,6 +90,27 @@ def test_cached_parameters_are_those_of_the_full_forward_pass(
     not_given = model.generation_order[keep:]
     assert set(not_given.tolist()) <= set(positions.tolist())
     torch.testing.assert_close(decoded[:, not_given], full[:, not_given], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
+@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_what_sees_neighbours_draws_what_the_plainest_decoder_draws(pattern: str, number: int, guided: bool) -> None:
+    """Looking ahead, neighbours are guesses, too."""
+    model = opinionated(build(**{**PATTERNS[pattern], **NEIGHBOURS, **MODERN}, **(GUIDED if guided else {})))
+    generator = torch.Generator().manual_seed(0)
+    told = {
+        "images": random_images(number, 4),
+        "known": torch.rand(model.length, generator=generator) < 0.3,
+        "given": random_given(model.config, number),
+        "sampling": Sampling(guidance=1.5 if guided else 1.0),
+    }
+    expected = generate(model, number, seed=4, decoder=partial(RecomputeDecoder, model), **told)
+    assert torch.equal(generate(model, number, seed=4, **told), expected)
+    plain = partial(model.decoder, look_ahead=False)
+    assert torch.equal(generate(model, number, seed=4, decoder=plain, **told), expected)
+    alone = {**told, "images": told["images"][-1:], "given": told["given"].select(slice(-1, None))}
+    assert torch.equal(generate(model, 1, seed=4, first_image=number - 1, **alone), expected[-1:])
 
 
 TURNS: dict[str, tuple[Any, ...]] = {
