@@ -59,7 +59,7 @@ def test_permanent_failures_are_tried_once_more_and_reported_at_once(error: Exce
 def test_the_deadline_ends_it_with_how_long_and_why() -> None:
     started = time.monotonic()
     with pytest.raises(
-        DataError, match=r"^cannot read u: gave up after [01] s and \d+ tries; last: OSError: why$"
+        DataError, match=r"^cannot read u: gave up after [01] s and \d+ tr(y|ies); last: OSError: why$"
     ) as caught:
         with_retries(failing(OSError("why"), 10**9), "read u", 0.5, None)
     assert caught.value.exit_code == 69
@@ -408,7 +408,7 @@ def test_a_busy_breaking_or_trickling_server_gives_the_right_bytes_in_the_end(
         ("skewed", "access is denied .*made up", 2),
         ("expired", "access is denied .*made up", 2),
         ("elsewhere", "the bucket is in another region", 2),
-        ("busy", "gave up after .* tries; last: ", 69),
+        ("busy", "gave up after .* tr(y|ies); last: ", 69),
         ("invalid", "the store refuses it .*made up", 2),
         ("no code", "the store refuses it .*SomethingElse.*made up", 2),
         ("not allowed", "access is denied .*made up", 2),

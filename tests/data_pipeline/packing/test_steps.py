@@ -194,7 +194,7 @@ def test_storage_that_is_away_for_longer_than_the_deadline_ends_packing(
         s3_server.start()
     error = capsys.readouterr().err
     where = rf"s3://{s3_bucket}/train/manifest.json"
-    assert re.fullmatch(rf"pack: cannot look for {where}: gave up after \d+ s and \d+ tries; last: .*\n", error)
+    assert re.fullmatch(rf"pack: cannot look for {where}: gave up after \d+ s and \d+ tr(y|ies); last: .*\n", error)
 
 
 def put_forms(folder: Path) -> dict[str, tuple[int, list[str]]]:

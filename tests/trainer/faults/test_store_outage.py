@@ -50,7 +50,7 @@ def test_a_store_that_stays_away_ends_the_run_with_its_url_and_how_long_it_was_t
         s3_server.start()
     (error,) = [line for line in text.splitlines() if line.startswith("error: ")]
     sentence = (
-        rf"error: cannot read {url}/train-000000.tar \(bytes \d+-\d+\): gave up after \d+ s and \d+ tries; last: "
+        rf"error: cannot read {url}/train-000000.tar \(bytes \d+-\d+\): gave up after \d+ s and \d+ tr(?:y|ies); last: "
     )
     assert code == 69 and re.match(sentence, error), text
     assert "Traceback" not in text
