@@ -17,19 +17,12 @@ from pathlib import Path
 from data_pipeline.wording import counted
 from models.receptive_field import receptive_field
 from trainer.command_line import run_tool
+from trainer.comparison.chosen_runs import add_run_options, chosen_runs
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, Published, data_set_key
-from trainer.comparison.run_history import (
-    RUN_ID,
-    RunHistory,
-    histories_of_experiment,
-    history_of_folder,
-    history_of_run,
-    open_store,
-)
+from trainer.comparison.run_history import RUN_ID, RunHistory
 from trainer.errors import UsageError
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 _NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")
 """Parameters that begin like this say where things are, not what was trained."""
 _NONE = "–"
@@ -146,17 +139,14 @@ def number(value: float, digits: int = 4) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folder of a run (run.dir), or id of a run in MLflow")
-    parser.add_argument("--experiment", help="also the newest 50 runs of this MLflow experiment")
-    parser.add_argument("--filter", default="", help="of these, only the runs that match this filter of MLflow's")
-    parser.add_argument("--uri", default=DEFAULT_URI, help=f"the MLflow store that has them ({DEFAULT_URI})")
+    add_run_options(parser)
     parser.add_argument("--html", metavar="FILE", help="write one page with tables, curves and pictures to FILE")
     arguments = parser.parse_args()
     return run_tool(lambda: _compare(arguments))
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    runs = _histories(arguments)
+    runs = chosen_runs(arguments)
     rows = parameters_that_differ(runs)
     outcome = results(runs)
     notes = warnings(runs)
@@ -178,24 +168,6 @@ def _compare(arguments: argparse.Namespace) -> None:
         except OSError as error:
             raise UsageError(f"--html {path}: cannot be written ({error.strerror})") from error
         print(f"\n{path}")
-
-
-def _histories(arguments: argparse.Namespace) -> list[RunHistory]:
-    if not arguments.runs and not arguments.experiment:
-        raise UsageError("name at least one run: its folder or its id in MLflow, or --experiment")
-    found = []
-    for run in arguments.runs:
-        if Path(run).is_dir():
-            found.append(history_of_folder(Path(run)))
-        elif RUN_ID.fullmatch(run):
-            found.append(history_of_run(open_store(arguments.uri), run))
-        else:
-            raise UsageError(f"{run}: is neither the folder of a run nor an id of MLflow (32 hexadecimal digits)")
-    if arguments.experiment:
-        known = {run.place for run in found}
-        more = histories_of_experiment(open_store(arguments.uri), arguments.experiment, arguments.filter)
-        found += [run for run in more if run.place not in known]
-    return found
 
 
 def _grounds(entry: Published) -> str:

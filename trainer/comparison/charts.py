@@ -1,6 +1,7 @@
 """Which curves, scales and published figures do the charts of a comparison show? Plotly draws them in the browser.
 
-What `charts` gives is the data of the page `trainer/comparison/page.html`, whose script turns it into Plotly's traces.
+What `charts` gives is the data of the page; its script `trainer/comparison/compare_charts.js` turns it into Plotly's
+traces.
 """
 
 import html

@@ -43,11 +43,18 @@ def comparison_page(
     parts.append(_curves(data, names))
     parts.append(_pictures(runs, names))
     parts.append(_published(published_key))
+    body = "\n".join(part for part in parts if part)
+    return whole_page(title, body, data, script="compare_charts.js", with_plotly=bool(data["charts"]))
+
+
+def whole_page(title: str, body: str, data: Mapping[str, Any], *, script: str, with_plotly: bool) -> str:
+    """A page in one file: the template with its body in HTML, and the script of this folder that draws the data."""
     words = {
         "title": html.escape(title),
-        "body": "\n".join(part for part in parts if part),
+        "body": body,
         "data": _in_script(json.dumps(data, allow_nan=False, separators=(",", ":"))),
-        "plotly": _plotly() if data["charts"] else "",
+        "plotly": _plotly() if with_plotly else "",
+        "script": _TEMPLATE.with_name(script).read_text(encoding="utf-8"),
     }
     # In one pass, so that nobody's words are taken for a place to fill in.
     return re.sub(r"{{(\w+)}}", lambda place: words[place[1]], _TEMPLATE.read_text(encoding="utf-8"))
