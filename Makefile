@@ -44,7 +44,7 @@ test-cluster: install
 
 test-browser: install
 	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null
-	pytest tests/trainer/test_demo.py tests/trainer/comparison/test_compare_view.py
+	pytest tests/trainer/test_demo.py tests/trainer/comparison/test_compare_view.py tests/trainer/comparison/test_scaling_view.py
 
 check: install
 	ruff check .

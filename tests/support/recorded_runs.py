@@ -1,12 +1,15 @@
 """What do runs leave behind that others can be compared with, without training them?"""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 from PIL import Image
 
-from tests.support.launch import QUICKSTART, mlflow_store
-from trainer.config import load_config
+from tests.support.launch import QUICKSTART, TINY_MODEL, mlflow_store
+from trainer.comparison.scaling_law import Law
+from trainer.config import as_yaml, load_config
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import Tracker, record_results
 
@@ -43,3 +46,29 @@ def make_run(folder: Path, name: str, best: float, *overrides: str, data: Simple
         RunFiles(folder / name), 40, {"final/ema_bits_per_dim": best - 0.1, "final/ema_bits_per_dim_stderr": 0.02}, []
     )
     return folder / name
+
+
+LAW = Law(3.0, 0.5, 0.5, 0.35, 0.3, (1e4, 1e6))
+"""Of the runs of `make_scaling_runs`."""
+
+
+def make_scaling_runs(folder: Path, *, noise: float = 0.0) -> list[Path]:
+    """Runs of 4 sizes and 3 budgets that nobody trained: their configs, and the bits/dim that LAW gives them."""
+    random, folders = np.random.default_rng(0), []
+    for width in (8, 16, 32, 64):
+        for flops in (1e10, 1e11, 1e12):
+            shape = TINY_MODEL | {"model.width": width, "model.attention_width": width, "model.ff_width": 2 * width}
+            settings = [*(f"{name}={value}" for name, value in shape.items()), "train.global_batch_images=8"]
+            settings += ["train.micro_batch_images=1"]
+            account = load_config(QUICKSTART, settings).model.account()
+            steps = round(flops / account.flops.training / 8)
+            name = f"w{width}-{flops:.0e}"
+            config = load_config(QUICKSTART, [*settings, f"train.steps={steps}", f"run.name={name}"])
+            bits = float(LAW.bits_per_dim(account.parameters, 8 * steps * account.positions))
+            point = {"val/bits_per_dim": bits * float(np.exp(noise * random.standard_normal())), "val/images": 64.0}
+            (folder / name).mkdir(parents=True)
+            RunFiles(folder / name).config.write_text(as_yaml(config))
+            lines = [{"step": 0, "time": 1e9, "metrics": {}}, {"step": steps, "time": 2e9, "metrics": point}]
+            RunFiles(folder / name).metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+            folders.append(folder / name)
+    return folders
