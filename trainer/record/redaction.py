@@ -145,11 +145,12 @@ def _fingerprint() -> tuple[tuple[str, str], ...]:
 
 
 def _is_place(name: str) -> bool:
-    """Whether a variable says where a secret is (SSH_AUTH_SOCK, AWS_SHARED_CREDENTIALS_FILE), not what it is.
+    """Whether a variable says where a secret is (SSH_AUTH_SOCK, AWS_SHARED_CREDENTIALS_FILE), not what it is; or is the
+    shell's PWD, the working directory, which is no password.
 
     Its value does not tell: every 64th of AWS's secret keys begins with a slash.
     """
-    return name.upper().endswith(("_FILE", "_PATH", "_SOCK", "_DIR", "_URI", "_URL"))
+    return name in ("PWD", "OLDPWD") or name.upper().endswith(("_FILE", "_PATH", "_SOCK", "_DIR", "_URI", "_URL"))
 
 
 @cache

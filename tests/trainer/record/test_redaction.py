@@ -194,3 +194,11 @@ def test_what_is_printed_does_not_steer_the_terminal() -> None:
     program = "from trainer.record.redaction import guard_output\nguard_output(); print('run \\x1b]0;x\\x07')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "run \\x1b]0;x\\x07\n"
+
+
+def test_the_working_directory_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/home/somebody/checkout")
+    monkeypatch.setenv("OLDPWD", "/home/somebody")
+    assert redact("cannot write /home/somebody/checkout/runs/x") == "cannot write /home/somebody/checkout/runs/x"
+    monkeypatch.setenv("DATABASE_PWD", "/home/somebody")
+    assert redact("cannot write /home/somebody/checkout") == "cannot write ***/checkout"
