@@ -20,7 +20,6 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
@@ -158,12 +157,7 @@ class GatedPixelCNN(Model):
         of_first, *of_layers = self.of_class(labels)
         vertical, horizontal = self.first(x, None, of_first)
         for index, (layer, of_class) in enumerate(zip(self.layers, of_layers, strict=True)):
-            if self.training and self.recompute.includes(index):
-                vertical, horizontal = checkpoint(
-                    layer, horizontal, vertical, of_class, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                vertical, horizontal = layer(horizontal, vertical, of_class)
+            vertical, horizontal = self.through(index, layer, horizontal, vertical, of_class)
         return vertical, horizontal
 
     def of_class(self, labels: Tensor | None) -> Sequence[Tensor | None]:

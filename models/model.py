@@ -9,10 +9,11 @@ Shapes: B batch, H rows, W columns, C values per position (1 sub-pixel or the 3 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.drawing.canvas import Canvas, Decoder
 from models.given import NOTHING, Given
@@ -165,6 +166,7 @@ class Model(nn.Module, ABC):
     """Images and what is given of them -> parameters of the distribution of every value, given all before it."""
 
     config: ModelShape
+    recompute: Recompute
     generation_order: Tensor
     """int64 [L] on the CPU: place in the order of generation -> position. Positions are numbered in raster order:
     row, column, and where a position is a sub-pixel, channel."""
@@ -185,6 +187,13 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def units(self) -> Iterator[nn.Module]:
         """The repeated parts, of which each can be compiled alone, and whose matrices Muon updates."""
+
+    def through(self, index: int, unit: nn.Module, *inputs: Any, draws_random: bool = False, **options: Any) -> Any:
+        """What the unit of this number makes of its inputs: in training, where `recompute` says so, with activations
+        that the backward pass computes again, from the same random numbers if it draws any."""
+        if not (self.training and self.recompute.includes(index)):
+            return unit(*inputs)
+        return checkpoint(unit, *inputs, use_reentrant=False, preserve_rng_state=draws_random, **options)
 
     @abstractmethod
     def decoder(self, canvas: Canvas) -> Decoder:

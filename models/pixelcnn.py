@@ -16,7 +16,6 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
@@ -121,10 +120,7 @@ class PixelCNN(Model):
         """Those [B, H, W, 3, 256] of intensities [B, H, W, 3], H and W of any size."""
         x = self.first(x)
         for index, block in enumerate(self.blocks):
-            if self.training and self.recompute.includes(index):
-                x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x)
+            x = self.through(index, block, x)
         logits: Tensor = self.head(x)
         return logits
 

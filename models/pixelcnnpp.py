@@ -19,7 +19,6 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
@@ -161,13 +160,14 @@ class PixelCNNPP(Model):
         u = down_shift(self.first_u(x))
         ul = down_shift(self.first_ul_above(x)) + right_shift(self.first_ul_left(x))
         seen_u, seen_ul = [u], [ul]
+        through = partial(self.through, draws_random=self.config.dropout > 0)
         for index, block in enumerate(self.down):
             stage, start = divmod(index, self.config.blocks)
             if stage and not start:
                 u, ul = self.shrink_u[stage - 1](u), self.shrink_ul[stage - 1](ul)
                 seen_u.append(u)
                 seen_ul.append(ul)
-            u, ul = self._through(index, block, u, ul, None, None, labels)
+            u, ul = through(index, block, u, ul, None, None, labels)
             seen_u.append(u)
             seen_ul.append(ul)
         u, ul = seen_u.pop(), seen_ul.pop()
@@ -175,19 +175,10 @@ class PixelCNNPP(Model):
             stage, start = divmod(index + 1, self.config.blocks + 1)
             if stage and not start:
                 u, ul = self.grow_u[stage - 1](u), self.grow_ul[stage - 1](ul)
-            u, ul = self._through(len(self.down) + index, block, u, ul, seen_u.pop(), seen_ul.pop(), labels)
+            u, ul = through(len(self.down) + index, block, u, ul, seen_u.pop(), seen_ul.pop(), labels)
         assert not seen_u and not seen_ul
         x = F.elu(ul)  # whatever stands before the layers of blocks
         return self.head(x.to(torch.promote_types(x.dtype, torch.float32))).permute(0, 2, 3, 1)
-
-    def _through(self, unit: int, block: nn.Module, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.training and self.recompute.includes(unit):
-            keep_rng = self.config.dropout > 0
-            result = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=keep_rng)
-        else:
-            result = block(*inputs)
-        u, ul = result
-        return u, ul
 
     @property
     def initial_images(self) -> int:

@@ -19,7 +19,6 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
@@ -127,10 +126,7 @@ class RowLSTM(Model):
         """Those [B, H, W, 3, 256] of intensities [B, H, W, 3], H and W of any size."""
         x = self.first(x)
         for index, layer in enumerate(self.layers):
-            if self.training and self.recompute.includes(index):
-                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(x)
+            x = self.through(index, layer, x)
         logits: Tensor = self.head(x)
         return logits
 

@@ -9,6 +9,7 @@ heads, K head width, C values per position.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
-    checkpoint,
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
@@ -142,21 +142,9 @@ class Network(Model):
             x = x + self.embed_class(labels)[:, None]
         x = self.dropout(x)
         rotation = _rotation(self.config, self.embed_input, positions)
+        through = partial(self.through, draws_random=self.config.dropout > 0, context_fn=self.checkpoint_context)
         for index, (layer, attend, kv) in enumerate(zip(self.layers, attends, encoder_kv, strict=True)):
-            if self.training and self.recompute.includes(index):
-                keep_rng = self.config.dropout > 0
-                x = checkpoint(
-                    layer,
-                    x,
-                    attend,
-                    rotation,
-                    kv,
-                    use_reentrant=False,
-                    preserve_rng_state=keep_rng,
-                    context_fn=self.checkpoint_context,
-                )
-            else:
-                x = layer(x, attend, rotation, kv)
+            x = through(index, layer, x, attend, rotation, kv)
         return self.final_norm(x)
 
     def encode(self, small_images: Tensor | None) -> list[KeysValues | None]:
