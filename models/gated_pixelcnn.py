@@ -23,11 +23,23 @@ from torch import Tensor, nn
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
-from models.likelihood import CategoricalOutput
+from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput, around_guesses
 from models.linear import Linear, product_dtype
-from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
-from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, check_sizes, num_parameters
+from models.masked_convolution import ColourHead, Colours, Grouping, MaskedConvolution, colours, head
+from models.model import (
+    Account,
+    Entrance,
+    Flops,
+    Intensities,
+    Model,
+    Recompute,
+    check_inputs,
+    check_sizes,
+    num_parameters,
+)
+from models.neighbours import NeighbourhoodStem, Predictors, Stem, flops_at_a_pixel
 from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
+from models.recompute_decoder import RecomputeDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +49,13 @@ class GatedPixelCNNConfig:
     family: Literal["gated_pixelcnn"] = "gated_pixelcnn"
     image_size: int
     """Rows and columns of the square images."""
-    output: CategoricalOutput = CategoricalOutput()
-    """256 probabilities of a sub-pixel: the paper has no other."""
+    output: Output = CategoricalOutput()
+    """256 probabilities of a sub-pixel, as in the paper, or a mixture of logistics of a pixel, also around guesses from
+    its neighbours. With mixtures no feature belongs to a colour, and a pixel sees nothing of itself."""
+    stem: Stem = "previous"
+    """What the first features are made of. "previous": of the pixels that the first convolutions see, as in the paper.
+    "neighbourhood": also of the known pixels around, their differences, and how far off their own guesses were
+    (models/neighbours.py)."""
     num_classes: int = 0
     """Classes that the model can be asked for; 0 for none."""
     label_dropout: float = 0.0
@@ -55,7 +72,7 @@ class GatedPixelCNNConfig:
     kernel: int = 3
     """The same of the other layers."""
     grouping: Grouping = "interleaved"
-    """Which features belong to red, green and blue: by turns, or a block of them each."""
+    """Which features belong to red, green and blue: by turns, or a block of them each. No matter with mixtures."""
 
     def __post_init__(self) -> None:
         check_sizes(self, odd=("first_kernel", "kernel"), for_each_colour=("features", "head_features"))
@@ -73,6 +90,10 @@ class GatedPixelCNNConfig:
             problems.append("first_kernel: 1 leaves nothing above the pixel; take 3 or more")
         if problems:
             raise ValueError("\n".join(problems))
+
+    @property
+    def colours(self) -> Colours:
+        return colours(self.grouping, self.output)
 
     @property
     def small_size(self) -> int:
@@ -101,7 +122,8 @@ class GatedPixelCNNConfig:
         pixels, head = self.image_size**2, self.image_size**2 * model.head.flops_of_a_pixel
         first, layer = model.first, model.layers[0]
         assert isinstance(layer, Layer)
-        of_image = pixels * (first.vertical.flops_of_a_pixel + first.horizontal.flops_of_a_pixel)
+        of_image = first.vertical.flops_of_a_pixel + first.horizontal.flops_of_a_pixel + flops_at_a_pixel(model)
+        of_image *= pixels
         of_features = pixels * (first.flops_of_a_pixel - first.vertical.flops_of_a_pixel)
         of_features -= pixels * first.horizontal.flops_of_a_pixel
         layers = self.layers * pixels * layer.flops_of_a_pixel
@@ -113,11 +135,11 @@ class GatedPixelCNNConfig:
             "layers": Flops(layers, 2 * layers, again),
             "head": Flops(head, 2 * head, 0),
         }
-        return Account(parameters=num_parameters(model), positions=3 * pixels, parts=parts)
+        return Account(parameters=num_parameters(model), positions=len(model.generation_order), parts=parts)
 
 
 class GatedPixelCNN(Model):
-    """Images and their classes -> logits of every sub-pixel given all that it sees."""
+    """Images and their classes -> the distribution of every sub-pixel, or of every pixel, given all that it sees."""
 
     config: GatedPixelCNNConfig
 
@@ -125,9 +147,14 @@ class GatedPixelCNN(Model):
         super().__init__()
         self.config, self.recompute = config, recompute
         with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
-            self.generation_order = torch.arange(3 * config.image_size**2)
-        features, grouping, gain = config.features, config.grouping, config.layers**-0.5
+            pixels = torch.arange(config.image_size**2)
+            is_categorical = isinstance(config.output, CategoricalOutput)
+            self.generation_order = torch.arange(3 * len(pixels)) if is_categorical else pixels
+        features, grouping, gain = config.features, config.colours, config.layers**-0.5
+        self.enter = Intensities()
         self.first = Layer(3, features, config.first_kernel, grouping, mask="A")
+        if config.stem == "neighbourhood":
+            self.stem = NeighbourhoodStem(config.image_size, pixels, features)
         self.layers = nn.ModuleList(
             Layer(features, features, config.kernel, grouping, mask="B", gain=gain) for _ in range(config.layers)
         )
@@ -135,7 +162,9 @@ class GatedPixelCNN(Model):
             classes = config.num_classes + (config.label_dropout > 0)  # the last row is no class
             self.classes = nn.Parameter(torch.zeros(classes, (1 + config.layers) * 4 * features))
             """What each class adds in each layer to the vertical stack before its gate, and to the horizontal one."""
-        self.head = ColourHead(config.features, config.head_features, config.grouping)
+        self.head = head(config.features, config.head_features, config.output, config.grouping)
+        if isinstance(config.output, PredictorMixtureOutput):
+            self.predictors = Predictors(config.output.predictors, config.image_size, pixels)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         """As in Model. In training, labels are hidden at the rate of label_dropout."""
@@ -144,18 +173,22 @@ class GatedPixelCNN(Model):
         if labels is not None and self.training and self.config.label_dropout:
             hidden = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = labels.masked_fill(hidden, self.config.num_classes)
-        return self.logits(intensities(images, self.first.horizontal.weight.dtype), labels)
+        return self.parameters_of(self.enter(images), labels)
 
-    def logits(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Those [B, H, W, 3, 256] of intensities [B, H, W, 3], H and W of any size, and classes [B]."""
-        _, horizontal = self.stacks(x, labels)
-        logits: Tensor = self.head(horizontal)
-        return logits
+    def parameters_of(self, values: Tensor, labels: Tensor | None = None) -> Tensor:
+        """As forward, of intensities [B, H, W, 3] on [-1, 1], of any size where no neighbours are looked at."""
+        _, horizontal = self.stacks(values, labels)
+        parameters: Tensor = self.head(horizontal)
+        if isinstance(self.config.output, PredictorMixtureOutput):
+            parameters = around_guesses(parameters, self.predictors.of_images(values))
+        return parameters
 
-    def stacks(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def stacks(self, values: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Features [B, H, W, p] of the vertical and of the horizontal stack after the last layer."""
         of_first, *of_layers = self.of_class(labels)
-        vertical, horizontal = self.first(x, None, of_first)
+        vertical, horizontal = self.first(values.to(self.first.horizontal.weight.dtype), None, of_first)
+        if self.config.stem == "neighbourhood":  # the vertical stack must not know what is in its own row
+            horizontal = horizontal + self.stem.of_images(values)
         for index, (layer, of_class) in enumerate(zip(self.layers, of_layers, strict=True)):
             vertical, horizontal = self.through(index, layer, horizontal, vertical, of_class)
         return vertical, horizontal
@@ -168,12 +201,14 @@ class GatedPixelCNN(Model):
         return F.embedding(labels, self.classes)[:, None, None].chunk(num_layers, dim=-1)
 
     def entrance(self) -> Entrance:
-        return Entrance(self.first, torch.arange(len(self.generation_order)))
+        return Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers
 
-    def decoder(self, canvas: Canvas) -> PixelDecoder:
+    def decoder(self, canvas: Canvas) -> PixelDecoder | RecomputeDecoder:
+        if not isinstance(self.head, ColourHead) or self.config.stem == "neighbourhood":
+            return RecomputeDecoder(self, canvas)
         return PixelDecoder(
             partial(GatedPixelCNNByPixel, self, canvas.given.labels), self.head, canvas, self.config.image_size
         )
@@ -187,7 +222,7 @@ class Layer(nn.Module):
         features_in: int,
         features: int,
         kernel: int,
-        grouping: Grouping,
+        grouping: Colours,
         *,
         mask: Literal["A", "B"],
         gain: float = 1.0,

@@ -143,6 +143,13 @@ def initial_predictor_mixture(output: PredictorMixtureOutput) -> Tensor:
     return torch.cat([torch.zeros(4 * output.components), log_scales.flatten(), coefficients.flatten()])
 
 
+def initial_parameters(output: MixtureOutput | PredictorMixtureOutput) -> Tensor:
+    """Parameters [10 K] to start from."""
+    if isinstance(output, PredictorMixtureOutput):
+        return initial_predictor_mixture(output)
+    return initial_mixture(output.components)
+
+
 def around_guesses(parameters: Tensor, guesses: Tensor) -> Tensor:
     """Parameters [..., 10 K] with means that are relative to guesses [..., P, 3] -> those of a mixture, [..., 10 K].
 

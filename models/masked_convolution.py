@@ -15,16 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.linear import product_dtype
+from models.head import Head
+from models.likelihood import CategoricalOutput, MixtureOutput, Output, PredictorMixtureOutput
+from models.linear import Linear, product_dtype
 
 Grouping = Literal["interleaved", "blocks"]
 """Which features belong to red, green and blue, which the paper leaves open: by turns, or a third of them each. All
 layers of a model must have the same: mixed ones leak."""
+Colours = Grouping | Literal["together"]
+"""together: features belong to no colour, and nothing of the pixel itself is seen."""
 
 
-def colours_of(features: int, grouping: Grouping) -> Tensor:
+def colours_of(features: int, grouping: Colours) -> Tensor:
     """int64 [F]: the colour of each feature. Where F is no multiple of three, red has one more, and then green."""
     numbers = torch.arange(features)
+    if grouping == "together":
+        return torch.zeros_like(numbers)
     return numbers % 3 if grouping == "interleaved" else numbers * 3 // features
 
 
@@ -33,7 +39,7 @@ def kernel_mask(
     features_out: int,
     kernel: tuple[int, int],
     mask: Literal["A", "B"],
-    grouping: Grouping,
+    grouping: Colours,
     gates: int = 1,
 ) -> Tensor:
     """bool [features_out, features_in, rows, columns]: what a kernel of rows x columns, both odd, may see. Rows below
@@ -64,7 +70,7 @@ class MaskedConvolution(nn.Module):
         kernel: tuple[int, int],
         *,
         mask: Literal["A", "B"],
-        grouping: Grouping,
+        grouping: Colours,
         gates: int = 1,
         gain: float = 1.0,
     ) -> None:
@@ -122,6 +128,35 @@ class ColourHead(nn.Module):
     @property
     def flops_of_a_pixel(self) -> int:
         return self.hidden.flops_of_a_pixel + self.logits.flops_of_a_pixel
+
+
+class PixelHead(nn.Module):
+    """Features [B, H, W, width] that belong to no colour -> parameters of a mixture [B, H, W, 10 components]; fp32."""
+
+    def __init__(self, width: int, features: int, output: MixtureOutput | PredictorMixtureOutput) -> None:
+        super().__init__()
+        self.hidden = Linear(width, features, std=math.sqrt(2 / width), bias=True)
+        self.mixture = Head(features, output, values_per_position=3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters: Tensor = self.mixture(F.relu(self.hidden(F.relu(x))))
+        return parameters
+
+    @property
+    def flops_of_a_pixel(self) -> int:
+        return 2 * (self.hidden.weight.numel() + self.mixture.weight.numel())
+
+
+def colours(grouping: Grouping, output: Output) -> Colours:
+    """How the features of a model belong to colours. A mixture describes a whole pixel."""
+    return grouping if isinstance(output, CategoricalOutput) else "together"
+
+
+def head(width: int, features: int, output: Output, grouping: Grouping) -> ColourHead | PixelHead:
+    """Features [B, H, W, width] -> parameters of the output distribution; fp32."""
+    if isinstance(output, CategoricalOutput):
+        return ColourHead(width, features, grouping)
+    return PixelHead(width, features, output)
 
 
 def intensities(images: Tensor, dtype: torch.dtype) -> Tensor:

@@ -146,6 +146,13 @@ class Entrance(NamedTuple):
     """Values are looked up, so that the rows are the module's output."""
 
 
+class Intensities(nn.Module):
+    """uint8 -> fp32 on [-1, 1]."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.float() / 127.5 - 1
+
+
 class ToldNothing:
     """A config of models that read pixels and are told nothing else."""
 

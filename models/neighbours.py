@@ -30,6 +30,8 @@ Predictor = Literal[
 - gradient: W + (NE - NW) / 4 + (N - NW) / 4; left_and_slope: W + NE - N; above_and_slope: N + (NE - NNE + N - NN) / 2;
 - learned: a linear combination of all channels of all neighbours, which starts at (W + N) / 2 + (NE - NW) / 4."""
 PREDICTORS: tuple[Predictor, ...] = get_args(Predictor)
+Stem = Literal["previous", "neighbourhood"]
+"""What a model makes its first features of: what the paper of its family says, or also what NeighbourhoodStem sees."""
 
 OFFSETS = tuple((0, -distance) for distance in (1, 2)) + tuple((-up, side) for up in (1, 2) for side in range(-2, 3))
 """Rows and columns from a pixel to its neighbours; W is the first."""
@@ -91,6 +93,11 @@ def median(values: Tensor) -> Tensor:
     return torch.maximum(low, torch.minimum(high, west + north - northwest))
 
 
+def _all_positions(values: Tensor) -> Tensor:
+    """Raster positions of values [B, L, C]."""
+    return torch.arange(values.shape[1], device=values.device)
+
+
 class Predictors(nn.Module):
     """Guesses of every pixel from its neighbours."""
 
@@ -135,6 +142,11 @@ class Predictors(nn.Module):
                     guess = northeast
             guesses.append(guess)
         return torch.stack(guesses, dim=-2).clamp(-1, 1)
+
+    def of_images(self, images: Tensor) -> Tensor:
+        """Intensities [B, H, W, C] -> guesses of every pixel [B, H, W, P, C]."""
+        values = images.flatten(1, 2)
+        return self(values, _all_positions(values)).unflatten(1, images.shape[1:3])
 
 
 class LearnedPredictor(nn.Linear):
@@ -196,6 +208,17 @@ class NeighbourhoodStem(nn.Module):
         """[B, T, FEATURES] -> [B, T, D]."""
         return self.combine(features.to(self.combine.weight.dtype))
 
+    def of_images(self, images: Tensor) -> Tensor:
+        """Intensities [B, H, W, C] -> the token of every pixel [B, H, W, D]."""
+        values = images.flatten(1, 2)
+        return self(self.features(values, _all_positions(values))).unflatten(1, images.shape[1:3])
+
     def _errors(self, values: Tensor, positions: Tensor) -> Tensor:
         """By how much pixels differ from their guesses: [B, T, C]."""
         return values.index_select(1, positions) - median(gather(values, self.stand_ins[positions]))
+
+
+def flops_at_a_pixel(model: nn.Module) -> int:
+    """Of the products by which stem and predictors of a model combine what they see."""
+    parts = (module for module in model.modules() if isinstance(module, NeighbourhoodStem | LearnedPredictor))
+    return sum(2 * parameter.numel() for part in parts for parameter in part.parameters() if parameter.ndim == 2)

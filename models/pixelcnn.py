@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
-from models.likelihood import CategoricalOutput
-from models.masked_convolution import ColourHead, Grouping, MaskedConvolution, intensities
+from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput, around_guesses
+from models.masked_convolution import ColourHead, Colours, Grouping, MaskedConvolution, colours, head
 from models.model import (
     Account,
     Entrance,
     Flops,
+    Intensities,
     Model,
     Recompute,
     ToldNothing,
@@ -32,7 +33,9 @@ from models.model import (
     check_sizes,
     num_parameters,
 )
+from models.neighbours import NeighbourhoodStem, Predictors, Stem, flops_at_a_pixel
 from models.pixel_decoder import ConvolutionByPixel, PixelDecoder
+from models.recompute_decoder import RecomputeDecoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +45,13 @@ class PixelCNNConfig(ToldNothing):
     family: Literal["pixelcnn"] = "pixelcnn"
     image_size: int
     """Rows and columns of the square images."""
-    output: CategoricalOutput = CategoricalOutput()
-    """256 probabilities of a sub-pixel: the paper has no other."""
+    output: Output = CategoricalOutput()
+    """256 probabilities of a sub-pixel, as in the paper, or a mixture of logistics of a pixel, also around guesses from
+    its neighbours. With mixtures no feature belongs to a colour, and a pixel sees nothing of itself."""
+    stem: Stem = "previous"
+    """What the first features are made of. "previous": of the pixels that the first convolutions see, as in the paper.
+    "neighbourhood": also of the known pixels around, their differences, and how far off their own guesses were
+    (models/neighbours.py)."""
     features: int
     """Features of the convolutions inside a block (h in the paper: 128); twice as many between the blocks."""
     layers: int
@@ -55,10 +63,14 @@ class PixelCNNConfig(ToldNothing):
     kernel: int = 3
     """The same of the convolution inside a block."""
     grouping: Grouping = "interleaved"
-    """Which features belong to red, green and blue: by turns, or a block of them each."""
+    """Which features belong to red, green and blue: by turns, or a block of them each. No matter with mixtures."""
 
     def __post_init__(self) -> None:
         check_sizes(self, odd=("first_kernel", "kernel"), for_each_colour=("features", "head_features"))
+
+    @property
+    def colours(self) -> Colours:
+        return colours(self.grouping, self.output)
 
     @property
     def num_units(self) -> int:
@@ -81,7 +93,8 @@ class PixelCNNConfig(ToldNothing):
         with torch.device("meta"):
             model = PixelCNN(self, recompute)
         pixels = self.image_size**2
-        first, head = pixels * model.first.flops_of_a_pixel, pixels * model.head.flops_of_a_pixel
+        first = pixels * (model.first.flops_of_a_pixel + flops_at_a_pixel(model))
+        head = pixels * model.head.flops_of_a_pixel
         block = model.blocks[0]
         assert isinstance(block, Block)
         up = block.out.flops_of_a_pixel
@@ -94,11 +107,11 @@ class PixelCNNConfig(ToldNothing):
             "blocks": Flops(blocks, 2 * blocks, again),
             "head": Flops(head, 2 * head, 0),
         }
-        return Account(parameters=num_parameters(model), positions=3 * pixels, parts=parts)
+        return Account(parameters=num_parameters(model), positions=len(model.generation_order), parts=parts)
 
 
 class PixelCNN(Model):
-    """Images -> logits of every sub-pixel given all that it sees."""
+    """Images -> the distribution of every sub-pixel, or of every pixel, given all that it sees."""
 
     config: PixelCNNConfig
 
@@ -106,31 +119,44 @@ class PixelCNN(Model):
         super().__init__()
         self.config, self.recompute = config, recompute
         with torch.device("cpu"):  # also where the weights are built on the meta device, to be counted
-            self.generation_order = torch.arange(3 * config.image_size**2)
+            pixels = torch.arange(config.image_size**2)
+            is_categorical = isinstance(config.output, CategoricalOutput)
+            self.generation_order = torch.arange(3 * len(pixels)) if is_categorical else pixels
         width, kernel = 2 * config.features, (config.first_kernel, config.first_kernel)
-        self.first = MaskedConvolution(3, width, kernel, mask="A", grouping=config.grouping)
+        self.enter = Intensities()
+        self.first = MaskedConvolution(3, width, kernel, mask="A", grouping=config.colours)
+        if config.stem == "neighbourhood":
+            self.stem = NeighbourhoodStem(config.image_size, pixels, width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = ColourHead(width, config.head_features, config.grouping)
+        self.head = head(width, config.head_features, config.output, config.grouping)
+        if isinstance(config.output, PredictorMixtureOutput):
+            self.predictors = Predictors(config.output.predictors, config.image_size, pixels)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         check_inputs(self.config, images, given)
-        return self.logits(intensities(images, self.first.weight.dtype))
+        return self.parameters_of(self.enter(images))
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Those [B, H, W, 3, 256] of intensities [B, H, W, 3], H and W of any size."""
-        x = self.first(x)
+    def parameters_of(self, values: Tensor) -> Tensor:
+        """As forward, of intensities [B, H, W, 3] on [-1, 1]; of any size where no neighbours are looked at."""
+        x = self.first(values.to(self.first.weight.dtype))
+        if self.config.stem == "neighbourhood":
+            x = x + self.stem.of_images(values)
         for index, block in enumerate(self.blocks):
             x = self.through(index, block, x)
-        logits: Tensor = self.head(x)
-        return logits
+        parameters: Tensor = self.head(x)
+        if isinstance(self.config.output, PredictorMixtureOutput):
+            parameters = around_guesses(parameters, self.predictors.of_images(values))
+        return parameters
 
     def entrance(self) -> Entrance:
-        return Entrance(self.first, torch.arange(len(self.generation_order)))
+        return Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks
 
-    def decoder(self, canvas: Canvas) -> PixelDecoder:
+    def decoder(self, canvas: Canvas) -> PixelDecoder | RecomputeDecoder:
+        if not isinstance(self.head, ColourHead) or self.config.stem == "neighbourhood":
+            return RecomputeDecoder(self, canvas)
         return PixelDecoder(partial(PixelCNNByPixel, self), self.head, canvas, self.config.image_size)
 
 
@@ -139,7 +165,7 @@ class Block(nn.Module):
 
     def __init__(self, config: PixelCNNConfig) -> None:
         super().__init__()
-        features, grouping, gain = config.features, config.grouping, config.layers**-0.5
+        features, grouping, gain = config.features, config.colours, config.layers**-0.5
         kernel = (config.kernel, config.kernel)
         self.reduce = MaskedConvolution(2 * features, features, (1, 1), mask="B", grouping=grouping)
         self.convolve = MaskedConvolution(features, features, kernel, mask="B", grouping=grouping)

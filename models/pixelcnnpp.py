@@ -22,19 +22,20 @@ from torch import Tensor, nn
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
-from models.likelihood import MixtureOutput
+from models.likelihood import MixtureOutput, PredictorMixtureOutput, around_guesses
 from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, num_parameters
+from models.neighbours import NeighbourhoodStem, Predictors, Stem, flops_at_a_pixel
 from models.recompute_decoder import RecomputeDecoder
 from models.weight_norm import (
     VARIANCE_FLOOR,
     Convolution,
-    Dense,
     Entry,
     GatedResnet,
     Nonlinearity,
     TransposedConvolution,
     down_shift,
     layer_flops,
+    mixture_head,
     right_shift,
     set_scales_from_images,
 )
@@ -50,8 +51,12 @@ class PixelCNNPPConfig:
     family: Literal["pixelcnnpp"] = "pixelcnnpp"
     image_size: int
     """Rows and columns of the square images; a multiple of 4."""
-    output: MixtureOutput = MixtureOutput()
-    """A mixture of logistics for each pixel: the paper has no other."""
+    output: MixtureOutput | PredictorMixtureOutput = MixtureOutput()
+    """A mixture of logistics for each pixel, as in the paper, or one around guesses from its neighbours."""
+    stem: Stem = "previous"
+    """What the first features are made of. "previous": of the pixels that the first convolutions see, as in the paper.
+    "neighbourhood": also of the known pixels around, their differences, and how far off their own guesses were
+    (models/neighbours.py)."""
     features: int
     """Features of every layer (the authors: 160)."""
     blocks: int
@@ -106,7 +111,7 @@ class PixelCNNPPConfig:
 
     def account(self, recompute: Recompute = Recompute()) -> Account:  # noqa: B008 (immutable)
         with torch.device("meta"):
-            model = PixelCNNPP(self, recompute)
+            model = PixelCNNPP(self, recompute).to("meta")
             labels = torch.zeros(1, dtype=torch.int64) if self.num_classes else None
             images = torch.zeros(1, self.image_size, self.image_size, 3)
         products = layer_flops(model, lambda: model.parameters_of(images, labels))
@@ -115,6 +120,7 @@ class PixelCNNPPConfig:
         first = sum(n for name, n in products.items() if name.startswith("first_"))
         head = products["head"]
         between = sum(products.values()) - sum(of_blocks) - first - head
+        first += self.image_size**2 * flops_at_a_pixel(model)
         recomputed = sum(flops for unit, flops in enumerate(of_blocks) if recompute.includes(unit))
         parts = {
             "first convolutions": Flops(first, first, 0),  # the image needs no gradient
@@ -148,17 +154,25 @@ class PixelCNNPP(Model):
         self.up = nn.ModuleList(Block(config, beside=True) for _ in range(STAGES * config.blocks + STAGES - 1))
         self.grow_u = nn.ModuleList(TransposedConvolution(features, features, sees="above") for _ in between)
         self.grow_ul = nn.ModuleList(TransposedConvolution(features, features, sees="above and left") for _ in between)
-        self.head = Dense(features, 10 * config.output.components)
+        self.head = mixture_head(features, config.output)
+        if config.stem == "neighbourhood":
+            self.stem = NeighbourhoodStem(config.image_size, self.generation_order, features)
+        if isinstance(config.output, PredictorMixtureOutput):
+            self.predictors = Predictors(config.output.predictors, config.image_size, self.generation_order)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         check_inputs(self.config, images, given)
         return self.parameters_of((images.float() - 127.5) / 127.5, given.labels)
 
     def parameters_of(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """As forward, of intensities on [-1, 1], [B, H, W, 3]; H and W are multiples of 4."""
-        x = self.entry(x.to(self.head.v.dtype))
+        """As forward, of intensities on [-1, 1], [B, H, W, 3]; H and W are multiples of 4, and the image's size where
+        neighbours are looked at."""
+        entered = self.entry(x)
+        x, values = entered.to(self.head.v.dtype), entered[:, :3].permute(0, 2, 3, 1)
         u = down_shift(self.first_u(x))
         ul = down_shift(self.first_ul_above(x)) + right_shift(self.first_ul_left(x))
+        if self.config.stem == "neighbourhood":  # u must not know what is in its own row
+            ul = ul + self.stem.of_images(values).permute(0, 3, 1, 2)
         seen_u, seen_ul = [u], [ul]
         through = partial(self.through, draws_random=self.config.dropout > 0)
         for index, block in enumerate(self.down):
@@ -178,7 +192,10 @@ class PixelCNNPP(Model):
             u, ul = through(len(self.down) + index, block, u, ul, seen_u.pop(), seen_ul.pop(), labels)
         assert not seen_u and not seen_ul
         x = F.elu(ul)  # whatever stands before the layers of blocks
-        return self.head(x.to(torch.promote_types(x.dtype, torch.float32))).permute(0, 2, 3, 1)
+        parameters = self.head(x.to(torch.promote_types(x.dtype, torch.float32))).permute(0, 2, 3, 1)
+        if isinstance(self.config.output, PredictorMixtureOutput):
+            parameters = around_guesses(parameters, self.predictors.of_images(values))
+        return parameters
 
     @property
     def initial_images(self) -> int:

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
-from models.likelihood import MixtureOutput
+from models.likelihood import MixtureOutput, PredictorMixtureOutput, around_guesses
 from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, num_parameters
+from models.neighbours import NeighbourhoodStem, Predictors, Stem, flops_at_a_pixel
 from models.recompute_decoder import RecomputeDecoder
 from models.weight_norm import (
     VARIANCE_FLOOR,
@@ -34,6 +35,7 @@ from models.weight_norm import (
     Nonlinearity,
     down_shift,
     layer_flops,
+    mixture_head,
     right_shift,
     set_scales_from_images,
 )
@@ -51,8 +53,13 @@ class PixelSNAILConfig:
     family: Literal["pixelsnail"] = "pixelsnail"
     image_size: int
     """Rows and columns of the square images."""
-    output: MixtureOutput = MixtureOutput()
-    """A mixture of logistics for each pixel (the authors: 10 components, of ImageNet 32): the paper has no other."""
+    output: MixtureOutput | PredictorMixtureOutput = MixtureOutput()
+    """A mixture of logistics for each pixel, as in the paper (the authors: 10 components, of ImageNet 32), or one
+    around guesses from its neighbours."""
+    stem: Stem = "previous"
+    """What the first features are made of. "previous": of the pixels that the first convolutions see, as in the paper.
+    "neighbourhood": also of the known pixels around, their differences, and how far off their own guesses were
+    (models/neighbours.py)."""
     features: int
     """Features of every layer (the authors: 256); even."""
     blocks: int
@@ -122,11 +129,12 @@ class PixelSNAILConfig:
 
     def account(self, recompute: Recompute = Recompute()) -> Account:  # noqa: B008 (immutable)
         with torch.device("meta"):
-            model = PixelSNAIL(self, recompute)
+            model = PixelSNAIL(self, recompute).to("meta")
             images = torch.zeros(1, self.image_size, self.image_size, 3)
         products = layer_flops(model, lambda: model.parameters_of(images))
         of_blocks = sum(flops for name, flops in products.items() if name.startswith("blocks."))
         first = sum(flops for name, flops in products.items() if name.startswith("first_"))
+        first += self.image_size**2 * flops_at_a_pixel(model)
         pairs = int(earlier(self.image_size, self.image_size, self.key_pooling, torch.device("cpu")).sum())
         scores = self.blocks * 2 * pairs * (KEY_FEATURES + self.features // 2)
         again = sum(recompute.includes(unit) for unit in range(self.blocks))
@@ -160,22 +168,32 @@ class PixelSNAIL(Model):
         self.first_above = Convolution(4, config.features, (1, 3), sees="above")
         self.first_left = Convolution(4, config.features, (2, 1), sees="above and left")
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.head = Dense(config.features, 10 * config.output.components)
+        self.head = mixture_head(config.features, config.output)
+        if config.stem == "neighbourhood":
+            self.stem = NeighbourhoodStem(config.image_size, self.generation_order, config.features)
+        if isinstance(config.output, PredictorMixtureOutput):
+            self.predictors = Predictors(config.output.predictors, config.image_size, self.generation_order)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         check_inputs(self.config, images, given)
         return self.parameters_of((images.float() - 127.5) / 127.5)
 
     def parameters_of(self, x: Tensor, labels: None = None) -> Tensor:
-        """As forward, of intensities on [-1, 1], [B, H, W, 3]."""
-        x = self.entry(x.to(self.head.v.dtype))
+        """As forward, of intensities on [-1, 1], [B, H, W, 3]; of the image's size where neighbours are looked at."""
+        entered = self.entry(x)
+        x, values = entered.to(self.head.v.dtype), entered[:, :3].permute(0, 2, 3, 1)
         h = down_shift(self.first_above(x)) + right_shift(self.first_left(x))
+        if self.config.stem == "neighbourhood":
+            h = h + self.stem.of_images(values).permute(0, 3, 1, 2)
         place = places(x)
         for unit, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             h = self._through(block, self.training and self.recompute.includes(unit), h, x[:, :3], place)
         h = F.elu(h)  # whatever stands before the layers of blocks
-        return self.head(h.to(torch.promote_types(h.dtype, torch.float32))).permute(0, 2, 3, 1)
+        parameters = self.head(h.to(torch.promote_types(h.dtype, torch.float32))).permute(0, 2, 3, 1)
+        if isinstance(self.config.output, PredictorMixtureOutput):
+            parameters = around_guesses(parameters, self.predictors.of_images(values))
+        return parameters
 
     def _through(self, block: "Block", recomputed: bool, h: Tensor, x: Tensor, place: Tensor) -> Tensor:
         if not recomputed:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.likelihood import MixtureOutput, PredictorMixtureOutput, initial_parameters
 from models.linear import product_dtype
 
 Nonlinearity = Literal["concat_elu", "elu", "relu"]
@@ -24,6 +25,8 @@ Sees = Literal["above", "above and left"]
 SPREAD_OF_V = 0.05
 GAIN_OF_GATES = 0.1
 """The variance that a block adds at first is small: its last convolution starts with a tenth of the usual scale."""
+OPINION_AT_FIRST = 0.1
+"""How far parameters of a mixture around guesses begin from those that are typical."""
 VARIANCE_FLOOR = 1e-10
 
 
@@ -33,15 +36,15 @@ class WeightNormed(nn.Module):
     out_axis = 0
     """Axis of v along which the result's features lie."""
 
-    def __init__(self, v_shape: tuple[int, ...], initial_scale: float) -> None:
+    def __init__(self, v_shape: tuple[int, ...], initial_scale: float, initial_mean: Tensor | float = 0.0) -> None:
         super().__init__()
-        self.initial_scale = initial_scale
-        """Standard deviation of the results over the first images."""
+        self.initial_scale, self.initial_mean = initial_scale, initial_mean
+        """Standard deviation and mean (of all features, or of each) of the results over the first images."""
         features = v_shape[self.out_axis]
         # In the constructor of the leaf: ZeRO-3 splits a module's weights among ranks as soon as it is constructed.
         self.v = nn.Parameter(torch.empty(v_shape))
         self.g = nn.Parameter(torch.full((features,), initial_scale))
-        self.b = nn.Parameter(torch.zeros(features))
+        self.b = nn.Parameter(torch.zeros(features) + initial_mean)
         nn.init.normal_(self.v, std=SPREAD_OF_V)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,11 +120,21 @@ class TransposedConvolution(WeightNormed):
 class Dense(WeightNormed):
     """[B, F, H, W] -> [B, F', H, W], pixel by pixel."""
 
-    def __init__(self, features_in: int, features_out: int, *, initial_scale: float = 1.0) -> None:
-        super().__init__((features_out, features_in), initial_scale)
+    def __init__(
+        self, features_in: int, features_out: int, *, initial_scale: float = 1.0, initial_mean: Tensor | float = 0.0
+    ) -> None:
+        super().__init__((features_out, features_in), initial_scale, initial_mean)
 
     def products(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.conv2d(x, weight[:, :, None, None], bias)
+
+
+def mixture_head(features: int, output: MixtureOutput | PredictorMixtureOutput) -> Dense:
+    """[B, F, H, W] -> [B, 10 K, H, W]. Around guesses it begins near them; else the first images decide, as always."""
+    if isinstance(output, PredictorMixtureOutput):
+        mean = initial_parameters(output)
+        return Dense(features, len(mean), initial_scale=OPINION_AT_FIRST, initial_mean=mean)
+    return Dense(features, 10 * output.components)
 
 
 class ClassWeights(nn.Embedding):
@@ -206,7 +219,7 @@ def right_shift(x: Tensor) -> Tensor:
 def set_scales_from_images(
     model: nn.Module, run: Callable[[], Any], variance_floor: Callable[[WeightNormed], float]
 ) -> None:
-    """Run the model once, layer after layer, with g and b such that results have mean 0 and the layer's standard
+    """Run the model once, layer after layer, with g and b such that results have the layer's mean and standard
     deviation over images and pixels. variance_floor is added to variances, which are not corrected for their number."""
 
     def set_scale(layer: nn.Module, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
@@ -215,7 +228,7 @@ def set_scales_from_images(
         layer.b.zero_()
         variance, mean = torch.var_mean(layer.uncropped(inputs[0]), (0, 2, 3), correction=0)
         layer.g.copy_(layer.initial_scale / (variance + variance_floor(layer)).sqrt())
-        layer.b.copy_(-mean * layer.g)
+        layer.b.copy_(torch.as_tensor(layer.initial_mean, device=mean.device) - mean * layer.g)
         return layer.forward(inputs[0])  # instead of the result
 
     hooks = [layer.register_forward_hook(set_scale) for layer in layers(model)]

@@ -13,7 +13,6 @@ from models.image_transformer.pixel_order import Input
 from models.linear import Linear
 from models.neighbours import NeighbourhoodStem
 
-Stem = Literal["previous", "neighbourhood"]
 Position = Literal["sine", "learned", "rotary"]
 
 SINE_LONGEST_WAVELENGTH = 1e4
@@ -32,13 +31,6 @@ class Embedding(nn.Embedding):
 
     def forward(self, indices: Tensor) -> Tensor:
         return super().forward(indices) * math.sqrt(self.embedding_dim)
-
-
-class Intensities(nn.Module):
-    """uint8 -> fp32 on [-1, 1]."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values.float() / 127.5 - 1
 
 
 class InputEmbedding(nn.Module):

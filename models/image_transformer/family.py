@@ -14,11 +14,10 @@ from torch import nn
 
 from models.drawing.canvas import Canvas
 from models.image_transformer.account import account_of
-from models.image_transformer.embedding import Intensities
 from models.image_transformer.network import Network
 from models.image_transformer.shape import Fixed1D, ImageTransformerShape
 from models.image_transformer.wave_decoder import WaveDecoder
-from models.model import Account, Entrance, Recompute
+from models.model import Account, Entrance, Intensities, Recompute
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,11 @@ Shapes: B batch, H rows, W columns, L positions in storage order, T some of them
 heads, K head width, C values per position.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -24,18 +22,13 @@ from torch.utils.checkpoint import (
 from models.attention.local_attention import attend_to_all, local_attention
 from models.attention.pattern import Pattern
 from models.given import NOTHING, Given
-from models.image_transformer.embedding import Embedding, InputEmbedding, Intensities
+from models.head import Head
+from models.image_transformer.embedding import Embedding, InputEmbedding
 from models.image_transformer.layer import Attend, Layer, attend_in_turn, norm, rotary
 from models.image_transformer.pixel_order import grid_shape, source_positions, to_positions
 from models.image_transformer.shape import ImageTransformerShape, make_patterns
-from models.likelihood import (
-    CategoricalOutput,
-    PredictorMixtureOutput,
-    around_guesses,
-    initial_mixture,
-    initial_predictor_mixture,
-)
-from models.model import Model, Recompute, check_inputs
+from models.likelihood import CategoricalOutput, PredictorMixtureOutput, around_guesses
+from models.model import Intensities, Model, Recompute, check_inputs
 from models.neighbours import NeighbourhoodStem, Predictors
 
 KeysValues = tuple[Tensor, Tensor]
@@ -87,7 +80,7 @@ class Network(Model):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
         self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
-        self.head = Head(config)
+        self.head = Head(config.width, config.output, 1 if config.input == "categorical" else 3)
         if isinstance(config.output, PredictorMixtureOutput):
             self.predictors = Predictors(config.output.predictors, config.image_size, self.generation_order)
 
@@ -177,28 +170,6 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = layer(x, attend_to_all, rotation, None)
         return self.final_norm(x)
-
-
-class Head(nn.Linear):
-    """Tokens [B, T, D] -> parameters of the output distribution in fp32, [B, T, C, 256] or [B, T, 10
-    mixtures]."""
-
-    def __init__(self, config: ImageTransformerShape) -> None:
-        values_per_position = 1 if config.input == "categorical" else 3
-        components = 0 if isinstance(config.output, CategoricalOutput) else config.output.components
-        super().__init__(config.width, 10 * components if components else 256 * values_per_position)
-        self.is_mixture = components > 0
-        # Almost no opinion at first: uniform intensities, components that are spread out, or the guesses as they are.
-        nn.init.normal_(self.weight, std=0.1 / math.sqrt(config.width))
-        with torch.no_grad():
-            if isinstance(config.output, PredictorMixtureOutput):
-                self.bias.copy_(initial_predictor_mixture(config.output))
-            else:
-                self.bias.copy_(initial_mixture(components) if components else torch.zeros_like(self.bias))
-
-    def forward(self, x: Tensor) -> Tensor:
-        parameters = F.linear(x.float(), self.weight.float(), self.bias.float())
-        return parameters if self.is_mixture else parameters.unflatten(-1, (-1, 256))
 
 
 ATTENTION_OPERATORS = ("scaled_dot_product", "image_transformer.local_attention", "image_transformer.attention_on_meta")

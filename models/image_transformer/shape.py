@@ -11,10 +11,11 @@ from typing import Literal
 import torch
 
 from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_1d, local_2d, sliding_1d, strided_1d
-from models.image_transformer.embedding import Position, Stem
+from models.image_transformer.embedding import Position
 from models.image_transformer.layer import Block, NormPlace
 from models.image_transformer.pixel_order import Input, Shift, grid_shape
 from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput
+from models.neighbours import Stem
 
 LARGEST = {
     "image_size": 1024,

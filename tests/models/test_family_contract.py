@@ -31,6 +31,7 @@ from models.likelihood import (
     nats,
     nats_by_channel,
 )
+from models.masked_convolution import PixelHead
 from models.model import Model, ModelConfig, Recompute
 from models.pixelcnn import PixelCNN, PixelCNNConfig
 from models.pixelcnnpp import PixelCNNPP, PixelCNNPPConfig
@@ -54,6 +55,10 @@ PIXELSNAIL: dict[str, Any] = {
     "features": 8,
     "blocks": 3,
     "convolutions": 2,
+}
+AROUND: dict[str, Any] = {
+    "output": PredictorMixtureOutput(predictors=("median", "learned"), scales=2),
+    "stem": "neighbourhood",
 }
 ODD = {"features": 5, "head_features": 8, "layers": 2}
 FAMILIES: dict[str, ModelConfig] = {
@@ -92,6 +97,14 @@ FAMILIES: dict[str, ModelConfig] = {
     "pixelcnnpp": PixelCNNPPConfig(**PIXELCNNPP),
     "pixelsnail": PixelSNAILConfig(**PIXELSNAIL),
     "pixelsnail, pooled keys": PixelSNAILConfig(**PIXELSNAIL | {"key_pooling": 2, "nonlinearity": "relu", "blocks": 2}),
+    "pixelcnn, predictors and stem": PixelCNNConfig(**PIXELCNN | AROUND),
+    "gated_pixelcnn, mixture": GatedPixelCNNConfig(**PIXELCNN, output=MixtureOutput(components=3)),
+    "gated_pixelcnn, stem": GatedPixelCNNConfig(
+        **PIXELCNN | {"features": 12, "head_features": 24, "stem": "neighbourhood"}
+    ),
+    "gated_pixelcnn, predictors and stem, classes": GatedPixelCNNConfig(**PIXELCNN | AROUND | ODD, num_classes=3),
+    "pixelcnnpp, predictors and stem": PixelCNNPPConfig(**PIXELCNNPP | AROUND | {"blocks": 1}),
+    "pixelsnail, predictors and stem": PixelSNAILConfig(**PIXELSNAIL | AROUND | {"blocks": 2}),
     "pixelcnnpp, elu, classes": PixelCNNPPConfig(**PIXELCNNPP | {"nonlinearity": "elu", "num_classes": 5, "blocks": 1}),
 }
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -113,6 +126,8 @@ def opinionated(model: Model) -> Model:
     match model:
         case ImageTransformer():
             last = model.head.weight
+        case PixelCNN() | GatedPixelCNN() if isinstance(model.head, PixelHead):
+            last = model.head.mixture.weight
         case PixelCNN() | GatedPixelCNN() | RowLSTM() | DiagonalBiLSTM():
             last = model.head.logits.weight
         case PixelCNNPP() | PixelSNAIL():
@@ -204,6 +219,12 @@ def with_neighbours_of_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "known_neighbours", lambda size, order: original(size, order.sort().values))
 
 
+def with_neighbours_of_its_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stem says of the pixel to the right, whose own left neighbour is the pixel itself."""
+    original = neighbours.NeighbourhoodStem.of_images
+    monkeypatch.setattr(neighbours.NeighbourhoodStem, "of_images", lambda self, x: original(self, x).roll(-1, dims=2))
+
+
 LEAKS = [
     ("image_transformer, predictors", with_the_pixel_as_its_neighbour),
     ("image_transformer, stem", with_the_pixel_as_its_neighbour),
@@ -219,6 +240,13 @@ LEAKS = [
     ("row_lstm", with_states_of_the_same_row),
     ("diagonal_bilstm", with_mask_b_first),
     ("diagonal_bilstm", with_a_map_that_is_not_moved_down),
+    ("gated_pixelcnn, mixture", with_mask_b_first),
+    ("pixelcnn, predictors and stem", with_the_pixel_as_its_neighbour),
+    ("gated_pixelcnn, stem", with_the_pixel_as_its_neighbour),
+    ("gated_pixelcnn, stem", with_neighbours_of_its_right),
+    ("gated_pixelcnn, predictors and stem, classes", with_mask_b_first),
+    ("pixelcnnpp, predictors and stem", with_neighbours_of_its_right),
+    ("pixelsnail, predictors and stem", with_the_pixel_as_its_neighbour),
     ("pixelcnnpp", with_a_stream_that_is_not_shifted),
     ("pixelsnail", with_attention_to_itself),
 ]

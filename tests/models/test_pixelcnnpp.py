@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.likelihood import MixtureOutput, bits_per_dim, nats
+from models.likelihood import MixtureOutput, PredictorMixtureOutput, bits_per_dim, nats
 from models.pixelcnnpp import PixelCNNPPConfig
 from models.weight_norm import layers
 from tests.support.tiny_model import random_images
@@ -53,6 +53,17 @@ def test_the_first_images_decide_the_first_scales_whatever_the_length_of_v() -> 
     output = model(images)
     assert output.mean((0, 1, 2)).abs().max() < 1e-4
     assert (output.var((0, 1, 2), correction=0) - 1).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("initialised", [False, True])
+def test_around_guesses_a_smooth_image_costs_little_before_any_training(initialised: bool) -> None:
+    torch.manual_seed(0)
+    row = torch.arange(16)
+    images = (60 + 3 * row[:, None, None] + 2 * row[:, None] + torch.tensor([0, 30, 60]))[None].to(torch.uint8)
+    model = PixelCNNPPConfig(**TINY | {"image_size": 16, "output": PredictorMixtureOutput()}).build()
+    if initialised:
+        model.initialise(images)
+    assert bits_per_dim(nats(model.config.output, model(images), images).sum().item(), images.numel()) < 3.5
 
 
 def test_the_first_scales_depend_on_dropout_in_training_alone() -> None:

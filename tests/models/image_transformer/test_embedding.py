@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from models.image_transformer.embedding import Embedding, InputEmbedding, Intensities, LearnedCode, SineCode
+from models.image_transformer.embedding import Embedding, InputEmbedding, LearnedCode, SineCode
+from models.model import Intensities
 
 
 def test_a_sub_pixel_is_looked_up_by_channel_and_intensity() -> None:

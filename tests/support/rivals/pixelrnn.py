@@ -186,17 +186,21 @@ def seen(name: str, rows: int, columns: int) -> Tensor:
     network: Callable[[Tensor], Tensor]
     if numbers := found(r"pixelcnn_k(\d+)A_then_(\d+)_k(\d+)B"):
         first, layers, kernel = numbers
-        network = PixelCNNConfig(first_kernel=first, layers=layers, kernel=kernel, **sizes).build().double().logits
+        network = (
+            PixelCNNConfig(first_kernel=first, layers=layers, kernel=kernel, **sizes).build().double().parameters_of
+        )
     elif numbers := found(r"pixelcnn_k(\d+)_limit"):
         kernel = numbers[0]
-        network = PixelCNNConfig(first_kernel=kernel, layers=many, kernel=kernel, **sizes).build().double().logits
+        network = (
+            PixelCNNConfig(first_kernel=kernel, layers=many, kernel=kernel, **sizes).build().double().parameters_of
+        )
     elif numbers := found(r"gated_k(\d+)_(\d+)_layers(?:_vertical)?"):
         gated = gated_model(numbers[0], numbers[1] - 1, numbers[0], sizes)
-        network = (lambda x: gated.stacks(x)[0]) if name.endswith("vertical") else gated.logits
+        network = (lambda x: gated.stacks(x)[0]) if name.endswith("vertical") else gated.parameters_of
     elif numbers := found(r"gated_k(\d+)_then_(\d+)_k(\d+)"):
-        network = gated_model(*numbers, sizes).logits
+        network = gated_model(*numbers, sizes).parameters_of
     elif numbers := found(r"gated_k(\d+)_limit"):
-        network = gated_model(numbers[0], many, numbers[0], sizes).logits
+        network = gated_model(numbers[0], many, numbers[0], sizes).parameters_of
     elif numbers := found(r"rowlstm_k(\d+)A_then_(\d+)"):
         network = row_lstm(numbers[0], numbers[1], sizes).logits
     elif numbers := found(r"rowlstm_k(\d+)A_limit"):
