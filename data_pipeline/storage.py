@@ -236,8 +236,17 @@ class Store:
 
     def exists(self, name: str) -> bool:
         filesystem, path = open_filesystem(self.url), self._path(name)
-        what = f"look for {self.url_of(name)}"
-        return with_retries(lambda: bool(filesystem.exists(path)), what, self.deadline_seconds, None)
+
+        def attempt() -> bool:
+            if not self.is_local:
+                return bool(filesystem.exists(path))
+            try:  # os.path.exists takes any error of the disk for a missing file
+                os.stat(path)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
+
+        return with_retries(attempt, f"look for {self.url_of(name)}", self.deadline_seconds, None)
 
     def size(self, name: str) -> int:
         """Bytes of an object."""

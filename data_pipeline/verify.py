@@ -21,11 +21,11 @@ import numpy as np
 from data_pipeline.damaged_blocks import SAME_ANSWERS
 from data_pipeline.image_shards import images_in
 from data_pipeline.loader import Shards, open_shards
-from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest, Shard
+from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest, Shard, open_store
 from data_pipeline.pack import EXTRA_OPTIONS
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.shard_format import KEY_DIGITS, decode_samples, encode_samples, end_of_shard
-from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
+from data_pipeline.storage import EXIT_CORRUPT, EXIT_REFUSED, DataError, Store
 from data_pipeline.wording import counted
 
 READ_DEADLINE_SECONDS = 60.0
@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("url", help="the folder of the shards, local or s3://bucket/prefix")
     options = parser.parse_args(arguments)
     try:
+        refuse_links(open_store(options.url, READ_DEADLINE_SECONDS))
         shards = open_shards(options.url, read_deadline_seconds=READ_DEADLINE_SECONDS)
         problems = verify(shards)
     except DataError as error:
@@ -76,6 +77,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{counted(len(manifest.shards), 'shard')}, {megabytes:,.0f} MB, digest {shards.digest[:16]}"
     )
     return 0
+
+
+def refuse_links(store: Store) -> None:
+    """DataError if a file of a local data set, which may come from somebody else, is a link out of its folder."""
+    if not store.is_local:
+        return
+    folder = os.path.realpath(store.local_path)
+    for name in store.names():
+        path = os.path.join(folder, name)
+        if os.path.islink(path) and os.path.commonpath([folder, os.path.realpath(path)]) != folder:
+            raise DataError(
+                f"{store.url_of(name)} is a link that leads out of the folder, which is not followed here; "
+                "put the file itself there",
+                EXIT_REFUSED,
+            )
 
 
 def verify(shards: Shards) -> list[Problem]:

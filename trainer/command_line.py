@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from trainer.errors import FINISHED, INTERRUPTED, code_of, is_foreseen
 from trainer.record.redaction import guard_output
+from trainer.safe_files import worded
 
 
 def report(error: BaseException) -> None:
@@ -28,6 +29,7 @@ def run_tool(tool: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return FINISHED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
+        error = worded(error)
         report(error)
         return code_of(error)
     return FINISHED

@@ -9,7 +9,7 @@ All exit codes of the project (trainer, data_pipeline, cluster):
  65  damaged data
  69  a service or a machine does not answer: storage, MLflow, Slurm, a node
  70  a bug of ours; or the run was started again and again and got no further
- 73  cannot write there: no space, no permission, or another job holds the run's folder
+ 73  cannot write there: no space, no permission, a disk with errors, or another job holds the run's folder
  74  a checkpoint or an exported model cannot be read or written
  75  not done yet, run the same command again: stopped on request, or other tasks have not finished their share
  76  training diverged
@@ -91,6 +91,12 @@ class RunFolderFull(RuntimeError):
 
 class RecordIncomplete(RuntimeError):
     """Points or events of a run could not be written to its folder. The text says how many, and where they are."""
+
+    exit_code = CANNOT_WRITE
+
+
+class UnfitDisk(RuntimeError):
+    """A disk gives errors, is full or must not be written to. The text names the file."""
 
     exit_code = CANNOT_WRITE
 

@@ -38,6 +38,7 @@ from trainer.progress import Progress
 from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank, from_rank_0, meeting
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker, one_line, open_tracker
+from trainer.safe_files import worded
 from trainer.scoring import score
 from trainer.startup import Start, cannot_write, check_fits, count_start, why_not_anew
 from trainer.training_samples import draw_grid
@@ -312,6 +313,7 @@ def draw_samples(
 
 def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
     """The error, or the failure of another rank that caused it. An error of this rank's own is told to the others."""
+    error = worded(error)
     code = code_of(error)
     # An unclassified RuntimeError usually means that a peer left a collective.
     collective = isinstance(error, RuntimeError) and not is_foreseen(error)

@@ -50,6 +50,7 @@ from trainer.progress import Progress  # noqa: E402
 from trainer.ranks import ranks_from_environment  # noqa: E402
 from trainer.record.redaction import guard_output  # noqa: E402
 from trainer.record.run_folder import RunFiles  # noqa: E402
+from trainer.safe_files import worded  # noqa: E402
 from trainer.startup import Start, check_machine, open_data, origin_of, prepare_run_folder, print_check  # noqa: E402
 
 
@@ -82,6 +83,7 @@ def main() -> int:
     except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
+        error = worded(error)
         code = code_of(error)
         # One sentence per machine, not per rank. Rank 1 speaks as well when a rank is lost: that may be rank 0.
         if ranks.local_rank == 0 or code == BUG or (isinstance(error, LostRank) and ranks.local_rank == 1):

@@ -18,7 +18,9 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 
 from data_pipeline.storage import TORN_FILE
-from trainer.errors import UnsafeFile
+from trainer.errors import UnfitDisk, UnsafeFile, is_foreseen
+
+_OF_DISKS = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM})
 
 LARGEST_READ = 64 << 20
 """Bytes of a file that is read as a whole."""
@@ -29,13 +31,23 @@ TORN_SECONDS = 3600.0
 _TORN_NAME = re.compile(rf".+{re.escape(TORN_FILE)}[0-9a-f]{{16}}")
 
 
+def worded(error: Exception) -> Exception:
+    """UnfitDisk in place of what the system says of a disk; any other error as it is."""
+    if not isinstance(error, OSError) or is_foreseen(error) or error.errno not in _OF_DISKS:
+        return error
+    place = f"{error.filename}: " if error.filename else ""
+    unfit = UnfitDisk(f"{place}the disk cannot be used ({error.strerror}); the same command goes on when it can")
+    unfit.__cause__ = error
+    return unfit
+
+
 def read_file(path: Path, *, within: Path | None = None, largest: int = LARGEST_READ) -> bytes:
     """The content of a regular file.
 
     No part of the path below the folder `within` may be a link; by default that is the file alone. Raises UnsafeFile,
     FileNotFoundError, or another OSError.
     """
-    with open_to_read(path, within=within, largest=largest) as file:
+    with open_to_read(path, within=within, largest=largest) as file, _named(path):
         content = file.read(largest + 1)
     if len(content) > largest:  # it has grown meanwhile
         raise _too_large(path, largest)
@@ -63,7 +75,7 @@ def write_file(path: Path, content: bytes, *, within: Path | None = None, mode: 
     A link in the place of the file is replaced, too. Raises UnsafeFile for one on the way there, or another OSError.
     """
     temporary = f"{path.name}{TORN_FILE}{random.getrandbits(64):016x}"
-    with _folder_of(path, within or path.parent, make=True) as folder:
+    with _named(path), _folder_of(path, within or path.parent, make=True) as folder:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with os.fdopen(os.open(temporary, flags, mode, dir_fd=folder), "wb") as file:
@@ -74,7 +86,7 @@ def write_file(path: Path, content: bytes, *, within: Path | None = None, mode: 
                 os.fsync(file.fileno())
             os.replace(temporary, path.name, src_dir_fd=folder, dst_dir_fd=folder)
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # gone already, or on a disk of which the error above tells
                 os.unlink(temporary, dir_fd=folder)
 
 
@@ -187,6 +199,17 @@ def _folder_of(path: Path, within: Path, *, make: bool) -> Iterator[int]:
         yield here
     finally:
         os.close(here)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file that it is about, even where it has only its number."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not isinstance(error, UnsafeFile):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def _is_regular(name: str, folder: int) -> bool:

@@ -503,3 +503,16 @@ def test_a_trickling_read_is_cut_off(s3_bucket: str, s3_server: S3Server, monkey
     finally:
         s3_server.resume()
     assert storage.bytes_of(filesystem, f"{s3_bucket}/x", 0, 1000) == bytes(1000)
+
+
+def test_a_file_that_the_disk_cannot_look_up_does_not_count_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: str) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    store = Store(str(tmp_path), 0.0)
+    assert not store.exists("x") and not store.exists("x/y")
+    monkeypatch.setattr(os, "stat", broken)
+    with pytest.raises(DataError, match="cannot look for"):
+        store.exists("x")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,22 @@ def test_a_whole_data_set_is_well(packed: Path, capsys: pytest.CaptureFixture[st
 def test_a_data_set_on_s3_is_verified(s3_bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert pack_main([*PACK, "--dest", f"s3://{s3_bucket}/d", "--workers", "1"]) == 0
     assert main([f"s3://{s3_bucket}/d"]) == 0
+
+
+def test_a_link_out_of_the_data_set_is_not_followed(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(packed, tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("manifest.json", "train-000000.tar"):
+        path = tmp_path / "data" / name
+        path.rename(tmp_path / "elsewhere" / name)
+        path.symlink_to(tmp_path / "elsewhere" / name)
+        assert main([str(tmp_path / "data")]) == 77
+        assert f"{name} is a link that leads out of the folder" in capsys.readouterr().err
+        path.unlink()
+        (tmp_path / "elsewhere" / name).rename(tmp_path / "data" / f".{name}")
+        (tmp_path / "data" / f".{name}").rename(path)
 
 
 def flip(shard: Path) -> None:

@@ -52,7 +52,7 @@ def config_of(stage: int, precision: str, every: int) -> RunConfig:
 
 
 def main() -> None:
-    """Arguments: the port of a store of this machine for each case. Prints stage, precision, n, bytes, a line each."""
+    """Arguments: for each case a free port of this machine. Prints stage, precision, n and bytes, a line each."""
     gc.freeze()  # what the imports made is not looked at by each collection
     for case, port in zip(CASES, sys.argv[1:], strict=True):
         os.environ["MASTER_PORT"] = port

@@ -10,6 +10,8 @@ from data_pipeline.storage import DataError
 from trainer.command_line import run_tool
 from trainer.errors import CheckpointError, ConfigError, UsageError
 
+DISK = "error: run/x: the disk cannot be used ({}); the same command goes on when it can\n"
+
 
 @pytest.fixture(autouse=True)
 def no_guard() -> Iterator[None]:
@@ -28,6 +30,8 @@ def no_guard() -> Iterator[None]:
         (DataError("away", 69), 69, "error: away\n"),
         (CheckpointError("damaged"), 74, "error: damaged\n"),
         (KeyboardInterrupt(), 130, ""),
+        (OSError(5, "Input/output error", "run/x"), 73, DISK.format("Input/output error")),
+        (PermissionError(13, "Permission denied", "run/x"), 73, DISK.format("Permission denied")),
     ],
 )
 def test_an_error_that_was_foreseen_is_its_sentence(

@@ -1,5 +1,6 @@
 """Does nothing in a folder of a stranger lead a read or a write out of it, or hold it up?"""
 
+import errno
 import fcntl
 import os
 import socket
@@ -183,6 +184,15 @@ def test_a_comparison_shows_pictures_and_nothing_else(mine: Path, linked: str) -
             (run / "samples" / private.name).symlink_to(private)
         else:
             (run / "samples" / private.name).write_text(MINE)
-    picture = history_of_folder(run).pictures["key"][1]
     with pytest.raises((UnsafeFile, UsageError)):
-        picture()
+        history_of_folder(run).pictures["key"][1]()
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=f"{tmp_path}/x"):
+        write_file(tmp_path / "x", b"content")
+    assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from trainer.older_configs import params_of_today
 from trainer.record.mlflow_mirror import open_client
 from trainer.record.run_folder import RunFiles, working_seconds
 from trainer.record.tracker import one_line
-from trainer.safe_files import read_file
+from trainer.safe_files import read_file, refuse_links
 
 RUN_ID = re.compile(r"[0-9a-f]{32}")
 MOST_RUNS = 50
@@ -277,6 +277,8 @@ def _pictures_of_folder(files: RunFiles) -> dict[str, dict[int, Callable[[], byt
     found: dict[str, dict[int, Callable[[], bytes]]] = {}
     standing = files.standing_pictures()
     for folder in (files.samples, files.folder / "evaluation"):
+        if folder.is_symlink():
+            refuse_links(folder)
         for path in sorted(folder.glob("*.png")):
             stands = standing.get(path.relative_to(files.folder).as_posix(), True)
             if stands and (match := _PICTURE.fullmatch(path.name)):
