@@ -1,0 +1,269 @@
+"""What does each part of the quickstart's recipe give, after equally many FLOPs of training?
+
+    python -m benchmarks.recipe
+
+The recipe and the first quickstart on the full budget; each part alone in the first quickstart, each taken out of the
+recipe, and what was tried beside them, on a part of the budget, paired with the run of the same seed that lacks only
+that change. Then the paper's ablation of the block size. Runs that were made before are not made again
+(benchmarks/equal_compute.py).
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.equal_compute import (
+    OLD_BATCH,
+    OLD_MODEL,
+    OLD_OPTIMIZER,
+    SCORED_IMAGES,
+    Journal,
+    Result,
+    Settings,
+    Wanted,
+    account_of,
+    difference,
+    make_missing,
+    settings_of,
+    wanted,
+)
+from benchmarks.report import table, write_section
+from benchmarks.rivals import spread
+from trainer.config import RunConfig, load_config
+from trainer.typed_values import plain
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "configs/quickstart.yaml"
+SECTION = "parts of the quickstart's recipe"
+COMMAND = "python -m benchmarks.recipe"
+SEEDS = (0, 1, 2)
+FULL, OLD_PART, PART, BLOCKS_BUDGET = 1.0, 1 / 4, 1 / 8, 1 / 8
+"""In units of the first quickstart's compute. Of changes to it, and to the recipe, which needs fewer FLOPs a step."""
+
+NARROW: Settings = {"width": 48, "heads": 2, "attention_width": 48, "ff_width": 144}
+WIDE: Settings = {name: OLD_MODEL[name] for name in NARROW}
+MUON: Settings = {"name": "muon", "muon_peak_lr": 0.02}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A line of the tables: what differs from the config that it is compared with."""
+
+    name: str
+    model: Mapping[str, object]
+    optimizer: Mapping[str, object]
+    batch: int | None = None
+
+    def applied_to(self, config: RunConfig) -> RunConfig:
+        optimizer = plain(config.optimizer) | self.optimizer
+        if optimizer["name"] != "muon":
+            optimizer.pop("muon_peak_lr", None)
+        batch = self.batch or config.train.global_batch_images
+        return settings_of(plain(config.model) | self.model, optimizer, batch)
+
+
+def _model(name: str, **changes: object) -> Change:
+    return Change(name, changes, {})
+
+
+ALONE = (
+    _model("predictors", output={"kind": "predictor_mixture", "scales": 2}),
+    _model("stem of neighbours", stem="neighbourhood"),
+    Change("Muon", {}, MUON),
+    Change("4 images a step", {}, {}, batch=4),
+    Change("width 48", NARROW, {}),
+    Change("average of the weights over 0.98", {}, {"ema_decay": 0.98}),
+)
+"""Added to the first quickstart."""
+
+WITHOUT = (
+    _model("without predictors", output=OLD_MODEL["output"]),
+    _model("one predictor, the median", output={"kind": "predictor_mixture", "predictors": ["median"], "scales": 20}),
+    _model("without the stem", stem="previous"),
+    Change("AdamW for Muon", {}, {"name": "adamw"}),
+    Change("8 images a step", {}, {}, batch=8),
+    Change("width 96", WIDE, {}),
+    Change("average of the weights over 0.95", {}, {"ema_decay": 0.95}),
+    _model("attention sees 8 pixels", attention={"kind": "local_1d", "query_block": 8, "memory": 8}),
+)
+"""Taken out of the recipe, or undone in it."""
+
+BESIDE = (
+    _model("2D blocks of 4 x 16, flange 8", attention={"kind": "local_2d", "query_block": [4, 16], "memory": [8, 8]}),
+    _model(
+        "windows of 64, 128 and 256 by layer",
+        attention=[{"kind": "sliding_1d", "window": window} for window in (64, 128, 256)],
+    ),
+    _model("one head of keys for two of queries", key_heads=1),
+    _model("code of positions learned, not rotary", position="learned"),
+)
+"""Added to the recipe."""
+
+
+def old() -> RunConfig:
+    """The first quickstart."""
+    return settings_of(OLD_MODEL, OLD_OPTIMIZER, OLD_BATCH)
+
+
+def recipe() -> RunConfig:
+    """The quickstart of today."""
+    return load_config(ROOT / RECIPE, [])
+
+
+def blocks() -> dict[int, RunConfig]:
+    """The paper's ablation (configs/cifar10_block8.yaml and its like) at a small size, by block size."""
+    return {
+        size: settings_of(
+            {
+                "family": "image_transformer",
+                "image_size": 32,
+                "input": "categorical",
+                "output": {"kind": "categorical"},
+                "attention": {"kind": "local_1d", "query_block": size, "memory": size},
+                "layers": 2,
+                "width": 32,
+                "heads": 2,
+                "attention_width": 32,
+                "ff_width": 64,
+                "block": "paper",
+                "norm": "post",
+                "position": "sine",
+            },
+            OLD_OPTIMIZER | {"ema_decay": 0.98},
+            4,
+        )
+        for size in (8, 16, 64, 256)
+    }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Changes to one config on one budget."""
+
+    title: str
+    base: RunConfig
+    budget: float
+    changes: tuple[Change, ...]
+
+
+def comparisons() -> list[Comparison]:
+    """The tables of changes."""
+    return [
+        Comparison("added to the first quickstart", old(), OLD_PART, ALONE),
+        Comparison("taken out of the recipe", recipe(), PART, WITHOUT),
+        Comparison("added to the recipe", recipe(), PART, BESIDE),
+    ]
+
+
+def wanted_runs() -> Iterator[Wanted]:
+    """All, seed after seed, so that the tables of one seed are soon complete."""
+    for seed in SEEDS:
+        yield wanted(recipe(), FULL, seed)
+        for comparison in comparisons():
+            yield wanted(comparison.base, comparison.budget, seed)
+            for change in comparison.changes:
+                yield wanted(change.applied_to(comparison.base), comparison.budget, seed)
+        yield from (wanted(config, BLOCKS_BUDGET, seed) for config in blocks().values())
+        yield wanted(old(), FULL, seed)
+        yield wanted(recipe(), 1 / 4, seed)
+
+
+def results_of(config: RunConfig, budget: float, journal: Journal) -> list[Result]:
+    """The seeds that are there."""
+    return [result for seed in SEEDS if (result := journal.find(wanted(config, budget, seed)))]
+
+
+def table_of_budgets(journal: Journal) -> str:
+    """The recipe and the first quickstart, on all validation images where the budget is the full one."""
+    header = ["", "TFLOP", "parameters", "images", "seeds", "bits/dim of the crops", "of the first 128", "CPU s"]
+    lines = []
+    for name, config, budget in (
+        ("the first quickstart", old(), FULL),
+        ("the recipe", recipe(), FULL),
+        ("the recipe", recipe(), 1 / 4),
+        ("the recipe", recipe(), PART),
+    ):
+        if results := results_of(config, budget, journal):
+            first = results[0]
+            lines.append(
+                [
+                    name,
+                    f"{first.flops / 1e12:.2f}",
+                    f"{account_of(config.model).parameters:,}",
+                    f"{first.config.train.steps * first.config.train.global_batch_images:,}",
+                    f"{len(results)}",
+                    spread([result.mean for result in results]) if budget >= FULL else "–",
+                    spread([result.raw_mean for result in results]),
+                    f"{sum(result.cpu_seconds for result in results) / len(results):.0f}",
+                ]
+            )
+    return table(header, lines)
+
+
+def table_of_changes(comparison: Comparison, journal: Journal) -> str:
+    """Each change beside what it was made to."""
+    base = results_of(comparison.base, comparison.budget, journal)
+    header = [comparison.title, "parameters", "images", "seeds", "bits/dim", "difference", "CPU s"]
+    lines = []
+    for name, config in [
+        ("nothing", comparison.base),
+        *((change.name, change.applied_to(comparison.base)) for change in comparison.changes),
+    ]:
+        if not (results := results_of(config, comparison.budget, journal)):
+            continue
+        found, train = difference(results, base), results[0].config.train
+        lines.append(
+            [
+                name,
+                f"{account_of(config.model).parameters:,}",
+                f"{train.steps * train.global_batch_images:,}",
+                f"{len(results)}",
+                spread([result.raw_mean for result in results]),
+                "" if found is None or name == "nothing" else f"{found.mean:+.3f} ± {found.error:.3f}",
+                f"{sum(result.cpu_seconds for result in results) / len(results):.0f}",
+            ]
+        )
+    return table(header, lines)
+
+
+def table_of_blocks(journal: Journal) -> str:
+    """The paper's ablation."""
+    published = {8: "4.06", 16: "3.47", 64: "3.13", 256: "2.99"}
+    lines = [
+        [f"{size}", published[size], f"{len(results)}", spread([result.raw_mean for result in results])]
+        for size, config in blocks().items()
+        if (results := results_of(config, BLOCKS_BUDGET, journal))
+    ]
+    return table(["block and memory", "CIFAR-10, table 4 of the paper", "seeds", "bits/dim"], lines)
+
+
+def write(journal: Journal) -> None:
+    """The tables, as a section of RESULTS.md."""
+    changes = "\n\n".join(table_of_changes(comparison, journal) for comparison in comparisons())
+    text = f"""On all 512 validation crops with averages of the weights, and on the first {SCORED_IMAGES} with raw ones.
+±: standard error over seeds.
+
+{table_of_budgets(journal)}
+
+Changes, each on the same FLOPs as what it is compared with: a quarter of the first quickstart's for changes to it, an
+eighth for changes to the recipe. The first {SCORED_IMAGES} crops, raw weights. Differences are those of the same seeds
+and crops; ±: their standard error over seeds (where there are two or more) and over crops, added in squares.
+
+{changes}
+
+The paper's ablation of the receptive field: 2 layers of width 32, categorical, on an eighth of the FLOPs.
+
+{table_of_blocks(journal)}"""
+    write_section(SECTION, COMMAND, text)
+
+
+def main() -> int:
+    journal = Journal()
+    make_missing(wanted_runs(), journal)
+    write(journal)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

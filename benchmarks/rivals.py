@@ -1,0 +1,271 @@
+"""Which family of models needs the fewest bits for unseen photographs, after equally many FLOPs of training?
+
+    python -m benchmarks.rivals
+
+Each family with the likelihood of its paper, at about the size of the quickstart's model; then those that can with its
+likelihood and input. All with AdamW, and each at the best of three learning rates, as a run of a quarter of the budget
+says. Runs that were made before are not made again (benchmarks/equal_compute.py).
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.equal_compute import (
+    SCORED_IMAGES,
+    Journal,
+    Result,
+    Settings,
+    Wanted,
+    account_of,
+    make_missing,
+    settings_of,
+    standard_error,
+    unit_of_compute,
+    wanted,
+)
+from benchmarks.report import table, write_section
+from models.receptive_field import receptive_field
+from trainer.config import RunConfig
+
+SECTION = "families of models at equal compute"
+COMMAND = "python -m benchmarks.rivals"
+SEEDS = (0, 1, 2)
+BATCH = 4
+RATES = (1e-3, 3e-3, 9e-3)
+TRIAL = 1 / 4
+"""Part of the budget that a trial of a learning rate gets, with the first seed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the table."""
+
+    name: str
+    model: Settings
+    published: str
+    """Bits/dim of CIFAR-10 in its paper."""
+    budget: float
+    """In units of the first quickstart's compute."""
+
+    def config(self, rate: float) -> RunConfig:
+        optimizer = {
+            "name": "adamw",
+            "peak_lr": rate,
+            "schedule": {"kind": "cosine", "warmup_steps": 20, "final_lr_fraction": 0.05},
+            "weight_decay": 0.01,
+            "ema_decay": 0.98,
+        }
+        return settings_of(self.model, optimizer, BATCH)
+
+    def trials(self) -> dict[float, Wanted]:
+        """One for each learning rate."""
+        return {rate: wanted(self.config(rate), self.budget * TRIAL, SEEDS[0]) for rate in RATES}
+
+    def best_rate(self, journal: Journal) -> float | None:
+        """None as long as trials are missing."""
+        found = {rate: journal.find(run) for rate, run in self.trials().items()}
+        means = {rate: result.raw_mean for rate, result in found.items() if result}
+        return min(means, key=lambda rate: means[rate]) if len(means) == len(RATES) else None
+
+    def runs(self, journal: Journal) -> list[Wanted]:
+        """One for each seed, at the best rate; none as long as that is not known."""
+        rate = self.best_rate(journal)
+        return [] if rate is None else [wanted(self.config(rate), self.budget, seed) for seed in SEEDS]
+
+
+PLAIN_BUDGET, EQUAL_BUDGET = 1 / 8, 1 / 4
+
+CATEGORICAL: Settings = {
+    "family": "image_transformer",
+    "image_size": 32,
+    "input": "categorical",
+    "output": {"kind": "categorical"},
+    "heads": 2,
+    "block": "paper",
+    "position": "sine",
+}
+MIXTURE: Settings = {"kind": "mixture", "components": 10}
+STRIDED = {"kind": "strided_1d", "stride": 96}
+LOCAL = {"kind": "sliding_1d", "window": 96}
+
+
+def _transformer(width: int, layers: int, ff_width: int, **changes: object) -> Settings:
+    sizes = {"width": width, "attention_width": width, "layers": layers, "ff_width": ff_width}
+    return CATEGORICAL | sizes | changes
+
+
+PLAIN = (
+    Row(
+        "PixelCNN",
+        {"family": "pixelcnn", "image_size": 32, "features": 33, "layers": 7, "head_features": 99},
+        "3.14",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "Row LSTM",
+        {"family": "row_lstm", "image_size": 32, "features": 25, "layers": 4, "head_features": 96},
+        "3.07",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "Gated PixelCNN",
+        {
+            "family": "gated_pixelcnn",
+            "image_size": 32,
+            "features": 30,
+            "layers": 4,
+            "head_features": 96,
+            "first_kernel": 7,
+            "kernel": 3,
+        },
+        "3.03",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "Diagonal BiLSTM",
+        {"family": "diagonal_bilstm", "image_size": 32, "features": 21, "layers": 4, "head_features": 96},
+        "3.00",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "PixelCNN++",
+        {
+            "family": "pixelcnnpp",
+            "image_size": 32,
+            "output": MIXTURE,
+            "features": 25,
+            "blocks": 1,
+            "nonlinearity": "concat_elu",
+        },
+        "2.92",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "Image Transformer, categorical",
+        _transformer(24, 2, 96, norm="post", attention={"kind": "local_1d", "query_block": 256, "memory": 256}),
+        "2.90",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "Image Transformer, mixture",
+        _transformer(
+            48,
+            3,
+            144,
+            norm="post",
+            position="learned",
+            input="ordinal",
+            output=MIXTURE,
+            attention={"kind": "local_1d", "query_block": 256, "memory": 256},
+        ),
+        "2.90",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "PixelSNAIL",
+        {
+            "family": "pixelsnail",
+            "image_size": 32,
+            "output": MIXTURE,
+            "features": 36,
+            "blocks": 3,
+            "convolutions": 1,
+            "nonlinearity": "elu",
+        },
+        "2.85",
+        PLAIN_BUDGET,
+    ),
+    Row(
+        "Sparse Transformer's strided pattern",
+        _transformer(32, 3, 96, norm="pre", position="learned", attention=[STRIDED, LOCAL, LOCAL]),
+        "2.80",
+        PLAIN_BUDGET,
+    ),
+)
+
+ROWS = PLAIN
+
+
+def wanted_runs(journal: Journal) -> Iterator[Wanted]:
+    """Trials first, then the seeds one after the other, so that the table of one seed is soon complete."""
+    for row in ROWS:
+        yield from row.trials().values()
+    runs = [row.runs(journal) for row in ROWS]
+    for seed in range(len(SEEDS)):
+        yield from (of_row[seed] for of_row in runs if of_row)
+
+
+def results_of(row: Row, journal: Journal) -> list[Result]:
+    """The seeds that are there."""
+    return [result for run in row.runs(journal) if (result := journal.find(run))]
+
+
+def spread(values: list[float]) -> str:
+    """Mean of the seeds and its standard error."""
+    mean = sum(values) / len(values)
+    return f"{mean:.3f} ± {standard_error(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def table_of(rows: tuple[Row, ...], journal: Journal) -> str:
+    """Markdown, a line for each row that has a result."""
+    header = [
+        "model",
+        "CIFAR-10, published",
+        "pixels seen",
+        "parameters",
+        "MFLOP an image",
+        "images",
+        "rate (bits/dim of the trials)",
+        "seeds",
+        "bits/dim",
+        "CPU s",
+    ]
+    lines = []
+    for row in rows:
+        results = results_of(row, journal)
+        if not results:
+            continue
+        first = results[0]
+        model, train = first.config.model, first.config.train
+        account, field = account_of(model), receptive_field(model)
+        tried = {rate: journal.find(run) for rate, run in row.trials().items()}
+        trials = ", ".join(f"{rate:g}: {result.raw_mean:.2f}" for rate, result in tried.items() if result)
+        lines.append(
+            [
+                row.name,
+                row.published,
+                f"{field.seen} of {field.past}" if field else "–",
+                f"{account.parameters:,}",
+                f"{account.flops.training / 1e6:,.0f}",
+                f"{train.steps * train.global_batch_images:,}",
+                f"{row.best_rate(journal):g} ({trials})",
+                f"{len(results)}",
+                spread([result.raw_mean for result in results]),
+                f"{sum(result.cpu_seconds for result in results) / len(results):.0f}",
+            ]
+        )
+    return table(header, lines)
+
+
+def write(journal: Journal) -> None:
+    """The tables, as a section of RESULTS.md."""
+    unit = unit_of_compute() / 1e12
+    text = f"""Trained on {PLAIN_BUDGET * unit:.2f} TFLOP (an eighth of the first quickstart), {BATCH} images a step.
+Scored on the first {SCORED_IMAGES} validation crops with raw weights. AdamW, at the best of three learning rates by
+trials of a quarter of that. ±: standard error over seeds. Pixels seen: by gradients, of the pixel in the middle.
+
+{table_of(PLAIN, journal)}"""
+    write_section(SECTION, COMMAND, text)
+
+
+def main() -> int:
+    journal = Journal()
+    make_missing(wanted_runs(journal), journal)  # the trials
+    make_missing(wanted_runs(journal), journal)
+    write(journal)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
