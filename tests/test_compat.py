@@ -16,7 +16,7 @@ from data_pipeline.loader import DataConfig
 from models.given import Given
 from models.image_transformer.family import ImageTransformerConfig
 from models.pixelcnn import PixelCNNConfig
-from tests.support.launch import QUICKSTART, mlflow_store, train
+from tests.support.launch import SMALL_JOB, mlflow_store, train
 from trainer import evaluate, sample
 from trainer.comparison.run_history import history_of_folder
 from trainer.config import RunConfig, flat, load_config, load_written, model_config_from
@@ -234,7 +234,7 @@ def test_recorded_parameters_are_compared_under_their_paths_of_today() -> None:
 def test_a_moved_option_is_understood_and_says_where_it_lives_now(
     override: str, path: str, value: object, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert flat(load_config(QUICKSTART, [override]))[path] == value
+    assert flat(load_config(SMALL_JOB, [override]))[path] == value
     old = override.partition("=")[0]
     said = capsys.readouterr().err
     assert (f"{old} is now {path}" in said) == (old in MOVED)

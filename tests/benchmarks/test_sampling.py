@@ -14,7 +14,7 @@ from models.attention.pattern import QueryBlock
 from models.decoding import Step
 from models.image_transformer.decode_plan import decode_plan
 from models.image_transformer.shape import Local1D
-from tests.support.launch import QUICKSTART, TINY_MODEL
+from tests.support.launch import SMALL_JOB, TINY_MODEL
 from tests.support.tiny_model import MODERN, tiny_config
 
 TWO_DIMENSIONS = ["model.attention=local_2d", "model.attention.query_block=[2, 4]", "model.attention.memory=[2, 2]"]
@@ -33,7 +33,7 @@ def test_it_reports_ratios_and_writes_them_down(
     monkeypatch.setattr(sampling, "copy_rate", lambda device: 1e9)
     quarter = {"key_heads_speedup": 2.5, "key_heads_fewer_bytes": 3.0}
     monkeypatch.setattr(sampling, "fewer_key_heads", lambda config, batch_images, device: quarter)
-    arguments = ["--config", str(QUICKSTART), *tiny_settings(*changes), "--batch-images", "2", "--waves-size", "8"]
+    arguments = ["--config", str(SMALL_JOB), *tiny_settings(*changes), "--batch-images", "2", "--waves-size", "8"]
     assert sampling.main([*arguments, "--json", str(tmp_path / "sampling.json")]) == 0
     numbers = json.loads((tmp_path / "sampling.json").read_text())
     for key in ("sampling_vs_recompute", "sampling_vs_full_cache", "sampling_vs_bandwidth_limit"):
@@ -41,7 +41,7 @@ def test_it_reports_ratios_and_writes_them_down(
     assert numbers["sampling_waves_fewer_steps"] > 1.3
     first, *_, last = (statistics.median(turns) for turns in numbers["details"]["turns"])
     assert numbers["time_per_token_last_over_first"] == pytest.approx(last / first)
-    assert "sampling of quickstart on a CPU" in (tmp_path / "RESULTS.md").read_text()
+    assert "sampling of small_job on a CPU" in (tmp_path / "RESULTS.md").read_text()
     text = capsys.readouterr().out
     assert "limit of memory" in text and "(model.key_heads) is 2.50 times as fast" in text
 

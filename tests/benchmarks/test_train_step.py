@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import report, train_step
 from models.image_transformer.family import ImageTransformer
-from tests.support.launch import QUICKSTART, TINY_MODEL
+from tests.support.launch import SMALL_JOB, TINY_MODEL
 from tests.support.tiny_model import PATTERNS, random_images, tiny_config
 
 TINY = [f"--set={name}={value}" for name, value in (TINY_MODEL | {"train.micro_batch_images": 2}).items()]
@@ -28,15 +28,15 @@ def test_the_command_writes_its_numbers_and_its_section(tmp_path: Path, monkeypa
     monkeypatch.setitem(train_step.VARIANTS, "dense_mask", train_step.with_dense_mask)
     build = train_step.build
     monkeypatch.setattr(train_step, "build", lambda *args: build(*args[:-1], [*args[-1], "flex_raster"]))
-    arguments = ["--config", str(QUICKSTART), *TINY, "--json", str(tmp_path / "numbers.json")]
+    arguments = ["--config", str(SMALL_JOB), *TINY, "--json", str(tmp_path / "numbers.json")]
     assert train_step.main(arguments) == 0
     numbers = json.loads((tmp_path / "numbers.json").read_text())
-    assert 0 < numbers["cpu_step_share_of_matmul_quickstart"] < 1
-    assert numbers["cpu_step_speedup_vs_dense_mask_quickstart"] > 0
+    assert 0 < numbers["cpu_step_share_of_matmul_small_job"] < 1
+    assert numbers["cpu_step_speedup_vs_dense_mask_small_job"] > 0
     missing = numbers["details"]["missing"]
     assert "no gradients on a CPU" in missing["flex"]
     assert "trains differently" in missing["flex_raster"]
-    assert "training step of quickstart on a CPU" in (tmp_path / "RESULTS.md").read_text()
+    assert "training step of small_job on a CPU" in (tmp_path / "RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["2d", "2d block shift"])

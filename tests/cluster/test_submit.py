@@ -11,7 +11,7 @@ import pytest
 from cluster import submit
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ["--config", str(ROOT / "configs/quickstart.yaml"), "--no-check"]
+CONFIG = ["--config", str(ROOT / "tests/support/small_job.yaml"), "--no-check"]
 SITE = ("SBATCH_PARTITION", "SBATCH_ACCOUNT", "SBATCH_EXCLUDE", "GPUS_PER_NODE", "CPUS_PER_TASK", "INTERFACE")
 
 
@@ -51,7 +51,7 @@ def test_a_training_is_filled_in_from_options_and_config(capsys: pytest.CaptureF
         "requeue": "",
         "open-mode": "append",
         "signal": "B:USR1@600",
-        "job-name": "quickstart",
+        "job-name": "small_job",
         "time": "1-12",
         "gpus-per-node": "8",
         "cpus-per-task": "96",
@@ -136,7 +136,7 @@ def test_values_are_those_the_trainer_uses_not_those_that_stand_in_the_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Plain YAML would take the second of two sections `run`; the trainer refuses them."""
-    text = (ROOT / "configs/quickstart.yaml").read_text()
+    text = (ROOT / "tests/support/small_job.yaml").read_text()
     (tmp_path / "c.yaml").write_text(text)
     options = ["--config", str(tmp_path / "c.yaml"), "--no-check", "--nodes", "1", "--time", "5"]
     script = dry_run(capsys, *options, "--set", "checkpoint.url=s3://bucket/run", "--set", "run.name=a b")

@@ -30,7 +30,7 @@ def hostfile(lab: Lab, folder: Path) -> Path:
 def launch(lab: Lab, run_dir: Path, data: str, **changes: object) -> list[str]:
     """The README's command over the first two machines of the lab."""
     deepspeed = [str(BIN / "deepspeed"), "--hostfile", str(hostfile(lab, run_dir.parent))]
-    config = ["--config", "configs/quickstart.yaml", *arguments(run_dir, data, run__world_size=2, **changes)]
+    config = ["--config", "tests/support/small_job.yaml", *arguments(run_dir, data, run__world_size=2, **changes)]
     return [*deepspeed, "trainer/run.py", *config]
 
 

@@ -44,7 +44,7 @@ def submit(slurm: Lab, *options: str, check: bool = True) -> "subprocess.Complet
 
 def train(slurm: Lab, run_dir: Path, data: str, *options: str, **changes: object) -> str:
     """Submit the run of these tests; the job's number."""
-    config = ["--config", "configs/quickstart.yaml", *arguments(run_dir, data, **changes)]
+    config = ["--config", "tests/support/small_job.yaml", *arguments(run_dir, data, **changes)]
     result = submit(slurm, *config, "--no-check", *options)
     first = result.stdout.splitlines()[0]
     assert first.startswith("job: "), result.stdout
@@ -237,7 +237,7 @@ def test_a_run_that_always_dies_is_given_up(slurm: Lab, data: str, tmp_path: Pat
 def test_a_mistake_in_the_config_fails_at_once_before_and_in_the_job(slurm: Lab, data: str, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     wrong = arguments(run_dir, data, train__global_batch_images=30)
-    options = ["--config", "configs/quickstart.yaml", *wrong, "--nodes", "2", "--time", "10", "--preflight", "no"]
+    options = ["--config", "tests/support/small_job.yaml", *wrong, "--nodes", "2", "--time", "10", "--preflight", "no"]
     result = submit(slurm, *options, check=False)
     assert result.returncode == 2
     assert "train.global_batch_images: 30" in result.stderr
@@ -248,7 +248,7 @@ def test_a_mistake_in_the_config_fails_at_once_before_and_in_the_job(slurm: Lab,
 
 
 def test_slurm_accepts_every_script_that_a_dry_run_prints(slurm: Lab, data: str, tmp_path: Path) -> None:
-    train_options = ["--config", "configs/quickstart.yaml", *arguments(tmp_path / "run", data), "--nodes", "1-2"]
+    train_options = ["--config", "tests/support/small_job.yaml", *arguments(tmp_path / "run", data), "--nodes", "1-2"]
     site = ["--time", "1-12", "--partition", "main", "--cpus-per-task", "2", "--exclude", "n3", "--dry-run"]
     others = {
         "evaluate": ["--job", "evaluate", "--", "--run", "runs/x y", "--weights", "ema"],

@@ -21,7 +21,7 @@ import torch.distributed
 from torch import Tensor
 
 from data_pipeline.storage import EXIT_UNREACHABLE, DataError, Store
-from tests.support.launch import QUICKSTART
+from tests.support.launch import SMALL_JOB
 from tests.support.mapped_memory import mapped_bytes
 from trainer import tensor_file
 from trainer.checkpoint import Checkpoints, digest_of
@@ -107,7 +107,7 @@ def run_ranks(size: int, work: Callable[[Ranks], Any]) -> list[Any]:
 
 
 def checkpoints(ranks: Ranks, folder: Path) -> Checkpoints:
-    settings = load_config(QUICKSTART, ["checkpoint.keep_last=2", "checkpoint.background=false"]).checkpoint
+    settings = load_config(SMALL_JOB, ["checkpoint.keep_last=2", "checkpoint.background=false"]).checkpoint
     return Checkpoints(str(folder), ranks, torch.device("cpu"), settings, attempt=1)
 
 

@@ -19,7 +19,7 @@ from trainer.record.mlflow_mirror import quiet_mlflow
 from trainer.record.run_folder import RunFiles
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICKSTART = ROOT / "configs/quickstart.yaml"
+SMALL_JOB = ROOT / "tests/support/small_job.yaml"
 
 Process = Rank | subprocess.Popen[str]
 
@@ -53,7 +53,7 @@ def _empty_mlflow_store() -> Path:
 
 
 def settings(run_dir: Path, data: Path, **changes: object) -> list[str]:
-    """Arguments that turn the quickstart into a run of seconds; `train__steps=5` changes train.steps."""
+    """Arguments that turn the small job into a run of seconds; `train__steps=5` changes train.steps."""
     values: dict[str, object] = TINY_MODEL | {
         "run.dir": run_dir,
         "data.train_url": data / "train",
@@ -76,7 +76,7 @@ def start(
     arguments: list[str],
     *,
     ranks: int,
-    config: Path = QUICKSTART,
+    config: Path = SMALL_JOB,
     environment: dict[str, str] | None = None,
     sabotage: dict[int, Callable[[], None]] | None = None,
 ) -> list[Rank]:

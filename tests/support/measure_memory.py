@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models.given import NOTHING
 from models.likelihood import nats
 from models.model import Recompute
-from tests.support.launch import QUICKSTART
+from tests.support.launch import SMALL_JOB
 from tests.support.mapped_memory import mapped_bytes
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_engine import DeepSpeedEngine, init_distributed
@@ -48,7 +48,7 @@ def config_of(stage: int, precision: str, every: int) -> RunConfig:
         "train.precision": precision,
         "train.activation_checkpoint_every_layers": every,
     }
-    return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
+    return load_config(SMALL_JOB, [f"{name}={value}" for name, value in values.items()])
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from tests.support.launch import QUICKSTART, TINY_MODEL, mlflow_store
+from tests.support.launch import SMALL_JOB, TINY_MODEL, mlflow_store
 from trainer.comparison.scaling_law import Law
 from trainer.config import as_yaml, load_config
 from trainer.record.run_folder import RunFiles
@@ -30,7 +30,7 @@ def make_run(folder: Path, name: str, best: float, *overrides: str, data: Simple
     settings = [f"run.dir={folder / name}", f"run.name={name}", f"tracking.uri={mlflow_store(folder)}", *overrides]
     data = data or shards("A")
     tracker = Tracker(
-        load_config(QUICKSTART, settings),
+        load_config(SMALL_JOB, settings),
         world_size=4,
         step=0,
         datasets={"training": shards("A", digest="cd"), "validation": data},
@@ -60,10 +60,10 @@ def make_scaling_runs(folder: Path, *, noise: float = 0.0) -> list[Path]:
             shape = TINY_MODEL | {"model.width": width, "model.attention_width": width, "model.ff_width": 2 * width}
             settings = [*(f"{name}={value}" for name, value in shape.items()), "train.global_batch_images=8"]
             settings += ["train.micro_batch_images=1"]
-            account = load_config(QUICKSTART, settings).model.account()
+            account = load_config(SMALL_JOB, settings).model.account()
             steps = round(flops / account.flops.training / 8)
             name = f"w{width}-{flops:.0e}"
-            config = load_config(QUICKSTART, [*settings, f"train.steps={steps}", f"run.name={name}"])
+            config = load_config(SMALL_JOB, [*settings, f"train.steps={steps}", f"run.name={name}"])
             bits = float(LAW.bits_per_dim(account.parameters, 8 * steps * account.positions))
             point = {"val/bits_per_dim": bits * float(np.exp(noise * random.standard_normal())), "val/images": 64.0}
             (folder / name).mkdir(parents=True)

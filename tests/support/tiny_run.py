@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from tests.support.launch import QUICKSTART, settings
+from tests.support.launch import SMALL_JOB, settings
 from trainer.config import load_config
 from trainer.model_card import card_of
 from trainer.record.own_runs import remember_urls
@@ -18,7 +18,7 @@ SUPER_RESOLUTION = {"model__super_resolution__small_size": 4, "model__super_reso
 def tiny_run(folder: Path, data: Path, **changes: object) -> TrainedModel:
     """What load_trained_model gives for a run of 8x8 images; `model__num_classes=5` changes model.num_classes."""
     arguments = settings(folder, data, **changes)
-    config = load_config(QUICKSTART, arguments[1::2])
+    config = load_config(SMALL_JOB, arguments[1::2])
     folder.mkdir(parents=True, exist_ok=True)
     remember_urls([config.data.train_url, config.data.validation_url])
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_pipeline.batch import Batch
 from models.model import Model
-from tests.support.launch import QUICKSTART, TINY_MODEL
+from tests.support.launch import SMALL_JOB, TINY_MODEL
 from trainer.checkpoint import Checkpoints
 from trainer.config import RunConfig, load_config
 from trainer.engine import TorchEngine, Update
@@ -55,7 +55,7 @@ def config_of(folder: Path, **changes: object) -> RunConfig:
     }
     values |= {name.replace("__", "."): value for name, value in changes.items()}
     overrides = [f"{name}={'null' if value is None else value}" for name, value in values.items()]
-    return load_config(QUICKSTART, overrides)
+    return load_config(SMALL_JOB, overrides)
 
 
 def pictures(first: int, count: int) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from tests.support.launch import QUICKSTART, curve, free_port, settings, train
+from tests.support.launch import SMALL_JOB, curve, free_port, settings, train
 from trainer import evaluate, export, run, sample
 from trainer.exported_model import load_exported
 from trainer.record.run_folder import Journal
@@ -77,7 +77,7 @@ def test_weights_that_cannot_be_used_end_in_one_sentence_before_anything_starts(
         monkeypatch.setenv("MASTER_PORT", os.environ.get("MASTER_PORT", str(free_port())))
         begin = ["--from", str(source)] if source else []
         arguments = [*begin, *settings(tmp_path / "run", splits, **changes)]
-        monkeypatch.setattr(sys, "argv", ["trainer/run.py", "--config", str(QUICKSTART), *arguments])
+        monkeypatch.setattr(sys, "argv", ["trainer/run.py", "--config", str(SMALL_JOB), *arguments])
         assert run.main() == 2
         text = capsys.readouterr().err
         assert text.startswith("error: ") and len(text.splitlines()) == 1

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from data_pipeline.storage import Store
-from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
+from tests.support.launch import ROOT, SMALL_JOB, TINY_MODEL
 from tests.support.s3_server import S3Server
 from trainer import checkpoint, export
 from trainer.checkpoint import Checkpoint, Checkpoints, digest_of, list_complete, read_weights, to_keep
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config() -> RunConfig:
-    return load_config(QUICKSTART, [f"{name}={value}" for name, value in TINY_MODEL.items()])
+    return load_config(SMALL_JOB, [f"{name}={value}" for name, value in TINY_MODEL.items()])
 
 
 @pytest.fixture
@@ -555,10 +555,10 @@ def test_killed_at_any_moment_there_is_always_a_complete_checkpoint(tmp_path: Pa
     program = (
         "import itertools, dataclasses, sys, torch\n"
         "from pathlib import Path\n"
-        "from tests.trainer.test_checkpoint import ALONE, CPU, QUICKSTART, TINY_MODEL, checkpoints_in, save\n"
+        "from tests.trainer.test_checkpoint import ALONE, CPU, SMALL_JOB, TINY_MODEL, checkpoints_in, save\n"
         "from trainer.config import load_config\n"
         "from trainer.engine import TorchEngine\n"
-        "config = load_config(QUICKSTART, [f'{n}={v}' for n, v in TINY_MODEL.items()])\n"
+        "config = load_config(SMALL_JOB, [f'{n}={v}' for n, v in TINY_MODEL.items()])\n"
         "engine = TorchEngine(config.model.build(), config)\n"
         "for step in itertools.count(1):\n"
         "    save(checkpoints_in(Path(sys.argv[1])), engine, config, step)\n"

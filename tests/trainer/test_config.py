@@ -8,7 +8,7 @@ import yaml
 from trainer.config import as_yaml, flat, load_config
 from trainer.errors import ConfigError
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "configs/quickstart.yaml"
+SMALL_JOB = Path(__file__).resolve().parents[1] / "support/small_job.yaml"
 
 
 def complaint(path: Path, *overrides: str) -> str:
@@ -18,7 +18,7 @@ def complaint(path: Path, *overrides: str) -> str:
 
 
 def edited(tmp_path: Path, old: str, new: str) -> Path:
-    text = QUICKSTART.read_text()
+    text = SMALL_JOB.read_text()
     assert old in text
     path = tmp_path / "edited.yaml"
     path.write_text(text.replace(old, new, 1))
@@ -26,7 +26,7 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
 
 
 def test_the_resolved_config_reads_back_to_the_same_config(tmp_path: Path) -> None:
-    config = load_config(QUICKSTART, ["model.layers=2", "data.train_url=s3://bucket/a=b"])
+    config = load_config(SMALL_JOB, ["model.layers=2", "data.train_url=s3://bucket/a=b"])
     (tmp_path / "config.yaml").write_text(as_yaml(config))
     assert load_config(tmp_path / "config.yaml", []) == config
     assert config.model.layers == 2
@@ -35,12 +35,12 @@ def test_the_resolved_config_reads_back_to_the_same_config(tmp_path: Path) -> No
 
 
 def test_an_override_wins_over_the_file_and_the_last_one_over_the_others() -> None:
-    assert load_config(QUICKSTART, ["train.steps=7", "train.steps=8"]).train.steps == 8
+    assert load_config(SMALL_JOB, ["train.steps=7", "train.steps=8"]).train.steps == 8
 
 
 @pytest.mark.parametrize("text", ["3e-4", "3E-4", "3.0e-4", "0.0003"])
 def test_numbers_are_numbers_in_every_spelling(text: str) -> None:
-    assert load_config(QUICKSTART, [f"optimizer.peak_lr={text}"]).optimizer.peak_lr == 0.0003
+    assert load_config(SMALL_JOB, [f"optimizer.peak_lr={text}"]).optimizer.peak_lr == 0.0003
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name_and_its_path(tmp_path: Path) -> None:
@@ -48,18 +48,18 @@ def test_an_unknown_key_is_refused_with_the_nearest_name_and_its_path(tmp_path: 
         edited(tmp_path, "  layers:", "  layres:")
     )
     assert "model.layers: is missing" in complaint(edited(tmp_path, "  layers:", "  layres:"))
-    assert "trian: unknown section; did you mean train?" in complaint(QUICKSTART, "trian.steps=3")
+    assert "trian: unknown section; did you mean train?" in complaint(SMALL_JOB, "trian.steps=3")
 
 
 def test_a_key_in_the_wrong_section_is_told_where_it_belongs(tmp_path: Path) -> None:
-    assert "train.peak_lr: unknown key; it belongs under optimizer" in complaint(QUICKSTART, "train.peak_lr=1.0")
+    assert "train.peak_lr: unknown key; it belongs under optimizer" in complaint(SMALL_JOB, "train.peak_lr=1.0")
     path = tmp_path / "top.yaml"
-    path.write_text(QUICKSTART.read_text() + "peak_lr: 1.0\n")
+    path.write_text(SMALL_JOB.read_text() + "peak_lr: 1.0\n")
     assert "peak_lr belongs under a section (optimizer.peak_lr)" in complaint(path)
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    text = complaint(QUICKSTART, "train.steps=0", "optimizer.beta1=2.0", "model.heads=five", "run.seeed=1")
+    text = complaint(SMALL_JOB, "train.steps=0", "optimizer.beta1=2.0", "model.heads=five", "run.seeed=1")
     for field in ("train.steps", "optimizer.beta1", "model.heads", "run.seeed"):
         assert field in text
     assert len(text.splitlines()) == 4
@@ -94,12 +94,12 @@ def test_all_problems_are_reported_at_once() -> None:
     ],
 )
 def test_a_bad_value_is_named_with_its_path_and_what_is_allowed(override: str, words: str) -> None:
-    assert words in complaint(QUICKSTART, override)
+    assert words in complaint(SMALL_JOB, override)
 
 
 def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
     text = complaint(edited(tmp_path, "  layers: 3\n", "  layers: 3\n  layers: 4\n"))
-    lines = QUICKSTART.read_text().splitlines()
+    lines = SMALL_JOB.read_text().splitlines()
     first = lines.index("  layers: 3") + 1
     assert f"layers is given twice, on lines {first} and {first + 1}" in text
 
@@ -128,12 +128,12 @@ def test_a_file_that_is_no_config_is_refused_in_a_sentence(tmp_path: Path, conte
 
 def test_a_missing_file_is_named_with_the_nearest_one(tmp_path: Path) -> None:
     assert "no such config file" in complaint(tmp_path / "none.yaml")
-    assert f"did you mean {QUICKSTART}?" in complaint(QUICKSTART.with_name("quickstrat.yaml"))
+    assert f"did you mean {SMALL_JOB}?" in complaint(SMALL_JOB.with_name("smal_job.yaml"))
     assert "cannot be read" in complaint(tmp_path)
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:
-    values = yaml.safe_load(QUICKSTART.read_text())
+    values = yaml.safe_load(SMALL_JOB.read_text())
     del values["data"]
     path = tmp_path / "short.yaml"
     path.write_text(yaml.safe_dump(values))

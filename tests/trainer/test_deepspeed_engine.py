@@ -14,7 +14,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from models.given import NOTHING
 from models.likelihood import MixtureOutput, nats
 from models.model import Model, Recompute
-from tests.support.launch import QUICKSTART, TINY_MODEL
+from tests.support.launch import SMALL_JOB, TINY_MODEL
 from tests.support.tiny_model import random_images
 from trainer import deepspeed_engine
 from trainer.config import RunConfig, load_config
@@ -44,7 +44,7 @@ def tiny(stage: int, precision: str, **changes: object) -> RunConfig:
         "optimizer.ema_decay": 0.9,
         **changes,
     }
-    return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
+    return load_config(SMALL_JOB, [f"{name}={value}" for name, value in values.items()])
 
 
 def new_model(config: RunConfig) -> Model:

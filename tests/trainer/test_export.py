@@ -16,7 +16,7 @@ import torch
 from models.given import NOTHING
 from models.likelihood import MixtureOutput, nats
 from models.model import Model, num_parameters
-from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL
+from tests.support.launch import ROOT, SMALL_JOB, TINY_MODEL
 from tests.support.tiny_model import random_images
 from trainer import export as export_tool
 from trainer.checkpoint import Checkpoint, Weights
@@ -49,7 +49,7 @@ ORIGIN = Origin(
 
 def config_of(**changes: object) -> RunConfig:
     values = TINY_MODEL | {name.replace("__", "."): value for name, value in changes.items()}
-    return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
+    return load_config(SMALL_JOB, [f"{name}={value}" for name, value in values.items()])
 
 
 def new_model(seed: int = 0, **changes: object) -> Model:

@@ -12,7 +12,7 @@ import torch
 
 from models.likelihood import nats
 from models.model import Recompute
-from tests.support.launch import QUICKSTART, ROOT, free_port
+from tests.support.launch import ROOT, SMALL_JOB, free_port
 from tests.support.mapped_memory import LARGE_BYTES
 from tests.support.measure_memory import CASES, config_of
 from tests.support.tiny_model import BLOCKS, GIVEN, HEADS, PATTERNS, random_given, random_images, tiny_config
@@ -65,7 +65,7 @@ def test_the_peak_of_real_training_is_within_15_percent_of_the_plan(
 
 
 def with_model(**changes: Any) -> RunConfig:
-    config = load_config(QUICKSTART, ["train.micro_batch_images=2", "train.precision=fp32"])
+    config = load_config(SMALL_JOB, ["train.micro_batch_images=2", "train.precision=fp32"])
     return dataclasses.replace(config, model=tiny_config(image_size=8, **changes))
 
 
@@ -127,7 +127,7 @@ def test_many_layers_are_extrapolated_from_few_exactly(layers: int, every: int, 
 
 def test_on_a_gpu_scores_are_never_stored() -> None:
     """Four times the positions take four times the memory, where matrices of scores would take sixteen."""
-    config = load_config(QUICKSTART, ["model.attention=full"])
+    config = load_config(SMALL_JOB, ["model.attention=full"])
     small, large = (
         activation_bytes(
             dataclasses.replace(config, model=dataclasses.replace(config.model, image_size=size)),
@@ -140,7 +140,7 @@ def test_on_a_gpu_scores_are_never_stored() -> None:
 
 
 def test_recomputing_and_keeping_less_takes_less() -> None:
-    config = load_config(QUICKSTART, ["model.layers=6"])
+    config = load_config(SMALL_JOB, ["model.layers=6"])
     peaks = [activation_bytes(config, "cuda", Recompute(every=every)) for every in (0, 2, 1)]
     assert peaks[0] > peaks[1] > peaks[2]
     kept = activation_bytes(config, "cuda", Recompute(every=1, keeps_attention=True))
@@ -148,7 +148,7 @@ def test_recomputing_and_keeping_less_takes_less() -> None:
 
 
 def test_more_ranks_share_what_a_stage_shards() -> None:
-    config = load_config(QUICKSTART, ["train.precision=bf16"])
+    config = load_config(SMALL_JOB, ["train.precision=bf16"])
     totals = {
         stage: [state_bytes(config, 10**9, "cuda", stage=stage, ranks=n).peak(0) for n in (2, 8, 64)]
         for stage in range(4)
@@ -158,14 +158,14 @@ def test_more_ranks_share_what_a_stage_shards() -> None:
         assert totals[stage][0] > totals[stage][1] > totals[stage][2]
     # Of 64 ranks each has 1/64 of 16 bytes a parameter: fp32 weights, two moments, average.
     assert state_bytes(config, 10**9, "cuda", stage=1, ranks=64).optimizer == 16 * 10**9 / 64
-    one_moment = load_config(QUICKSTART, ["train.precision=bf16", "optimizer.name=rmsprop"])
+    one_moment = load_config(SMALL_JOB, ["train.precision=bf16", "optimizer.name=rmsprop"])
     assert state_bytes(one_moment, 10**9, "cuda", stage=1, ranks=64).optimizer == 12 * 10**9 / 64
 
 
 def test_what_is_offloaded_is_on_the_host() -> None:
     values = ["train.zero_stage=3", "train.offload_optimizer=cpu"]
     here, there = (
-        state_bytes(load_config(QUICKSTART, v), 10**9, "cuda", stage=3, ranks=8) for v in (values[:1], values)
+        state_bytes(load_config(SMALL_JOB, v), 10**9, "cuda", stage=3, ranks=8) for v in (values[:1], values)
     )
     assert here.host == 0 and there.optimizer == 0
     assert there.host == here.optimizer

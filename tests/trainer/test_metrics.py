@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.launch import QUICKSTART
+from tests.support.launch import SMALL_JOB
 from trainer import metrics
 from trainer.config import load_config
 from trainer.metrics import Meter, Work, peak_memory_bytes, work_of
@@ -87,7 +87,7 @@ def test_rates_follow_from_images_per_second(clock: Clock) -> None:
 
 
 def test_on_a_cpu_no_utilisation_is_made_up(clock: Clock) -> None:
-    config = load_config(QUICKSTART, [])
+    config = load_config(SMALL_JOB, [])
     work = work_of(config, 2, CPU)
     assert work == Work(
         tokens_per_image=32 * 32, flops_per_image=config.model.account().flops.training, devices=2, peak_tflops=None

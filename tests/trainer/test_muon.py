@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import QUICKSTART, TINY_MODEL, curve, settings, train
+from tests.support.launch import SMALL_JOB, TINY_MODEL, curve, settings, train
 from trainer.config import RunConfig, load_config
 from trainer.errors import ConfigError
 from trainer.memory import num_orthogonalised, state_bytes
@@ -24,7 +24,7 @@ def muon(stage: int, precision: str, **changes: object) -> RunConfig:
     values = TINY_MODEL | MUON | {"train.zero_stage": stage, "train.precision": precision}
     values |= {"train.global_batch_images": 8, "train.micro_batch_images": 4}
     values |= {name.replace("__", "."): value for name, value in changes.items()}
-    return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
+    return load_config(SMALL_JOB, [f"{name}={value}" for name, value in values.items()])
 
 
 def matrices(config: RunConfig) -> dict[str, int]:
@@ -84,4 +84,4 @@ def test_a_matrix_has_one_moment() -> None:
     }
     both = 8 * 10**6 + 8 * 400_000  # weights and average in fp32, and the rest's two moments
     assert bytes_of == {1: (both + 4 * 600_000) // 4, 3: (both + 2 * 600_000) // 4}
-    assert num_orthogonalised(load_config(QUICKSTART, [])) == 0
+    assert num_orthogonalised(load_config(SMALL_JOB, [])) == 0

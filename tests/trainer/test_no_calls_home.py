@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import ROOT, settings
+from tests.support.launch import ROOT, SMALL_JOB, settings
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_no_command_asks_anybody_for_anything(tmp_path: Path, splits: Path, aske
     environment = {name: value for name, value in os.environ.items() if name not in quiet}
     environment |= {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY")}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run, config = tmp_path / "run", ROOT / "configs/quickstart.yaml"
+    run, config = tmp_path / "run", SMALL_JOB
     small = settings(run, splits, train__steps=2, evaluate__images=4)
     for command in (
         [str(ROOT / "trainer/run.py"), "--config", str(config), *small],

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.launch import QUICKSTART
+from tests.support.launch import SMALL_JOB
 from trainer.config import load_config
 from trainer.optimizer import build_optimizer, learning_rate
 from trainer.options import AdamW, Cosine, Exponential, Noam, RMSProp, Rsqrt, Schedule, SummedAdam, WarmupStableDecay
 
 
 def config(**changes: object) -> AdamW:
-    optimizer = load_config(QUICKSTART, []).optimizer
+    optimizer = load_config(SMALL_JOB, []).optimizer
     assert isinstance(optimizer, AdamW)
     return dataclasses.replace(optimizer, **changes)  # type: ignore[arg-type]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.model import Recompute
-from tests.support.launch import QUICKSTART
+from tests.support.launch import SMALL_JOB
 from trainer.config import RunConfig, as_yaml, load_config
 from trainer.errors import UsageError
 from trainer.gpus import find_gpu
@@ -32,7 +32,7 @@ PEAK = 989.4e12
 
 def config_of(**changes: object) -> RunConfig:
     values = {name.replace("__", "."): value for name, value in changes.items()}
-    return load_config(QUICKSTART, [f"{name}={value}" for name, value in values.items()])
+    return load_config(SMALL_JOB, [f"{name}={value}" for name, value in values.items()])
 
 
 def cluster_of(nodes: int = 1, gpus: int = 2, gpu: str = "H200") -> Cluster:
@@ -163,7 +163,7 @@ def test_what_would_stop_the_run_is_said(changes: dict[str, Any], word: str) -> 
 
 
 def run_main(*arguments: str) -> int:
-    return main(["--config", str(QUICKSTART), *arguments])
+    return main(["--config", str(SMALL_JOB), *arguments])
 
 
 def test_the_command_fits_100_columns_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from trainer import resolve
 from trainer.config import config_from, load_config
 
-CONFIG = str(Path(__file__).resolve().parents[2] / "configs/quickstart.yaml")
+CONFIG = str(Path(__file__).resolve().parents[2] / "tests/support/small_job.yaml")
 
 
 def test_the_json_reads_back_to_the_same_config(

@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 
 from data_pipeline.pack import main as pack_main
-from tests.support.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
+from tests.support.launch import ROOT, SMALL_JOB, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.support.s3_server import S3Server
 from tests.support.small_disk import on_small_disk
 from trainer import evaluate, run, sample
@@ -38,12 +38,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory, splits: Path) -> Path:
 def test_a_finished_run_is_in_mlflow_with_everything_that_made_it(reference: Path, splits: Path) -> None:
     uri = f"sqlite:///{reference.parent}/new.db"
     client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("quickstart")
+    experiment = client.get_experiment_by_name("small_job")
     assert experiment is not None
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.params["model.layers"] == "2"
-    assert found.data.tags["mlflow.runName"] == "quickstart"
+    assert found.data.tags["mlflow.runName"] == "small_job"
     assert found.data.tags["world_size"] == "1"
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     if commit.returncode == 0:
@@ -137,7 +137,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_a_checkpoint_and_exit_code_
 def test_ctrl_c_on_the_launcher_ends_with_a_checkpoint(tmp_path: Path, splits: Path) -> None:
     arguments = settings(tmp_path / "run", splits, train__steps=100_000, checkpoint__every_steps=100_000)
     launcher = [*LAUNCHER, "--num_accelerators", "2", "--master_port", str(free_port())]
-    command = [*launcher, "trainer/run.py", "--config", str(QUICKSTART), *arguments]
+    command = [*launcher, "trainer/run.py", "--config", str(SMALL_JOB), *arguments]
     process = subprocess.Popen(
         command, cwd=ROOT, env=LAUNCHER_ENVIRONMENT, start_new_session=True, stdout=subprocess.PIPE, text=True
     )
@@ -266,7 +266,7 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
 ) -> None:
     def fail(**changes: object) -> str:
         ranks = int(str(changes.pop("ranks", 1)))
-        arguments = ["--config", str(QUICKSTART), *settings(tmp_path / "run", splits, **changes)]
+        arguments = ["--config", str(SMALL_JOB), *settings(tmp_path / "run", splits, **changes)]
         return failure(capsys, monkeypatch, *arguments, ranks=ranks)
 
     assert "no such config file" in failure(capsys, monkeypatch, "--config", "configs/none.yaml")
@@ -304,7 +304,7 @@ def test_bf16_on_a_gpu_without_it_is_refused_before_anything_starts(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100-SXM2-16GB")
     arguments = settings(tmp_path / "run", splits, train__precision="bf16")
-    text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
+    text = failure(capsys, monkeypatch, "--config", str(SMALL_JOB), *arguments)
     assert "train.precision: Tesla V100-SXM2-16GB (compute capability 7.0) has no bf16" in text
     assert "take fp16 or fp32" in text and not (tmp_path / "run").exists()
 
@@ -314,7 +314,7 @@ def test_empty_shards_are_refused(
 ) -> None:
     (tmp_path / "empty").mkdir()
     arguments = settings(tmp_path / "run", splits, data__train_url=tmp_path / "empty")
-    assert f"no shards at {tmp_path}/empty" in failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
+    assert f"no shards at {tmp_path}/empty" in failure(capsys, monkeypatch, "--config", str(SMALL_JOB), *arguments)
 
 
 def test_a_port_in_use_is_named_with_what_to_do(
@@ -325,7 +325,7 @@ def test_a_port_in_use_is_named_with_what_to_do(
         other.listen()
         port = other.getsockname()[1]
         monkeypatch.setenv("MASTER_PORT", str(port))
-        text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *settings(tmp_path / "run", splits), ranks=2)
+        text = failure(capsys, monkeypatch, "--config", str(SMALL_JOB), *settings(tmp_path / "run", splits), ranks=2)
     assert f"port {port} of this machine is in use" in text
     assert f"--master_port {port + 1}" in text
 
@@ -340,7 +340,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
         "from trainer.ranks import Ranks\nfrom trainer.errors import UsageError\n"
         "class Data: digest = 'x'\n"
         "os.setuid(65534)\n"
-        f"config = load_config({str(QUICKSTART)!r}, ['run.dir={locked}/run'])\n"
+        f"config = load_config({str(SMALL_JOB)!r}, ['run.dir={locked}/run'])\n"
         "try: prepare_run_folder(config, Data(), Ranks(0, 1, 0, 1))\n"
         "except UsageError as error: print(error); sys.exit(2)\n"
     )
@@ -353,7 +353,7 @@ def test_a_folder_without_write_permission_is_refused(tmp_path: Path, splits: Pa
 def test_a_folder_on_a_full_disk_is_refused_with_exit_code_73(tmp_path: Path, splits: Path, filled: str) -> None:
     disk = tmp_path / "disk"
     run_dir = disk / "run"
-    arguments = ["--config", str(QUICKSTART), *settings(tmp_path / "run", splits, run__dir=run_dir)]
+    arguments = ["--config", str(SMALL_JOB), *settings(tmp_path / "run", splits, run__dir=run_dir)]
     fill = f'mkdir "$1/run" && {filled} > "$1/filler" 2> /dev/null; shift; exec "$@"'
     result = on_small_disk(disk, 64, fill, str(disk), sys.executable, str(ROOT / "trainer/run.py"), *arguments)
     assert result.returncode == 73, result.stderr
@@ -365,7 +365,7 @@ def test_the_folder_of_another_run_is_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, reference: Path, splits: Path
 ) -> None:
     arguments = settings(reference, splits, train__steps=STEPS, model__ff_width=32)
-    text = failure(capsys, monkeypatch, "--config", str(QUICKSTART), *arguments)
+    text = failure(capsys, monkeypatch, "--config", str(SMALL_JOB), *arguments)
     assert f"run.dir: {reference} holds another run: model.ff_width 16 there, 32 here; choose another run.dir" in text
 
 
@@ -373,7 +373,7 @@ def test_check_prints_config_size_and_deepspeeds_part_without_training(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
-    arguments = ["--config", str(QUICKSTART), "--check", *settings(tmp_path / "run", splits)]
+    arguments = ["--config", str(SMALL_JOB), "--check", *settings(tmp_path / "run", splits)]
     monkeypatch.setattr(sys, "argv", ["trainer/run.py", *arguments])
     assert run.main() == 0
     text = capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from tests.support.launch import QUICKSTART, ROOT, TINY_MODEL, mlflow_store
+from tests.support.launch import ROOT, SMALL_JOB, TINY_MODEL, mlflow_store
 from tests.support.recorded_runs import LAW, make_scaling_runs
 from trainer import scaling
 from trainer.comparison import scaling_law
@@ -21,7 +21,7 @@ from trainer.config import load_config
 from trainer.errors import UsageError
 from trainer.record.run_folder import RunFiles
 
-SHOWN = "configs/quickstart.yaml"
+SHOWN = "tests/support/small_job.yaml"
 CONFIG = [f"{name}={value}" for name, value in TINY_MODEL.items()] + ["model.width=128", "model.attention_width=128"]
 
 
@@ -62,7 +62,7 @@ def test_tables_and_page_say_what_the_runs_give(
     )
     assert low <= value <= high and value == pytest.approx(LAW.growth, abs=0.08)
     assert text.count("w16-1e+11") == 1 and "12 runs, val/bits_per_dim; they differ in" in text
-    config = load_config(QUICKSTART, [*CONFIG, "train.steps=400000"])
+    config = load_config(SMALL_JOB, [*CONFIG, "train.steps=400000"])
     account, images = config.model.account(), 400_000 * config.train.global_batch_images
     truth = float(LAW.bits_per_dim(account.parameters, images * account.positions))
     (row,) = re.findall(rf"{SHOWN} .*", text.partition("\nForecast")[2])
@@ -187,7 +187,7 @@ def test_runs_that_cannot_be_on_one_law_are_refused(runs: list[RunHistory], chan
 def test_models_of_other_images_are_refused_among_runs_and_not_forecast_in_bits(
     runs: list[RunHistory], folders: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    larger = load_config(QUICKSTART, [*CONFIG, "model.image_size=16"]).model
+    larger = load_config(SMALL_JOB, [*CONFIG, "model.image_size=16"]).model
     with pytest.raises(UsageError, match="differ in family, image size or tokens of an image"):
         scaling.points_of([dataclasses.replace(runs[0], model=larger), *runs[1:]])
     names, options = [str(folder) for folder in folders], with_steps([*CONFIG, "model.image_size=16"], 1000)
@@ -198,7 +198,7 @@ def test_models_of_other_images_are_refused_among_runs_and_not_forecast_in_bits(
 
 
 def test_a_config_of_another_family_is_refused(folders: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    config = QUICKSTART.with_name("cifar10_pixelcnn.yaml")
+    config = ROOT / "configs/cifar10_pixelcnn.yaml"
     assert config.exists()
     assert scaling.main([*map(str, folders), "--config", str(config)]) == 2
     assert "its model is of the family pixelcnn, not image_transformer" in capsys.readouterr().err

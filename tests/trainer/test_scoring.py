@@ -9,7 +9,7 @@ from torch import Tensor
 from data_pipeline.batch import Batch
 from models.given import Given
 from models.image_transformer.family import ImageTransformerConfig
-from tests.support.launch import QUICKSTART
+from tests.support.launch import SMALL_JOB
 from trainer.config import load_config
 from trainer.scoring import score
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def categorical() -> ImageTransformerConfig:
     return load_config(
-        QUICKSTART, ["model.input=categorical", "model.output=categorical", "model.image_size=4",
+        SMALL_JOB, ["model.input=categorical", "model.output=categorical", "model.image_size=4",
                      "model.attention.query_block=12", "model.attention.memory=12"]
     ).model  # fmt: skip
 

@@ -113,12 +113,12 @@ def test_drawing_is_loaded_for_a_page_only(two_runs: list[Path]) -> None:
 
 def test_runs_of_an_experiment_are_found_by_a_filter(two_runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     uri = mlflow_store(two_runs[0].parent)
-    assert main("--experiment", "quickstart", "--filter", "params.`model.width` = '192'", "--uri", uri) == 0
+    assert main("--experiment", "small_job", "--filter", "params.`model.width` = '192'", "--uri", uri) == 0
     text = capsys.readouterr().out
     assert "large <b>" in text
     assert "small" not in text
     run_id = RunFiles(two_runs[0]).read_state()["mlflow_run_id"]
-    assert main(run_id, "--experiment", "quickstart", "--uri", uri) == 0
+    assert main(run_id, "--experiment", "small_job", "--uri", uri) == 0
     text = capsys.readouterr().out
     assert re.search(r"model.width +96 +192", text)
 
@@ -130,9 +130,9 @@ def test_runs_of_an_experiment_are_found_by_a_filter(two_runs: list[Path], capsy
         (["nothing"], "nothing: is neither the folder of a run nor an id of MLflow"),
         (["EMPTY"], "holds no run"),
         (["0" * 32], "MLflow has no such run"),
-        (["--experiment", "quickstrat"], "--experiment quickstrat: MLflow has no such experiment; it has"),
-        (["--experiment", "quickstart", "--filter", "width > 3 or"], "--filter 'width > 3 or': MLflow does not"),
-        (["--experiment", "quickstart", "--filter", "params.a = 'b'"], "no run that the filter finds"),
+        (["--experiment", "smal_job"], "--experiment smal_job: MLflow has no such experiment; it has"),
+        (["--experiment", "small_job", "--filter", "width > 3 or"], "--filter 'width > 3 or': MLflow does not"),
+        (["--experiment", "small_job", "--filter", "params.a = 'b'"], "no run that the filter finds"),
         (["RUN", "--html", "/nowhere/x.html"], "--html /nowhere/x.html: cannot be written"),
         (["0" * 32, "--uri", "sqlite:////nowhere.db"], "--uri sqlite:////nowhere.db: there is no such file"),
     ],

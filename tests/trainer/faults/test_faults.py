@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 
 from tests.support import sabotage
-from tests.support.launch import QUICKSTART, ROOT, curve, finish, free_port, settings, start, train, wait_for_step
+from tests.support.launch import ROOT, SMALL_JOB, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.support.preloaded import Rank
 from tests.support.s3_server import S3Server
 from trainer.checkpoint import Checkpoints, read_weights
@@ -446,7 +446,7 @@ def test_a_disk_that_fills_up_during_training_ends_the_run_with_the_last_checkpo
 def test_a_launcher_that_is_killed_stops_its_ranks_with_a_checkpoint(tmp_path: Path, splits: Path) -> None:
     """DeepSpeed's launcher leaves its ranks behind when the kernel kills it, and the front process says 0."""
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_port"]
-    command = [*launcher, str(free_port()), "trainer/run.py", "--config", str(QUICKSTART)]
+    command = [*launcher, str(free_port()), "trainer/run.py", "--config", str(SMALL_JOB)]
     command += endless(tmp_path / "run", splits)
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)

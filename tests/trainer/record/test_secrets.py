@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import pack_photographs
-from tests.support.launch import ROOT, finish, settings, start
+from tests.support.launch import ROOT, SMALL_JOB, finish, settings, start
 from tests.trainer.record.test_tracker import DATASETS, config_in
 from trainer.record.tracker import Tracker
 
@@ -40,7 +40,7 @@ def files_with_secrets(folder: Path) -> list[str]:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git checkout of this code with a change that holds a password."""
     folder = tmp_path_factory.mktemp("checkout")
-    for package in ("trainer", "models", "data_pipeline", "configs"):
+    for package in ("trainer", "models", "data_pipeline"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "notes.txt").write_text("nothing yet\n")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
@@ -56,7 +56,7 @@ def test_a_real_job_writes_and_prints_no_secret(checkout: Path, tmp_path: Path) 
     for split, images in (("train", 520), ("validation", 16)):
         pack_photographs(str(tmp_path / split), images=images, split=split)
     arguments = settings(tmp_path / "run", tmp_path, train__steps=2, checkpoint__every_steps=2)
-    command = [sys.executable, str(checkout / "trainer/run.py"), "--config", str(checkout / "configs/quickstart.yaml")]
+    command = [sys.executable, str(checkout / "trainer/run.py"), "--config", str(SMALL_JOB)]
     environment = os.environ | SECRETS | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False

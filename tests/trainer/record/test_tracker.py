@@ -16,7 +16,7 @@ import mlflow
 import pytest
 from PIL import Image
 
-from tests.support.launch import QUICKSTART, ROOT, free_port, mlflow_store
+from tests.support.launch import ROOT, SMALL_JOB, free_port, mlflow_store
 from tests.support.mlflow_server import MlflowServer
 from trainer import tracking
 from trainer.comparison.run_history import history_of_folder, history_of_run
@@ -43,7 +43,7 @@ BITS = "train/bits_per_dim"
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
     (folder / "run").mkdir(exist_ok=True)
-    return load_config(QUICKSTART, [f"run.dir={folder}/run", f"tracking.uri={mlflow_store(folder)}", *overrides])
+    return load_config(SMALL_JOB, [f"run.dir={folder}/run", f"tracking.uri={mlflow_store(folder)}", *overrides])
 
 
 def tracker_in(folder: Path, *overrides: str, world_size: int = 1, step: int = 0) -> Tracker:
@@ -71,7 +71,7 @@ def killed_attempt(folder: Path, statements: str, *overrides: str) -> None:
 
 def runs_in(uri: Path | str) -> list[mlflow.entities.Run]:
     client = mlflow.MlflowClient(uri if isinstance(uri, str) else f"sqlite:///{uri}/mlflow.db")
-    experiment = client.get_experiment_by_name("quickstart")
+    experiment = client.get_experiment_by_name("small_job")
     return list(client.search_runs([experiment.experiment_id])) if experiment else []
 
 
