@@ -7,7 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-RANKS := $(if $(filter 0,$(GPUS)),2,$(GPUS))
+# The quickstart's batch is four images, two at a time: enough for two processes.
+RANKS := $(if $(filter 1,$(GPUS)),1,2)
 ifeq ($(GPUS),0)
 # Says what DeepSpeed would find out by itself, with a warning from every process.
 export DS_ACCELERATOR := cpu

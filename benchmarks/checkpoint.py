@@ -82,6 +82,7 @@ def common_settings(work: Path, options: argparse.Namespace) -> dict[str, object
         "train.steps": options.steps,
         "evaluate.every_steps": NEVER,
         "evaluate.images": 8,
+        "checkpoint.every_steps": 100,
         "tracking.uri": f"sqlite:///{work}/mlflow.db",
         **given,
     }

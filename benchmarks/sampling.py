@@ -19,7 +19,7 @@ that it is measured only on that of a run; the rest is then left out. A categori
     python -m data_pipeline.pack --source photographs --dest data/small/train --size 16 --split train --images 12000
     python -m data_pipeline.pack --source photographs --dest data/small/validation --size 16 --split validation \
         --images 256
-    python trainer/run.py --config configs/quickstart.yaml --set run.dir=runs/small --set run.name=small \
+    python trainer/run.py --config tests/support/small_job.yaml --set run.dir=runs/small --set run.name=small \
         --set data.train_url=data/small/train --set data.validation_url=data/small/validation \
         --set model.image_size=16 --set model.input=categorical --set model.output=categorical \
         --set model.attention.query_block=96 --set model.attention.memory=96 \
@@ -235,7 +235,7 @@ def copy_rate(device: torch.device) -> float:
 
 def wave_steps(image_size: int, device: torch.device) -> dict[str, float]:
     """One image of a small 2D model with the shift inside each block, block after block and in waves."""
-    config = load_config(ROOT / "configs/quickstart.yaml", []).model
+    config = load_config(ROOT / "tests/support/small_job.yaml", []).model
     config = dataclasses.replace(
         config,
         image_size=image_size,
