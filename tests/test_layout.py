@@ -24,7 +24,7 @@ HOME = {
     "deepspeed": {"trainer/deepspeed_engine.py"},
     "mlflow": {
         f"trainer/{name}.py"
-        for name in ("record/mlflow_mirror", "record/system_metrics", "record/tracker", "comparison/run_history")
+        for name in ("record/mlflow_mirror", "record/system_metrics", "record/tracker", "comparison/mlflow_history")
     },
     "yaml": {"trainer/config.py"},
     "pydantic": {"trainer/typed_values.py"},

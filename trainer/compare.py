@@ -17,10 +17,10 @@ from pathlib import Path
 from data_pipeline.wording import counted
 from models.receptive_field import receptive_field
 from trainer.command_line import run_tool
-from trainer.comparison.chosen_runs import add_run_options, chosen_runs
+from trainer.comparison.chosen_runs import RUN_ID, add_run_options, chosen_runs
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, Published, data_set_key
-from trainer.comparison.run_history import RUN_ID, RunHistory
+from trainer.comparison.run_history import RunHistory
 from trainer.errors import UsageError
 
 _NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")

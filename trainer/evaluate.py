@@ -31,7 +31,7 @@ from trainer.heat_map import heat_map
 from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
 from trainer.pictures import png
 from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
-from trainer.record.tracker import record_results
+from trainer.record.tool_results import record_results
 from trainer.safe_files import write_file
 from trainer.scoring import score
 from trainer.trained_model import TrainedModel, add_data_argument, add_run_arguments, load_trained_model, own_data

@@ -36,8 +36,9 @@ from trainer.model_inputs import model_inputs
 from trainer.profiler import StepProfiler
 from trainer.progress import Progress
 from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank, from_rank_0, meeting
+from trainer.record.redaction import one_line
 from trainer.record.run_folder import RunFiles
-from trainer.record.tracker import NoTracker, Tracker, one_line, open_tracker
+from trainer.record.tracker import NoTracker, Tracker, open_tracker
 from trainer.safe_files import worded
 from trainer.scoring import score
 from trainer.startup import Start, cannot_write, check_fits, count_start, why_not_anew

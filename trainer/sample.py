@@ -32,7 +32,7 @@ from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import Inputs, area_downsample, model_inputs
 from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
-from trainer.record.tracker import record_results
+from trainer.record.tool_results import record_results
 from trainer.trained_model import TrainedModel, add_data_argument, add_run_arguments, load_trained_model, own_data
 
 DEFAULT_NUM_IMAGES = 16

@@ -14,10 +14,10 @@ from pathlib import Path
 from data_pipeline.wording import counted
 from trainer.command_line import run_tool
 from trainer.errors import MlflowUnreachable, RefusedStore, UnsafeFile, UsageError
-from trainer.record.mlflow_mirror import SQLITE, Mirror, MirrorInUse
+from trainer.record.mlflow_mirror import SQLITE, Mirror, MirrorInUse, catch_up
 from trainer.record.own_runs import is_store, own_store, store_of_environment
+from trainer.record.redaction import one_line
 from trainer.record.run_folder import RunFiles
-from trainer.record.tracker import catch_up, one_line
 
 
 def main() -> int:

@@ -11,7 +11,8 @@ from tests.support.launch import SMALL_JOB, TINY_MODEL, mlflow_store
 from trainer.comparison.scaling_law import Law
 from trainer.config import as_yaml, load_config
 from trainer.record.run_folder import RunFiles
-from trainer.record.tracker import Tracker, record_results
+from trainer.record.tool_results import record_results
+from trainer.record.tracker import Tracker
 
 
 def shards(version: str, size: int = 32, digest: str = "ab") -> SimpleNamespace:

@@ -1,18 +1,13 @@
 """Which runs does the user name to be compared: folders, ids in MLflow, an experiment?"""
 
 import argparse
+import re
 from pathlib import Path
 
-from trainer.comparison.run_history import (
-    RUN_ID,
-    RunHistory,
-    histories_of_experiment,
-    history_of_folder,
-    history_of_run,
-    open_store,
-)
+from trainer.comparison.run_history import RunHistory, history_of_folder
 from trainer.errors import UsageError
 
+RUN_ID = re.compile(r"[0-9a-f]{32}")
 DEFAULT_URI = "sqlite:///mlflow.db"
 
 
@@ -28,6 +23,9 @@ def chosen_runs(arguments: argparse.Namespace) -> list[RunHistory]:
     """The runs that these options name, each once. Raises UsageError where there is none, or where one is not found."""
     if not arguments.runs and not arguments.experiment:
         raise UsageError("name at least one run: its folder or its id in MLflow, or --experiment")
+    if arguments.experiment or not all(Path(run).is_dir() for run in arguments.runs):
+        # Here, and not above: it imports mlflow, which takes longer than to compare folders.
+        from trainer.comparison.mlflow_history import histories_of_experiment, history_of_run, open_store
     found = []
     for run in arguments.runs:
         if Path(run).is_dir():

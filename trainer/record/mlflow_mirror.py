@@ -267,6 +267,16 @@ class Mirror:
         write_json(self._files.sent, sent)
 
 
+def catch_up(files: RunFiles, uri: str, *, end: bool) -> Mirror:
+    """Send everything that MLflow does not have yet, from this process. Raises what Mirror.catch_up raises."""
+    mirror = Mirror(files, uri)
+    try:
+        mirror.catch_up(end=end)
+    finally:
+        mirror.close()
+    return mirror
+
+
 def open_client(uri: str) -> mlflow.MlflowClient:
     """A client of the store at a URI, after the store has answered.
 

@@ -176,3 +176,11 @@ def _secrets_in_files() -> set[str]:
                 if len(value) >= SHORTEST_SECRET and _SECRET_NAME.search(key)
             }
     return found
+
+
+def one_line(error: BaseException) -> str:
+    """An error to put into a sentence: its first line without secrets, cut after 300 characters."""
+    # Cut first: an answer of a server can be a page of any size.
+    line, *_ = str(error)[:4096].strip().splitlines() or [type(error).__name__]
+    line = redact(line)
+    return line if len(line) <= 300 else f"{line[:300]}..."

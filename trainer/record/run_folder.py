@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shlex
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from trainer.typed_values import Count, Key, Time, misfits
 
 log = logging.getLogger(__name__)
 
+MAX_KEY_CHARACTERS = 250
 PIECE_BYTES = 1 << 20
 """A longer line is none of ours."""
 LARGEST_BACKLOG_LINES = 100_000
@@ -457,3 +459,34 @@ def working_seconds(attempts: list[dict[str, Any]], times: list[float]) -> Itera
     for attempt, end in zip(attempts, ends, strict=True):
         alive = [time for time in times if attempt["started"] <= time < end]
         yield attempt, max(alive, default=attempt["started"]) - attempt["started"]
+
+
+class Clock:
+    """Times for records, in seconds since 1970: they only grow, from one attempt to the next and whatever is set.
+
+    In MLflow the newest of two values at one step counts, so a machine whose clock is behind must not write older ones.
+    """
+
+    def __init__(self, files: RunFiles) -> None:
+        latest = max((record["time"] for record in files.points().records()), default=0.0)
+        self._ahead = max(time.time(), latest + 0.001) - time.monotonic()
+
+    def now(self) -> float:
+        return time.monotonic() + self._ahead
+
+
+def metric_name(name: str) -> str:
+    """The name in a form that MLflow takes: letters, digits, `_ - . space : /`, no empty parts, no `.` and `..`."""
+    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
+    return "/".join(part for part in parts if part.strip(".") != "")[:MAX_KEY_CHARACTERS] or "unnamed"
+
+
+def place_in_run(files: RunFiles, path: Path) -> str:
+    """A path relative to the run's folder if it lies inside, so that the folder can be moved; else absolute."""
+    path, folder = path.resolve(), files.folder.resolve()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def sync_command(files: RunFiles) -> str:
+    """The command that sends a run to MLflow, for a shell."""
+    return f"python -m trainer.tracking sync {shlex.quote(str(files.folder))}"

@@ -8,9 +8,7 @@ training: a warning says so, another one says when it is back, and nothing is lo
 import getpass
 import logging
 import re
-import shlex
 import statistics
-import sys
 import threading
 import time
 import uuid
@@ -27,7 +25,7 @@ from trainer.errors import CANNOT_WRITE, MlflowUnreachable
 from trainer.pictures import png
 from trainer.ranks import Ranks, from_rank_0
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse
-from trainer.record.own_runs import own_store, remember_store, remember_urls, store_of_environment
+from trainer.record.own_runs import remember_store, remember_urls
 from trainer.record.provenance import (
     code_changes,
     code_tags,
@@ -37,8 +35,17 @@ from trainer.record.provenance import (
     machine_tags,
     packages,
 )
-from trainer.record.redaction import redact, redacted
-from trainer.record.run_folder import SYSTEM, RunFiles, working_seconds, write_json
+from trainer.record.redaction import one_line, redact, redacted
+from trainer.record.run_folder import (
+    SYSTEM,
+    Clock,
+    RunFiles,
+    metric_name,
+    place_in_run,
+    sync_command,
+    working_seconds,
+    write_json,
+)
 from trainer.record.system_metrics import SystemMetrics
 from trainer.safe_files import write_file
 
@@ -56,7 +63,6 @@ RECORD_SECONDS: dict[State, float] = {"finished": 10.0, "stopped": 3.0, "failed"
 CLOSE_SECONDS: dict[State, float] = {"finished": 30.0, "stopped": 10.0, "failed": 30.0}
 """How long sending the rest at the end may take; a job that was told to stop has little time."""
 MAX_PARAM_CHARACTERS = 6000
-MAX_KEY_CHARACTERS = 250
 
 
 class Tracker:
@@ -132,7 +138,7 @@ class Tracker:
     def log_file(self, path: Path | str, folder: str) -> None:
         """Send a file to MLflow, into a folder of the run's artifacts; it must stay where it is."""
         last_step = max(self._last_steps.values(), default=0)
-        self.event(last_step, "file", "", file=_place(self._files, Path(path)), folder=folder)
+        self.event(last_step, "file", "", file=place_in_run(self._files, Path(path)), folder=folder)
 
     def close(self, state: State, *, code: int, reason: str, step: int) -> str | None:
         """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow.
@@ -168,20 +174,6 @@ class Tracker:
         # As in MLflow, these points have steps of their own, so that a run that stands still shows, too.
         step = 1 + max((self._last_steps.get(name, -1) for name in values), default=-1)
         self.log(step, values)
-
-
-class Clock:
-    """Times for records, in seconds since 1970: they only grow, from one attempt to the next and whatever is set.
-
-    In MLflow the newest of two values at one step counts, so a machine whose clock is behind must not write older ones.
-    """
-
-    def __init__(self, files: RunFiles) -> None:
-        latest = max((record["time"] for record in files.points().records()), default=0.0)
-        self._ahead = max(time.time(), latest + 0.001) - time.monotonic()
-
-    def now(self) -> float:
-        return time.monotonic() + self._ahead
 
 
 class NoTracker:
@@ -285,74 +277,6 @@ class Uploader(threading.Thread):
             self._opened.set()
 
 
-def record_results(
-    files: RunFiles, step: int, metrics: Mapping[str, float], artifacts: list[Path], folder: str = "samples"
-) -> None:
-    """Add what a tool found out about a run to its files and to MLflow, where artifacts go into `folder`.
-
-    MLflow is asked only if this user trained the run here, or if the environment names a store: otherwise the files
-    have it alone, and a line says so.
-    """
-    journal, events, last_steps = files.points(), files.happenings(), files.last_steps()
-    same = {"step": step, "time": Clock(files).now(), "attempt": max(files.attempts_begun(), default=0)}
-    named = {metric_name(name): float(value) for name, value in metrics.items()}
-    if fresh := {name: value for name, value in named.items() if step > last_steps.get(name, -1)}:
-        journal.append({**same, "metrics": fresh})
-    for path in artifacts:
-        place = _place(files, path)
-        events.append({**same, "event": "file", "text": "", "file": place, "folder": folder})
-    journal.close()
-    events.close()
-    if not (description := files.read_description()):
-        return  # an exported model, which has no run in MLflow
-    uri = own_store(str(description.get("key")), files.folder) or store_of_environment()
-    if uri is None:
-        print(
-            f"recorded in {files.folder} only, as the run was not trained here by you; to send it to MLflow: "
-            f"{sync_command(files)}",
-            file=sys.stderr,
-        )
-        return
-    try:
-        catch_up(files, uri, end=False)
-    except MirrorInUse:
-        pass  # the training job sends it
-    except Exception as error:  # noqa: BLE001 (the results are in the files, whatever MLflow says)
-        log.warning(
-            "MLflow does not answer (%s); the results are in %s, and %s sends them",
-            one_line(error), files.folder, sync_command(files),
-        )  # fmt: skip
-
-
-def sync_command(files: RunFiles) -> str:
-    """The command that sends a run to MLflow, for a shell."""
-    return f"python -m trainer.tracking sync {shlex.quote(str(files.folder))}"
-
-
-def catch_up(files: RunFiles, uri: str, *, end: bool) -> Mirror:
-    """Send everything that MLflow does not have yet, from this process. Raises what Mirror.catch_up raises."""
-    mirror = Mirror(files, uri)
-    try:
-        mirror.catch_up(end=end)
-    finally:
-        mirror.close()
-    return mirror
-
-
-def metric_name(name: str) -> str:
-    """The name in a form that MLflow takes: letters, digits, `_ - . space : /`, no empty parts, no `.` and `..`."""
-    parts = re.sub(r"[^\w\-. :/]", "_", name).split("/")
-    return "/".join(part for part in parts if part.strip(".") != "")[:MAX_KEY_CHARACTERS] or "unnamed"
-
-
-def one_line(error: BaseException) -> str:
-    """An error to put into a sentence: its first line without secrets, cut after 300 characters."""
-    # Cut first: an answer of a server can be a page of any size.
-    line, *_ = str(error)[:4096].strip().splitlines() or [type(error).__name__]
-    line = redact(line)
-    return line if len(line) <= 300 else f"{line[:300]}..."
-
-
 def _describe_run(
     files: RunFiles,
     config: RunConfig,
@@ -419,12 +343,6 @@ def _summary(files: RunFiles, now: float) -> dict[str, float]:
     if values["perf/images_per_s"]:
         summary["final/images_per_s"] = statistics.median(values["perf/images_per_s"])
     return summary
-
-
-def _place(files: RunFiles, path: Path) -> str:
-    """A path relative to the run's folder if it lies inside, so that the folder can be moved; else absolute."""
-    path, folder = path.resolve(), files.folder.resolve()
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
 
 
 def _user() -> str:

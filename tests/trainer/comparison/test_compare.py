@@ -98,12 +98,12 @@ def test_the_command_prints_a_table_and_writes_a_page(
     assert "large &lt;b&gt;" in page.read_text()
 
 
-def test_drawing_is_loaded_for_a_page_only(two_runs: list[Path]) -> None:
+def test_of_folders_and_without_a_page_neither_drawing_nor_mlflow_is_loaded(two_runs: list[Path]) -> None:
     program = """if True:
         import sys
         from trainer import compare
         compare.main()
-        print([name for name in ("plotly", "matplotlib") if name in sys.modules])
+        print([name for name in ("plotly", "matplotlib", "mlflow") if name in sys.modules])
     """
     done = subprocess.run(
         [sys.executable, "-c", program, str(two_runs[0])], cwd=ROOT, capture_output=True, text=True, check=True

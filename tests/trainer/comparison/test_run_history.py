@@ -9,8 +9,9 @@ import pytest
 
 from tests.support.launch import free_port, mlflow_store
 from trainer import compare
+from trainer.comparison.mlflow_history import history_of_run, open_store
 from trainer.comparison.published import data_set_key
-from trainer.comparison.run_history import RunHistory, history_of_folder, history_of_run, open_store
+from trainer.comparison.run_history import RunHistory, history_of_folder
 from trainer.errors import UNAVAILABLE, MlflowUnreachable, code_of
 from trainer.record.run_folder import RunFiles
 

@@ -17,7 +17,7 @@ from trainer.record import mlflow_mirror, tracker
 from trainer.record.mlflow_mirror import Mirror, open_client
 from trainer.record.own_runs import is_own_url, own_store, remember_store, remember_urls, store_of_environment
 from trainer.record.run_folder import Journal, RunFiles, write_json
-from trainer.record.tracker import record_results
+from trainer.record.tool_results import record_results
 
 KEY = "0123456789abcdef" * 2
 

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.record.provenance import environment
-from trainer.record.tracker import one_line
+from trainer.record.redaction import one_line
 
 
 def test_values_of_variables_that_are_not_well_known_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,14 @@ from PIL import Image
 from tests.support.launch import ROOT, SMALL_JOB, free_port, mlflow_store
 from tests.support.mlflow_server import MlflowServer
 from trainer import tracking
-from trainer.comparison.run_history import history_of_folder, history_of_run
+from trainer.comparison.mlflow_history import history_of_run
+from trainer.comparison.run_history import history_of_folder
 from trainer.config import RunConfig, load_config
 from trainer.errors import MlflowUnreachable
 from trainer.ranks import Ranks
-from trainer.record.run_folder import Journal, RunFiles
-from trainer.record.tracker import CLOSE_SECONDS, NoTracker, Tracker, metric_name, open_tracker, record_results
+from trainer.record.run_folder import Journal, RunFiles, metric_name
+from trainer.record.tool_results import record_results
+from trainer.record.tracker import CLOSE_SECONDS, NoTracker, Tracker, open_tracker
 
 SHARDS = SimpleNamespace(
     url="/data/train",
