@@ -11,7 +11,6 @@ that change. Then the paper's ablation of the block size. Runs that were made be
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from benchmarks.equal_compute import (
     OLD_BATCH,
@@ -29,12 +28,10 @@ from benchmarks.equal_compute import (
     wanted,
 )
 from benchmarks.report import table, write_section
-from benchmarks.rivals import spread
-from trainer.config import RunConfig, load_config
+from benchmarks.rivals import recipe, said, spread
+from trainer.config import RunConfig
 from trainer.typed_values import plain
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = "configs/quickstart.yaml"
 SECTION = "parts of the quickstart's recipe"
 COMMAND = "python -m benchmarks.recipe"
 SEEDS = (0, 1, 2)
@@ -104,11 +101,6 @@ BESIDE = (
 def old() -> RunConfig:
     """The first quickstart."""
     return settings_of(OLD_MODEL, OLD_OPTIMIZER, OLD_BATCH)
-
-
-def recipe() -> RunConfig:
-    """The quickstart of today."""
-    return load_config(ROOT / RECIPE, [])
 
 
 def blocks() -> dict[int, RunConfig]:
@@ -220,7 +212,7 @@ def table_of_changes(comparison: Comparison, journal: Journal) -> str:
                 f"{train.steps * train.global_batch_images:,}",
                 f"{len(results)}",
                 spread([result.raw_mean for result in results]),
-                "" if found is None or name == "nothing" else f"{found.mean:+.3f} ± {found.error:.3f}",
+                "" if name == "nothing" else said(found),
                 f"{sum(result.cpu_seconds for result in results) / len(results):.0f}",
             ]
         )

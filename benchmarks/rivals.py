@@ -10,14 +10,17 @@ says. Runs that were made before are not made again (benchmarks/equal_compute.py
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks.equal_compute import (
     SCORED_IMAGES,
+    Difference,
     Journal,
     Result,
     Settings,
     Wanted,
     account_of,
+    difference,
     make_missing,
     settings_of,
     standard_error,
@@ -26,8 +29,11 @@ from benchmarks.equal_compute import (
 )
 from benchmarks.report import table, write_section
 from models.receptive_field import receptive_field
-from trainer.config import RunConfig
+from trainer.config import RunConfig, load_config
+from trainer.typed_values import plain
 
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = "configs/quickstart.yaml"
 SECTION = "families of models at equal compute"
 COMMAND = "python -m benchmarks.rivals"
 SEEDS = (0, 1, 2)
@@ -184,16 +190,42 @@ PLAIN = (
     ),
 )
 
-ROWS = PLAIN
+
+def recipe() -> RunConfig:
+    """The quickstart of today, which has Muon."""
+    return load_config(ROOT / RECIPE, [])
+
+
+def equal_rows() -> tuple[Row, ...]:
+    """Families with the likelihood and the stem of the quickstart."""
+    ours = plain(recipe().model)
+    same = {name: ours[name] for name in ("image_size", "output", "stem")}
+    gated = {"features": 34, "layers": 4, "head_features": 96, "first_kernel": 7, "kernel": 3}
+    plusplus = {"features": 24, "blocks": 1, "nonlinearity": "concat_elu"}
+    snail = {"features": 34, "blocks": 3, "convolutions": 1, "nonlinearity": "elu"}
+    strided = [{"kind": "strided_1d", "stride": 32}, *2 * [{"kind": "sliding_1d", "window": 32}]]
+    return (
+        Row("Gated PixelCNN", same | {"family": "gated_pixelcnn"} | gated, "3.03", EQUAL_BUDGET),
+        Row("PixelCNN++", same | {"family": "pixelcnnpp"} | plusplus, "2.92", EQUAL_BUDGET),
+        Row("PixelSNAIL", same | {"family": "pixelsnail"} | snail, "2.85", EQUAL_BUDGET),
+        Row("Sparse Transformer's strided pattern", ours | {"attention": strided}, "2.80", EQUAL_BUDGET),
+        Row("the quickstart's model", ours, "2.90", EQUAL_BUDGET),
+    )
+
+
+def rows() -> tuple[Row, ...]:
+    """Of both tables."""
+    return PLAIN + equal_rows()
 
 
 def wanted_runs(journal: Journal) -> Iterator[Wanted]:
     """Trials first, then the seeds one after the other, so that the table of one seed is soon complete."""
-    for row in ROWS:
+    for row in rows():
         yield from row.trials().values()
-    runs = [row.runs(journal) for row in ROWS]
-    for seed in range(len(SEEDS)):
-        yield from (of_row[seed] for of_row in runs if of_row)
+    runs = [row.runs(journal) for row in rows()]
+    for index, seed in enumerate(SEEDS):
+        yield from (of_row[index] for of_row in runs if of_row)
+        yield wanted(recipe(), EQUAL_BUDGET, seed)
 
 
 def results_of(row: Row, journal: Journal) -> list[Result]:
@@ -207,8 +239,13 @@ def spread(values: list[float]) -> str:
     return f"{mean:.3f} ± {standard_error(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
-def table_of(rows: tuple[Row, ...], journal: Journal) -> str:
-    """Markdown, a line for each row that has a result."""
+def said(found: Difference | None) -> str:
+    """A difference with its standard error."""
+    return f"{found.mean:+.3f} ± {found.error:.3f}" if found else "–"
+
+
+def table_of(rows: tuple[Row, ...], journal: Journal, ours: list[Result]) -> str:
+    """Markdown, a line for each row that has a result; with how much more it needs than `ours`, if there are any."""
     header = [
         "model",
         "CIFAR-10, published",
@@ -219,6 +256,7 @@ def table_of(rows: tuple[Row, ...], journal: Journal) -> str:
         "rate (bits/dim of the trials)",
         "seeds",
         "bits/dim",
+        *(["more than the quickstart"] if ours else []),
         "CPU s",
     ]
     lines = []
@@ -242,6 +280,7 @@ def table_of(rows: tuple[Row, ...], journal: Journal) -> str:
                 f"{row.best_rate(journal):g} ({trials})",
                 f"{len(results)}",
                 spread([result.raw_mean for result in results]),
+                *([said(difference(results, ours))] if ours else []),
                 f"{sum(result.cpu_seconds for result in results) / len(results):.0f}",
             ]
         )
@@ -251,11 +290,20 @@ def table_of(rows: tuple[Row, ...], journal: Journal) -> str:
 def write(journal: Journal) -> None:
     """The tables, as a section of RESULTS.md."""
     unit = unit_of_compute() / 1e12
+    runs = [wanted(recipe(), EQUAL_BUDGET, seed) for seed in SEEDS]
+    ours = [result for run in runs if (result := journal.find(run))]
+    quickstart = spread([result.raw_mean for result in ours]) + " bits/dim" if ours else "not made yet"
     text = f"""Trained on {PLAIN_BUDGET * unit:.2f} TFLOP (an eighth of the first quickstart), {BATCH} images a step.
 Scored on the first {SCORED_IMAGES} validation crops with raw weights. AdamW, at the best of three learning rates by
 trials of a quarter of that. ±: standard error over seeds. Pixels seen: by gradients, of the pixel in the middle.
 
-{table_of(PLAIN, journal)}"""
+{table_of(PLAIN, journal, [])}
+
+The same with the likelihood and the stem of the quickstart, on {EQUAL_BUDGET * unit:.2f} TFLOP. The last column but one
+compares them with the quickstart's own config, which has Muon: {quickstart}. Differences are those of the same seeds
+and crops; ±: their standard error over seeds (where there are two or more) and over crops, added in squares.
+
+{table_of(equal_rows(), journal, ours)}"""
     write_section(SECTION, COMMAND, text)
 
 
