@@ -83,7 +83,7 @@ class Result:
     flops: float
     """Of training, all images."""
     bits: tuple[float, ...]
-    """Bits/dim of each validation image, with the average of the weights (without one, the raw weights)."""
+    """Bits/dim of each validation image: of all with the average of the weights, or `raw`."""
     raw: tuple[float, ...]
     """The same of the first SCORED_IMAGES with the raw weights, which are the better ones after few steps, when an
     average still holds the first weights. Empty for a few runs of which only the mean was kept."""
@@ -243,7 +243,8 @@ def measure(config: RunConfig, validation_images: int) -> Result:
     seconds = time.process_time() - begun
     averages, weights = _weights(engine)
     raw = bits_of_images(start, weights, min(validation_images, SCORED_IMAGES))
-    bits = bits_of_images(start, averages or weights, validation_images)
+    averaged = validation_images > SCORED_IMAGES
+    bits = bits_of_images(start, averages or weights, validation_images) if averaged else raw
     images = config.train.steps * config.train.global_batch_images
     return Result(
         config,
