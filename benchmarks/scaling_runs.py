@@ -1,4 +1,4 @@
-"""Which size of the quickstart's model suits which budget? Runs of 4 widths on 3 budgets, for trainer.scaling.
+"""Which size of the quickstart's model suits which budget? Runs of 5 widths on 3 budgets, for trainer.scaling.
 
     python -m benchmarks.scaling_runs
 
@@ -22,9 +22,8 @@ from trainer.record.run_folder import RunFiles
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).with_name("results") / "scaling"
 RECIPE = "configs/quickstart.yaml"
-WIDTHS = (32, 48, 64, 96)
-BUDGETS = (1 / 16, 1 / 4, 1.0)
-"""In units of the first quickstart's compute."""
+WIDTHS = {1 / 16: (16, 32, 48, 64, 96), 1 / 4: (32, 48, 64, 96), 1.0: (48, 64, 96, 32)}
+"""By budget, in units of the first quickstart's compute. The narrower, the more time a FLOP takes."""
 SECTION = "size of the quickstart's model"
 COMMAND = "python -m benchmarks.scaling_runs"
 
@@ -37,7 +36,11 @@ def of_width(width: int) -> RunConfig:
 
 def wanted_runs() -> dict[str, Wanted]:
     """By name, the small ones first."""
-    return {f"w{width}-{budget:g}": wanted(of_width(width), budget, seed=0) for budget in BUDGETS for width in WIDTHS}
+    return {
+        f"w{width}-{budget:g}": wanted(of_width(width), budget, seed=0)
+        for budget, widths in WIDTHS.items()
+        for width in widths
+    }
 
 
 def write_folder(folder: Path, result: Result) -> None:
@@ -65,9 +68,9 @@ def write(journal: Journal, runs: dict[str, Wanted]) -> None:
     if code:
         raise SystemExit(code)
     first = next(iter(runs.values())).config
-    text = f"""Widths {", ".join(map(str, WIDTHS))}, feed-forward networks three times as wide, on 4.19 TFLOP, a quarter
-and a sixteenth of that; {first.train.global_batch_images} images a step, one seed, the first {SCORED_IMAGES} validation
-crops, raw weights (on small budgets an average still holds the first ones). What `python -m trainer.scaling
+    text = f"""Widths (w) on 4.19 TFLOP, a quarter and a sixteenth of that, with feed-forward networks three times as
+wide; {first.train.global_batch_images} images a step, one seed, the first {SCORED_IMAGES} validation crops, raw weights
+(on small budgets an average still holds the first ones). What `python -m trainer.scaling
 benchmarks/results/scaling/* --flops 1e15` says:
 
 ```
