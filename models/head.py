@@ -10,7 +10,7 @@ from models.likelihood import CategoricalOutput, Output, initial_parameters
 
 
 class Head(nn.Linear):
-    """Features [..., D] -> parameters of the output distribution in fp32, [..., C, 256] or [..., 10 components]."""
+    """Features [..., D] -> parameters of the output distribution in fp32 at least, [..., C, 256] or [..., 10 components]."""
 
     def __init__(self, width: int, output: Output, values_per_position: int) -> None:
         """values_per_position: C, 1 sub-pixel or the 3 of a pixel; of mixtures a position is a pixel."""
@@ -25,5 +25,6 @@ class Head(nn.Linear):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        parameters = F.linear(x.float(), self.weight.float(), self.bias.float())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        parameters = F.linear(x.to(wide), self.weight.to(wide), self.bias.to(wide))
         return parameters if self.is_mixture else parameters.unflatten(-1, (-1, 256))

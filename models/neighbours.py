@@ -164,7 +164,8 @@ class LearnedPredictor(nn.Linear):
         west, north, northwest, northeast = (
             around[..., OFFSETS.index(offset), :] for offset in (WEST, NORTH, (-1, -1), (-1, 1))
         )
-        change = nn.functional.linear(around.flatten(-2), self.weight.float(), self.bias.float())
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        change = nn.functional.linear(around.flatten(-2).to(wide), self.weight.to(wide), self.bias.to(wide))
         return (west + north) / 2 + (northeast - northwest) / 4 + self.GAIN * change
 
 
@@ -189,7 +190,8 @@ class NeighbourhoodStem(nn.Module):
         self.combine = Linear(self.FEATURES, width, std=(3 * len(OFFSETS)) ** -0.5, bias=True)
 
     def features(self, values: Tensor, positions: Tensor) -> Tensor:
-        """Intensities [B, L, C] on [-1, 1] and positions [T] -> fp32 [B, T, FEATURES]."""
+        """Intensities [B, L, C] on [-1, 1] and positions [T] -> at least fp32 [B, T, FEATURES]."""
+        values = values.to(torch.promote_types(values.dtype, self.combine.weight.dtype))
         neighbours = self.neighbours[positions]
         present = (neighbours >= 0).float()[..., None]
         around = gather(values, neighbours)

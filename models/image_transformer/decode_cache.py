@@ -104,7 +104,8 @@ class DecodeCache:
         # Not the fused operator, and one product for each step: on a CPU the sums of a product depend on its number of
         # rows, and an image must not depend on the batch.
         scores = _stacked([each @ keys.transpose(-1, -2) for each in queries.unbind(3)], 3)
-        weights = (scores.float() + self._bias).softmax(-1).to(values.dtype)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = (scores.to(wide) + self._bias).softmax(-1).to(values.dtype)
         out = _stacked([each @ values for each in weights.unbind(3)], 2)  # [G, B, A, M, N / M, K]
         out = out.flatten(3, 4).permute(1, 3, 0, 2, 4).flatten(2, 3).to(q.dtype)
         return F.pad(out, (0, 0, 0, tokens - rows * steps))

@@ -175,11 +175,11 @@ def rotary(rows: Tensor, columns: Tensor, head_width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) by its angle; x [B, N, T, K], computed in fp32.
+    """Turn each pair (x_i, x_{i + K/2}) by its angle; x [B, N, T, K], computed in fp32 at least.
 
     Products of queries and keys then depend on differences of positions only (rotary positions).
     """
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
     cos, sin = rotation
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
