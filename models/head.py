@@ -10,7 +10,8 @@ from models.likelihood import CategoricalOutput, Output, initial_parameters
 
 
 class Head(nn.Linear):
-    """Features [..., D] -> parameters of the output distribution in fp32 at least, [..., C, 256] or [..., 10 components]."""
+    """Features [..., D] -> parameters of the output distribution, [..., C, 256] or [..., 10 components], in fp32 or
+    wider."""
 
     def __init__(self, width: int, output: Output, values_per_position: int) -> None:
         """values_per_position: C, 1 sub-pixel or the 3 of a pixel; of mixtures a position is a pixel."""

@@ -15,7 +15,7 @@ ALLOWED = {
     "trainer": {
         "torch", "numpy", "PIL", "models", "data_pipeline",
         "deepspeed", "filelock", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
-        "starlette", "uvicorn", "matplotlib", "plotly", "pillow_jxl",
+        "starlette", "uvicorn", "matplotlib", "plotly", "pillow_jxl", "constriction",
     },
     "cluster": {"torch", "fsspec"},
 }  # fmt: skip
@@ -32,6 +32,7 @@ HOME = {
     "PIL": {"data_pipeline", "trainer"},
     "matplotlib": {"trainer/heat_map.py"},
     "plotly": {"trainer/comparison/page.py"},
+    "constriction": {"trainer/picture_coder.py"},
     "starlette": {"trainer/demo.py"},
     "uvicorn": {"trainer/demo.py"},
 }

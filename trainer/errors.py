@@ -121,6 +121,12 @@ class LostRank(RuntimeError):
         self.exit_code = exit_code
 
 
+class DamagedPicture(ValueError):
+    """The file of a compressed picture is incomplete or changed. The text is one sentence."""
+
+    exit_code = CORRUPT
+
+
 class DifferentWeights(RuntimeError):
     """The ranks' copies of the weights differ. The text names ranks, hosts and tensors."""
 
@@ -128,7 +134,8 @@ class DifferentWeights(RuntimeError):
 
 
 class Irreproducible(RuntimeError):
-    """A rank computed a micro-batch twice with different results. The text names rank, host and tensors."""
+    """A rank computed a micro-batch twice with different results, and the text names rank, host and tensors. Or a
+    compressed picture was written where other numbers come out."""
 
     exit_code = IRREPRODUCIBLE
 

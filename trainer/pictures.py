@@ -1,12 +1,13 @@
 """How do image files become tensors, and tensors files and grids that people look at?"""
 
 import io
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 
 from trainer.errors import UsageError
@@ -16,20 +17,15 @@ UNKNOWN = 127
 """Grey: what a model that completes images is not given."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Of Pillow's: it gives others to programs (EPS to Ghostscript), and few people check their decoders."""
+EXACT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Those that say how deep their values are, or have 8 bits."""
 GAP = 2
 """Pixels between the images of a grid, before enlarging."""
 
 
 def read_picture(path: Path, size: int) -> Tensor:
     """An image file of size x size pixels, mode RGB, as uint8 [size, size, 3]; UsageError for anything else."""
-    try:
-        picture = open_picture(path.read_bytes())
-    except IsADirectoryError:
-        raise UsageError(f"{path}: is a folder; name an image file") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: {error}") from None
+    picture = open_file(path)
     if picture.size != (size, size):
         raise UsageError(
             f"{path}: {picture.width} x {picture.height} pixels; the model reads {size} x {size}, resize it"
@@ -39,20 +35,47 @@ def read_picture(path: Path, size: int) -> Tensor:
     return to_tensor(picture)
 
 
-def open_picture(content: bytes, max_pixels: int = 1 << 26) -> Image.Image:
-    """Decode an image file; ValueError with a reason that a user understands."""
+def open_file(path: Path, *, exactly: bool = False) -> Image.Image:
+    """Decode an image file; UsageError if that cannot be done. `exactly` is that of open_picture."""
+    try:
+        return open_picture(path.read_bytes(), exactly=exactly)
+    except IsADirectoryError:
+        raise UsageError(f"{path}: is a folder; name an image file") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def open_picture(content: bytes, max_pixels: int = 1 << 26, *, exactly: bool = False) -> Image.Image:
+    """Decode an image file; ValueError with a reason that a user understands.
+
+    exactly: refuse files of which Pillow gives a part only, without a word: 8 bits of 16, one picture of several.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(content), formats=FORMATS)
+            picture = Image.open(io.BytesIO(content), formats=EXACT_FORMATS if exactly else FORMATS)
             if picture.width * picture.height > max_pixels:
                 raise ValueError(f"has {picture.width} x {picture.height} pixels; more than {max_pixels} are not read")
+            if exactly:
+                _refuse_more_than_pillow_gives(picture)
             picture.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"has more than the {max_pixels} pixels that are read") from None
     except (OSError, SyntaxError) as error:  # what Pillow raises for files that are no images, or damaged
         raise ValueError(f"is not an image that can be read ({type(error).__name__})") from None
     return picture
+
+
+def _refuse_more_than_pillow_gives(picture: ImageFile.ImageFile) -> None:
+    if getattr(picture, "n_frames", 1) > 1:
+        raise ValueError("holds several pictures; save the one that you want as a file of its own")
+    for tile in picture.tile:  # how the file's values are laid out
+        layout, *numbers = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        is_deep = re.search(";1[26][BLNS]?$", str(layout)) and str(layout) != "BGR;16"
+        if is_deep or picture.mode.startswith(("I", "F")) or (tile.codec_name == "ppm" and max(numbers) > 255):
+            raise ValueError("has more than 8 bits for each value, and the model reads 8; convert it")
 
 
 def read_pictures(path: Path, size: int) -> list[Tensor]:

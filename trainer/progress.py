@@ -1,4 +1,4 @@
-"""What does a person watching the terminal see? One live line, on rank 0 only."""
+"""What does a person watching the terminal see? One live line, of training on rank 0 only."""
 
 import sys
 import time
@@ -40,6 +40,29 @@ class Progress:
         """Print a line that stays."""
         if self._enabled:
             print(f"\r\x1b[K{text}" if self._live else text, file=sys.stderr, flush=True)
+
+
+class ProgressBar:
+    """A bar on a terminal, nothing elsewhere: the share that is done, the rate, the time left."""
+
+    WIDTH = 32
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.total, self._unit = total, unit
+        self.started = time.monotonic()
+        self.last_shown = 0.0
+
+    def show(self, done: int) -> None:
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self.last_shown < 0.1 and done < self.total):
+            return
+        self.last_shown = now
+        filled = self.WIDTH * done // self.total
+        rate = done / max(now - self.started, 1e-6)
+        left = (self.total - done) / max(rate, 1e-6)
+        bar = "█" * filled + "░" * (self.WIDTH - filled)
+        line = f"{bar} {100 * done // self.total:3d} % | {rate:,.0f} {self._unit}/s | {left:.0f} s left"
+        print(f"\r\x1b[K{line}", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
 
 
 def _duration(seconds: float) -> str:

@@ -32,6 +32,7 @@ from trainer.command_line import run_tool
 from trainer.errors import UsageError
 from trainer.model_inputs import Inputs, area_downsample, model_inputs
 from trainer.pictures import UNKNOWN, enlarged, grid, interleave, read_picture, read_pictures, save_picture, to_picture
+from trainer.progress import ProgressBar
 from trainer.record.tool_results import record_results
 from trainer.trained_model import TrainedModel, add_data_argument, add_run_arguments, load_trained_model, own_data
 
@@ -47,29 +48,6 @@ class Drawn(NamedTuple):
     shown: Tensor
     """uint8 [any, H, W, 3]: what the grid shows, in rows of `columns`."""
     columns: int
-
-
-class ProgressBar:
-    """A bar on a terminal, nothing elsewhere: the share that is done, the rate, the time left."""
-
-    WIDTH = 32
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.started = time.monotonic()
-        self.last_shown = 0.0
-
-    def show(self, done: int) -> None:
-        now = time.monotonic()
-        if not sys.stderr.isatty() or (now - self.last_shown < 0.1 and done < self.total):
-            return
-        self.last_shown = now
-        filled = self.WIDTH * done // self.total
-        rate = done / max(now - self.started, 1e-6)
-        left = (self.total - done) / max(rate, 1e-6)
-        bar = "█" * filled + "░" * (self.WIDTH - filled)
-        line = f"{bar} {100 * done // self.total:3d} % | {rate:,.0f} positions/s | {left:.0f} s left"
-        print(f"\r\x1b[K{line}", end="\n" if done == self.total else "", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -230,7 +208,7 @@ def _draw(
     length = len(trained.model.generation_order)
     keep = 0 if known is None else int(known.sum())
     starts = range(0, count, arguments.batch_images)
-    bar = ProgressBar(max(1, len(starts) * (length - keep)))
+    bar = ProgressBar(max(1, len(starts) * (length - keep)), "positions")
     batches = []
     for index, start in enumerate(starts):
         batch = slice(start, min(start + arguments.batch_images, count))

@@ -37,6 +37,11 @@ class Canvas:
     """int64 [B]: with seed and position, what the noise of a value depends on."""
 
     @property
+    def can_be_guessed(self) -> bool:
+        """Whether a decoder may draw a value from guesses of those before it, and again where they were wrong."""
+        return True
+
+    @property
     def numbers_per_position(self) -> int:
         """Random numbers that a position takes."""
         return 256 * self.values.shape[2] if isinstance(self.output, CategoricalOutput) else 4

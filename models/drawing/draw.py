@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.by_channel import means_given
 from models.likelihood import CategoricalOutput, Mixture, Output, log_bin_probability, split_mixture
 
 
@@ -110,10 +111,7 @@ def _draw_channels(mixtures: list[Mixture], uniforms: Tensor, sampling: Sampling
 
 def _log_bins(mixture: Mixture, channel: int, drawn: list[Tensor], intensities: Tensor) -> Tensor:
     """[..., K, 256]: log-probability of each intensity of a channel under each component, given the channels drawn."""
-    means = mixture.means[..., channel]
-    of_channel = {0: (), 1: (0,), 2: (1, 2)}[channel]
-    for earlier, coefficient in zip(drawn, of_channel, strict=True):
-        means = means + mixture.coefficients[..., coefficient] * (earlier.double() / 127.5 - 1)[..., None]
+    means = means_given(mixture, drawn)
     return log_bin_probability(intensities, means[..., None], mixture.log_scales[..., channel, None])
 
 

@@ -62,7 +62,7 @@ class WaveDecoder:
         windows = max(len(stretch.slots) for stretch in self._stretches)
         most_steps = max(stretch.num_steps for stretch in self._stretches)
         # All images have to wait for the one with the first wrong guess: already for two it hardly pays.
-        self._look_ahead = look_ahead and device.type == "cpu" and num_images == 1
+        self._look_ahead = look_ahead and canvas.can_be_guessed and device.type == "cpu" and num_images == 1
         self._slots = torch.zeros(windows, most_steps, dtype=torch.int64, device=device)
         self._noise = torch.zeros(
             num_images, windows, most_steps, canvas.numbers_per_position, dtype=torch.float64, device=device

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.support.launch import ROOT, SMALL_JOB, settings
 
@@ -41,12 +42,15 @@ def test_no_command_asks_anybody_for_anything(tmp_path: Path, splits: Path, aske
     environment |= {name: proxy for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY")}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run, config = tmp_path / "run", SMALL_JOB
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (9, 8), "teal").save(picture)
     small = settings(run, splits, train__steps=2, evaluate__images=4)
     for command in (
         [str(ROOT / "trainer/run.py"), "--config", str(config), *small],
         ["-m", "trainer.evaluate", "--run", str(run)],
         ["-m", "trainer.sample", "--run", str(run), "--n", "1"],
         ["-m", "trainer.export", "--run", str(run), "--to", str(tmp_path / "exported")],
+        ["-m", "trainer.compress", "--run", str(run), str(picture), "--out", str(tmp_path / "picture.bin")],
         ["-m", "trainer.compare", str(run), "--html", str(tmp_path / "page.html")],
         ["-m", "trainer.plan", "--config", str(config), "--gpus", "2"],
         ["-m", "trainer.tracking", "sync", str(run)],

@@ -17,7 +17,7 @@ from tests.support.tiny_model import random_images
 from tests.support.tiny_run import CLASSES, SUPER_RESOLUTION, tiny_run
 from trainer import sample
 from trainer.pictures import GAP, UNKNOWN, enlarged, to_picture
-from trainer.sample import ProgressBar
+from trainer.progress import ProgressBar
 from trainer.trained_model import TrainedModel
 
 
@@ -217,7 +217,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(
 
 
 def test_the_progress_bar_fills(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(4)
+    bar = ProgressBar(4, "positions")
     bar.show(1)
     assert capsys.readouterr().err == ""  # not a terminal
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
