@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.likelihood import (
     LEVELS_PER_UNIT,
-    CategoricalOutput,
+    Categorical,
     Mixture,
     Output,
     log_bin_probability,
@@ -36,7 +36,7 @@ class ByChannel:
     def __init__(self, output: Output, parameters: Tensor) -> None:
         """parameters: [..., C, 256] (categorical) or [..., 10 K] (mixture)."""
         self._earlier: list[Tensor] = []
-        self._logits = parameters if isinstance(output, CategoricalOutput) else None
+        self._logits = parameters if isinstance(output, Categorical) else None
         if self._logits is None:
             self._mixture = split_mixture(parameters)
             self._log_weights = self._mixture.logits.log_softmax(-1)

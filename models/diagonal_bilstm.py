@@ -132,8 +132,8 @@ class DiagonalBiLSTM(Model):
         logits: Tensor = self.head(x)
         return logits
 
-    def entrance(self) -> Entrance:
-        return Entrance(self.first, torch.arange(len(self.generation_order)))
+    def entrances(self) -> tuple[Entrance, ...]:
+        return (Entrance(self.first, torch.arange(len(self.generation_order))),)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers

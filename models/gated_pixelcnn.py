@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
-from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput, around_guesses
+from models.likelihood import CategoricalOutput, Mixtures, PredictorMixtureOutput, around_guesses
 from models.linear import Linear, product_dtype
 from models.masked_convolution import ColourHead, Colours, Grouping, MaskedConvolution, colours, head
 from models.model import (
@@ -49,7 +49,7 @@ class GatedPixelCNNConfig:
     family: Literal["gated_pixelcnn"] = "gated_pixelcnn"
     image_size: int
     """Rows and columns of the square images."""
-    output: Output = CategoricalOutput()
+    output: CategoricalOutput | Mixtures = CategoricalOutput()
     """256 probabilities of a sub-pixel, as in the paper, or a mixture of logistics of a pixel, also around guesses from
     its neighbours. With mixtures no feature belongs to a colour, and a pixel sees nothing of itself."""
     stem: Stem = "previous"
@@ -200,8 +200,8 @@ class GatedPixelCNN(Model):
             return [None] * num_layers
         return F.embedding(labels, self.classes)[:, None, None].chunk(num_layers, dim=-1)
 
-    def entrance(self) -> Entrance:
-        return Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True)
+    def entrances(self) -> tuple[Entrance, ...]:
+        return (Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True),)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers

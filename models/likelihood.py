@@ -3,7 +3,8 @@
 The output distributions (section 3.4 of the paper); models/drawing/draw.py draws from them:
 - "categorical": 256 logits for each sub-pixel, parameters [B, H, W, 3, 256];
 - "mixture": a discretised mixture of K logistics for each pixel (PixelCNN++), parameters [B, H, W, 10 K];
-- "predictor_mixture": the same, computed from means that are relative to guesses (`around_guesses`).
+- "predictor_mixture": the same, computed from means that are relative to guesses (`around_guesses`);
+- "predictor_categorical": logits again, to which a mixture around guesses was added (`logits_around_guesses`).
 
 Shapes: B batch, H rows, W columns, K mixtures, P predictors.
 """
@@ -24,6 +25,21 @@ class CategoricalOutput:
     """256 probabilities for each sub-pixel."""
 
     kind: Literal["categorical"] = "categorical"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorCategoricalOutput:
+    """256 probabilities for each sub-pixel, whose logits begin as those of a mixture of logistics around guesses from
+    the neighbours of the pixel. Each moves with what its guess missed of the channels before. Raises ValueError.
+    """
+
+    kind: Literal["predictor_categorical"] = "predictor_categorical"
+    predictors: tuple[Predictor, ...] = ("median", "average", "gradient", "learned")
+    """How pixels are guessed (models/neighbours.py), one logistic for each. Each is computed at all 256 intensities."""
+
+    def __post_init__(self) -> None:
+        if problems := _problems_of(self.predictors):
+            raise ValueError("\n".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +69,7 @@ class PredictorMixtureOutput:
     """Logistics around each guess, which start with different scales."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if not self.predictors or len(set(self.predictors)) < len(self.predictors):
-            problems.append(f"predictors: {list(self.predictors)} must be one or more, each once")
+        problems = _problems_of(self.predictors)
         if self.scales < 1:
             problems.append(f"scales: {self.scales} is not positive")
         if problems:
@@ -67,7 +81,17 @@ class PredictorMixtureOutput:
         return len(self.predictors) * self.scales
 
 
-Output = CategoricalOutput | MixtureOutput | PredictorMixtureOutput
+def _problems_of(predictors: tuple[Predictor, ...]) -> list[str]:
+    if predictors and len(set(predictors)) == len(predictors):
+        return []
+    return [f"predictors: {list(predictors)} must be one or more, each once"]
+
+
+Categorical = CategoricalOutput | PredictorCategoricalOutput
+"""Outputs whose parameters are logits."""
+Mixtures = MixtureOutput | PredictorMixtureOutput
+"""Outputs whose parameters are those of a mixture of logistics for each pixel."""
+Output = Categorical | Mixtures
 
 # Intensities 0..255 lie on [-1, 1], so that a level is 1 / 127.5 wide.
 LEVELS_PER_UNIT = 127.5
@@ -79,6 +103,10 @@ INITIAL_LOG_SCALE = math.log(0.1)
 INITIAL_MISSES = tuple(deviation * math.sqrt(3) / math.pi for deviation in (0.06, 0.03, 0.03))
 MISS_GAIN = 0.1
 """Of the means that are relative to guesses, which are about as small."""
+INITIAL_SPREAD = -0.25
+"""Log-scales of single logistics begin so much below those of the misses, which are not logistic: most are smaller."""
+SMALLEST_BIN = 1e-8
+"""Added to probabilities of which a logarithm is a logit."""
 
 
 def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
@@ -87,7 +115,7 @@ def nats(output: Output, parameters: Tensor, images: Tensor) -> Tensor:
 
     fp32, or fp64 for parameters in fp64.
     """
-    if not isinstance(output, CategoricalOutput):
+    if not isinstance(output, Categorical):
         return mixture_nats(parameters, images)
     logits = _at_least_fp32(parameters)
     losses = F.cross_entropy(logits.flatten(0, -2), images.flatten().long(), reduction="none")
@@ -143,7 +171,7 @@ def initial_predictor_mixture(output: PredictorMixtureOutput) -> Tensor:
     return torch.cat([torch.zeros(4 * output.components), log_scales.flatten(), coefficients.flatten()])
 
 
-def initial_parameters(output: MixtureOutput | PredictorMixtureOutput) -> Tensor:
+def initial_parameters(output: Mixtures) -> Tensor:
     """Parameters [10 K] to start from."""
     if isinstance(output, PredictorMixtureOutput):
         return initial_predictor_mixture(output)
@@ -165,6 +193,33 @@ def around_guesses(parameters: Tensor, guesses: Tensor) -> Tensor:
     return torch.cat([logits, MISS_GAIN * means + (guess - moved).flatten(-2), log_scales, coefficients], dim=-1)
 
 
+def logits_around_guesses(parameters: Tensor, guesses: Tensor, pixels: Tensor, channels: Tensor) -> Tensor:
+    """Parameters [B, T, 256 + 5 P] of T sub-pixels and guesses of their pixels [B, T, P, 3] -> logits [B, T, 256].
+
+    The parameters are logits, and for each guess a weight, a mean, a log-scale and two coefficients before tanh, all
+    relative to what is typical of photographs. pixels [B, T, 3]: intensities on [-1, 1], of which those of channels
+    before the sub-pixel's own count; channels int64 [T]. The bins' probabilities are products of sigmoids as in
+    `log_bin_probability`: a difference would lose those of the tails.
+    """
+    predictors = guesses.shape[-2]
+    logits, weights, means, log_scales, *coefficients = parameters.split([256] + [predictors] * 5, dim=-1)
+    before = torch.arange(2, device=channels.device) < channels[:, None]  # red, green
+    last = torch.arange(2, device=channels.device) == channels[:, None] - 1
+    missed = (pixels[..., None, :2] - guesses[..., :2]) * before[:, None]
+    moves = (torch.stack(coefficients, dim=-1) + math.atanh(0.9) * last[:, None]).tanh() * missed
+    own = guesses.gather(-1, channels[:, None, None].expand(*guesses.shape[:-1], 1)).squeeze(-1)
+    centres = own + MISS_GAIN * means + moves.sum(-1)
+    red, after = (math.log(INITIAL_MISSES[channel]) for channel in (0, 1))
+    first = torch.where(channels == 0, red, after)[:, None] + INITIAL_SPREAD
+    steepness = (-(log_scales + first).clamp(min=LOG_SCALE_FLOOR)).exp()[..., None]
+    edges = (torch.arange(255, device=parameters.device, dtype=parameters.dtype) + 0.5) / LEVELS_PER_UNIT - 1
+    x = (edges - centres[..., None]) * steepness
+    below, above = x.sigmoid(), (-x).sigmoid()
+    inside = below[..., 1:] * above[..., :-1] * -torch.expm1(-steepness / LEVELS_PER_UNIT)
+    bins = torch.cat([below[..., :1], inside, above[..., -1:]], dim=-1)
+    return logits + ((weights.softmax(-1)[..., None] * bins).sum(-2) + SMALLEST_BIN).log()
+
+
 def mixture_nats(parameters: Tensor, images: Tensor) -> Tensor:
     """Negative log-likelihood of whole pixels in nats, [B, H, W].
 
@@ -182,7 +237,7 @@ def nats_by_channel(output: Output, parameters: Tensor, images: Tensor) -> Tenso
     Their sum over channels is that of `nats`. For the mixture by the chain rule, with the joint likelihoods of the
     first one, two and three channels.
     """
-    if isinstance(output, CategoricalOutput):
+    if isinstance(output, Categorical):
         return nats(output, parameters, images)
     log_weights, log_probabilities = _component_log_probabilities(parameters, images)
     joint = -torch.logsumexp(log_weights.unsqueeze(-1) + log_probabilities.cumsum(-1), dim=-2)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.head import Head
-from models.likelihood import CategoricalOutput, MixtureOutput, Output, PredictorMixtureOutput
+from models.likelihood import CategoricalOutput, Mixtures
 from models.linear import Linear, product_dtype
 
 Grouping = Literal["interleaved", "blocks"]
@@ -133,7 +133,7 @@ class ColourHead(nn.Module):
 class PixelHead(nn.Module):
     """Features [B, H, W, width] that belong to no colour -> parameters of a mixture [B, H, W, 10 components]; fp32."""
 
-    def __init__(self, width: int, features: int, output: MixtureOutput | PredictorMixtureOutput) -> None:
+    def __init__(self, width: int, features: int, output: Mixtures) -> None:
         super().__init__()
         self.hidden = Linear(width, features, std=math.sqrt(2 / width), bias=True)
         self.mixture = Head(features, output, values_per_position=3)
@@ -147,12 +147,12 @@ class PixelHead(nn.Module):
         return 2 * (self.hidden.weight.numel() + self.mixture.weight.numel())
 
 
-def colours(grouping: Grouping, output: Output) -> Colours:
+def colours(grouping: Grouping, output: CategoricalOutput | Mixtures) -> Colours:
     """How the features of a model belong to colours. A mixture describes a whole pixel."""
     return grouping if isinstance(output, CategoricalOutput) else "together"
 
 
-def head(width: int, features: int, output: Output, grouping: Grouping) -> ColourHead | PixelHead:
+def head(width: int, features: int, output: CategoricalOutput | Mixtures, grouping: Grouping) -> ColourHead | PixelHead:
     """Features [B, H, W, width] -> parameters of the output distribution; fp32."""
     if isinstance(output, CategoricalOutput):
         return ColourHead(width, features, grouping)

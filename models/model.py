@@ -188,8 +188,8 @@ class Model(nn.Module, ABC):
         """
 
     @abstractmethod
-    def entrance(self) -> Entrance:
-        """Where its values begin to count: what gradients end at."""
+    def entrances(self) -> tuple[Entrance, ...]:
+        """Where its values begin to count: what gradients end at. Together these hold every way in."""
 
     @abstractmethod
     def units(self) -> Iterator[nn.Module]:

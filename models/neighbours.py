@@ -220,6 +220,40 @@ class NeighbourhoodStem(nn.Module):
         return values.index_select(1, positions) - median(gather(values, self.stand_ins[positions]))
 
 
+class SubpixelStem(NeighbourhoodStem):
+    """What the neighbours of a sub-pixel's pixel say, and the channels of the pixel itself that are known, as a token.
+
+    Of each known channel its intensity, and by how much it differs from its guess (`median`), as of neighbours.
+    """
+
+    OWN_FEATURES = 3 + 4 * 3
+
+    def __init__(self, size: int, generation_order: Tensor, width: int) -> None:
+        """generation_order: of pixels."""
+        super().__init__(size, generation_order, width)
+        self.combine_own = Linear(self.OWN_FEATURES, width, std=3**-0.5)
+
+    def tokens(self, values: Tensor, positions: Tensor) -> Tensor:
+        """Intensities of pixels [B, L, C] on [-1, 1] and positions of sub-pixels [T] -> [B, T, D]."""
+        values = values.to(torch.promote_types(values.dtype, self.combine.weight.dtype))
+        pixels, channels = positions // 3, positions % 3
+        if len(positions) > values.shape[1]:  # those of all sub-pixels: once for each pixel
+            around = self(self.features(values, _all_positions(values))).index_select(1, pixels)
+        else:
+            around = self(self.features(values, pixels))
+        known = torch.arange(3, device=channels.device) < channels[:, None]
+        missed = self._errors(values, pixels) * known
+        parts = [
+            values.index_select(1, pixels) * known,
+            torch.tanh(8 * missed),
+            torch.tanh(40 * missed),
+            ((missed.abs() + HALF_LEVEL).log() / 3 + 1) * known,
+        ]
+        channel = nn.functional.one_hot(channels, 3).expand(len(values), -1, -1)
+        own = torch.cat([channel, *parts], dim=-1).to(self.combine_own.weight.dtype)
+        return around + self.combine_own(own)
+
+
 def flops_at_a_pixel(model: nn.Module) -> int:
     """Of the products by which stem and predictors of a model combine what they see."""
     parts = (module for module in model.modules() if isinstance(module, NeighbourhoodStem | LearnedPredictor))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.drawing.canvas import Canvas
 from models.given import NOTHING, Given
-from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput, around_guesses
+from models.likelihood import CategoricalOutput, Mixtures, PredictorMixtureOutput, around_guesses
 from models.masked_convolution import ColourHead, Colours, Grouping, MaskedConvolution, colours, head
 from models.model import (
     Account,
@@ -45,7 +45,7 @@ class PixelCNNConfig(ToldNothing):
     family: Literal["pixelcnn"] = "pixelcnn"
     image_size: int
     """Rows and columns of the square images."""
-    output: Output = CategoricalOutput()
+    output: CategoricalOutput | Mixtures = CategoricalOutput()
     """256 probabilities of a sub-pixel, as in the paper, or a mixture of logistics of a pixel, also around guesses from
     its neighbours. With mixtures no feature belongs to a colour, and a pixel sees nothing of itself."""
     stem: Stem = "previous"
@@ -148,8 +148,8 @@ class PixelCNN(Model):
             parameters = around_guesses(parameters, self.predictors.of_images(values))
         return parameters
 
-    def entrance(self) -> Entrance:
-        return Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True)
+    def entrances(self) -> tuple[Entrance, ...]:
+        return (Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True),)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks

@@ -206,8 +206,8 @@ class PixelCNNPP(Model):
         x = (images.float() - 127.5) / 127.5
         set_scales_from_images(self, lambda: self.parameters_of(x, given.labels), lambda layer: VARIANCE_FLOOR)
 
-    def entrance(self) -> Entrance:
-        return Entrance(self.entry, torch.arange(len(self.generation_order)))
+    def entrances(self) -> tuple[Entrance, ...]:
+        return (Entrance(self.entry, torch.arange(len(self.generation_order))),)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.down

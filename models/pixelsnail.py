@@ -219,8 +219,8 @@ class PixelSNAIL(Model):
             lambda layer: VARIANCE_FLOOR_OF_CONVOLUTIONS if isinstance(layer, Convolution) else VARIANCE_FLOOR,
         )
 
-    def entrance(self) -> Entrance:
-        return Entrance(self.entry, torch.arange(len(self.generation_order)))
+    def entrances(self) -> tuple[Entrance, ...]:
+        return (Entrance(self.entry, torch.arange(len(self.generation_order))),)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks

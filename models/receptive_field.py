@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from models.given import Given
-from models.model import Model, ModelConfig
+from models.model import Entrance, Model, ModelConfig
 
 IMAGES = 3
 """Random images whose gradients are looked at together: in one alone, what lies on the way may be cut off (ReLU)."""
@@ -67,30 +68,35 @@ def seen_by(model: Model, positions: list[int], num_images: int = IMAGES) -> Ten
         labels=torch.arange(num_images) % config.num_classes if config.num_classes else None,
         small_images=random_images(config.small_size) if config.small_size else None,
     )
-    entrance = model.entrance()
-    rows: list[Tensor] = []
+    entered: list[tuple[Tensor, Tensor]] = []
+    """Rows of values, and the position of each."""
 
-    def hand_in(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        rows.append(inputs[0].detach().requires_grad_())
-        return rows[-1], *inputs[1:]
+    def handed(rows: Tensor, positions: Tensor) -> Tensor:
+        entered.append((rows.detach().requires_grad_(), positions))
+        return entered[-1][0]
 
-    def hand_out(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows.append(output.detach().requires_grad_())
-        return rows[-1]
+    def hook_of(entrance: Entrance) -> RemovableHandle:
+        if entrance.looks_up:
+            return entrance.module.register_forward_hook(lambda _, __, output: handed(output, entrance.positions))
+        return entrance.module.register_forward_pre_hook(
+            lambda _, inputs: (handed(inputs[0], entrance.positions), *inputs[1:])
+        )
 
     with torch.enable_grad():
-        if entrance.looks_up:
-            hook = entrance.module.register_forward_hook(hand_out)
-        else:
-            hook = entrance.module.register_forward_pre_hook(hand_in)
+        hooks = [hook_of(entrance) for entrance in model.entrances()]
         outputs = model(random_images(config.image_size), given).reshape(num_images, length, -1)
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         # Random factors, so that gradients of a position's outputs do not cancel.
         factors = torch.randn(outputs.shape[2], generator=generator, dtype=outputs.dtype)
         seen = torch.zeros(len(positions), length, dtype=torch.bool)
         for row, position in zip(seen, positions, strict=True):
-            (gradient,) = torch.autograd.grad((outputs[:, position] * factors).sum(), rows[0], retain_graph=True)
-            touched = gradient.reshape(num_images, len(entrance.positions), -1).abs().amax((0, 2)) > 0
-            sources = entrance.positions[touched]
-            row[sources[sources >= 0]] = True
+            rows = [each for each, _ in entered]
+            of_position = (outputs[:, position] * factors).sum()
+            gradients = torch.autograd.grad(of_position, rows, retain_graph=True, allow_unused=True)
+            for gradient, (_, places) in zip(gradients, entered, strict=True):
+                if gradient is not None:
+                    touched = gradient.reshape(num_images, len(places), -1).abs().amax((0, 2)) > 0
+                    sources = places[touched]
+                    row[sources[sources >= 0]] = True
     return seen

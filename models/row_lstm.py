@@ -130,8 +130,8 @@ class RowLSTM(Model):
         logits: Tensor = self.head(x)
         return logits
 
-    def entrance(self) -> Entrance:
-        return Entrance(self.first, torch.arange(len(self.generation_order)))
+    def entrances(self) -> tuple[Entrance, ...]:
+        return (Entrance(self.first, torch.arange(len(self.generation_order))),)
 
     def units(self) -> Iterator[nn.Module]:
         yield from self.layers

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.likelihood import MixtureOutput, PredictorMixtureOutput, initial_parameters
+from models.likelihood import Mixtures, PredictorMixtureOutput, initial_parameters
 from models.linear import product_dtype
 
 Nonlinearity = Literal["concat_elu", "elu", "relu"]
@@ -129,7 +129,7 @@ class Dense(WeightNormed):
         return F.conv2d(x, weight[:, :, None, None], bias)
 
 
-def mixture_head(features: int, output: MixtureOutput | PredictorMixtureOutput) -> Dense:
+def mixture_head(features: int, output: Mixtures) -> Dense:
     """[B, F, H, W] -> [B, 10 K, H, W]. Around guesses it begins near them; else the first images decide, as always."""
     if isinstance(output, PredictorMixtureOutput):
         mean = initial_parameters(output)

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.drawing.draw import Sampling, draw
 from models.drawing.keyed_noise import keyed_uniforms
 from models.given import Given
-from models.likelihood import CategoricalOutput, Output
+from models.likelihood import Categorical, Output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Canvas:
     @property
     def numbers_per_position(self) -> int:
         """Random numbers that a position takes."""
-        return 256 * self.values.shape[2] if isinstance(self.output, CategoricalOutput) else 4
+        return 256 * self.values.shape[2] if isinstance(self.output, Categorical) else 4
 
     def noise(self, positions: Tensor) -> Tensor:
         """float64 [B, T, numbers_per_position] in (0, 1), for positions int64 [T] on the canvas's device."""
@@ -56,7 +56,7 @@ class Canvas:
         parameters: [copies B, T, C, 256] (categorical) or [copies B, T, 10 components] (mixture).
         """
         parameters, without_class = parameters.chunk(2) if self.copies == 2 else (parameters, None)
-        if isinstance(self.output, CategoricalOutput):
+        if isinstance(self.output, Categorical):
             noise = noise.unflatten(2, (-1, 256))
         return draw(self.output, parameters, noise, self.sampling, without_class)
 

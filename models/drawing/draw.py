@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.by_channel import means_given
-from models.likelihood import CategoricalOutput, Mixture, Output, log_bin_probability, split_mixture
+from models.likelihood import Categorical, Mixture, Output, log_bin_probability, split_mixture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def draw(
 
     Top-k, top-p and guidance of a mixture act on the 256 probabilities of each channel given those before it.
     """
-    if isinstance(output, CategoricalOutput):
+    if isinstance(output, Categorical):
         logits = _guided(parameters.double(), without_class, sampling) / sampling.temperature
         # Gumbel-max: logits that differ a little mostly draw the same value. Looking ahead depends on that
         # (models/image_transformer/wave_decoder.py).

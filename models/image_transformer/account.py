@@ -3,6 +3,7 @@
 from torch import nn
 
 from models.image_transformer.network import Network
+from models.image_transformer.shape import ImageTransformerShape
 from models.model import Account, Flops, Recompute, num_parameters
 
 PARTS = ("embedding", "encoder", "attention projections", "attention scores", "feed-forward", "head")
@@ -18,7 +19,7 @@ def account_of(network: Network, recompute: Recompute) -> Account:
     shape = network.config
     length, encoder_length = network.length, 3 * shape.small_size**2
     products = {  # forward, by the module's name
-        name: 2 * module.in_features * module.out_features * (encoder_length if _reads_encoder(name) else length)
+        name: 2 * module.in_features * module.out_features * _rows(name, shape)
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear)
     }
@@ -46,7 +47,8 @@ def account_of(network: Network, recompute: Recompute) -> Account:
                 # Nothing after the layer's last product needs its result, so torch stops before it.
                 recomputed["feed-forward"] -= products[f"layers.{index}.feed_forward.out"]
     # Where intensities are combined linearly, they need no gradient.
-    needless = {"embedding": ("embed_input.values", "embed_input.values.combine"), "head": ("predictors.combine",)}
+    stem = ("embed_input.values", "embed_input.values.combine", "embed_input.values.combine_own")
+    needless = {"embedding": stem, "head": ("predictors.combine",)}
     first = {part: sum(products.get(name, 0) for name in names) for part, names in needless.items()}
     parts = {
         part: Flops(
@@ -58,6 +60,14 @@ def account_of(network: Network, recompute: Recompute) -> Account:
         if forward[part]
     }
     return Account(parameters=num_parameters(network), positions=length, parts=parts, attention="attention scores")
+
+
+def _rows(module: str, shape: ImageTransformerShape) -> int:
+    """How many rows the matrix product of the module of this name has."""
+    if _reads_encoder(module):
+        return 3 * shape.small_size**2
+    is_of_pixels = shape.input == "ordinal" or module in ("embed_input.values.combine", "predictors.combine")
+    return (1 if is_of_pixels else 3) * shape.image_size**2
 
 
 def _part_of(module: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.image_transformer.pixel_order import Input
 from models.linear import Linear
-from models.neighbours import NeighbourhoodStem
+from models.neighbours import NeighbourhoodStem, SubpixelStem
 
 Position = Literal["sine", "learned", "rotary"]
 
@@ -61,10 +61,10 @@ class InputEmbedding(nn.Module):
     def forward(self, values: Tensor, sources: Tensor, positions: Tensor) -> Tensor:
         """values [B, T, C], categories in uint8 or intensities on [-1, 1], were at raster positions `sources` [T]
         (-1: no value, a zero vector) and are used to predict raster positions `positions` [T]; the result is [B, T, D].
-        With a stem, values are its features."""
+        With a stem, values are its features or, of sub-pixels, its tokens."""
         code = self.position(*self.rows_and_columns(positions))
         if isinstance(self.values, NeighbourhoodStem):
-            x = self.values(values)
+            x = values if isinstance(self.values, SubpixelStem) else self.values(values)
             return x + code.to(x.dtype)
         if isinstance(self.values, Embedding):
             x = self.values(values.squeeze(-1).long() + 256 * (sources % 3))

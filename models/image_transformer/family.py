@@ -52,10 +52,13 @@ class ImageTransformerConfig(ImageTransformerShape):
 class ImageTransformer(Network):
     """An Image Transformer that can be trained and drawn from."""
 
-    def entrance(self) -> Entrance:
+    def entrances(self) -> tuple[Entrance, ...]:
         if isinstance(self.enter, Intensities):  # which are looked at by stem and predictors, too
-            return Entrance(self.enter, torch.arange(self.length), looks_up=True)
-        return Entrance(self.embed_input, self.sources, looks_up=True)
+            return (Entrance(self.enter, torch.arange(self.length), looks_up=True),)
+        seen = Entrance(self.intensities, torch.arange(self.length), looks_up=True)
+        if self.config.stem == "neighbourhood":
+            return (seen,)
+        return Entrance(self.embed_input, self.sources, looks_up=True), seen
 
     def units(self) -> Iterator[nn.Module]:
         if self.config.small_size:

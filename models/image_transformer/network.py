@@ -27,9 +27,15 @@ from models.image_transformer.embedding import Embedding, InputEmbedding
 from models.image_transformer.layer import Attend, Layer, attend_in_turn, norm, rotary
 from models.image_transformer.pixel_order import grid_shape, source_positions, to_positions
 from models.image_transformer.shape import ImageTransformerShape, make_patterns
-from models.likelihood import CategoricalOutput, PredictorMixtureOutput, around_guesses
+from models.likelihood import (
+    Categorical,
+    PredictorCategoricalOutput,
+    PredictorMixtureOutput,
+    around_guesses,
+    logits_around_guesses,
+)
 from models.model import Intensities, Model, Recompute, check_inputs
-from models.neighbours import NeighbourhoodStem, Predictors
+from models.neighbours import NeighbourhoodStem, Predictors, SubpixelStem
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -66,11 +72,15 @@ class Network(Model):
 
         grid = grid_shape(config.image_size, config.input)
         self.enter = Intensities() if config.input == "ordinal" else nn.Identity()
-        stem = (
-            NeighbourhoodStem(config.image_size, self.generation_order, config.width)
-            if config.stem == "neighbourhood"
-            else None
-        )
+        self.intensities = Intensities() if config.input == "categorical" else nn.Identity()
+        """Of values that have passed `enter`."""
+        pixel_order = self.generation_order
+        if config.input == "categorical":
+            pixel_order = pixel_order[::3] // 3
+        stem: NeighbourhoodStem | None = None
+        if config.stem == "neighbourhood":
+            make_stem = SubpixelStem if config.input == "categorical" else NeighbourhoodStem
+            stem = make_stem(config.image_size, pixel_order, config.width)
         self.embed_input = InputEmbedding(config.input, grid, config.width, config.position, stem)
         if config.num_classes:
             # The last entry is no class.
@@ -81,8 +91,8 @@ class Network(Model):
         self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
         self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
         self.head = Head(config.width, config.output, 1 if config.input == "categorical" else 3)
-        if isinstance(config.output, PredictorMixtureOutput):
-            self.predictors = Predictors(config.output.predictors, config.image_size, self.generation_order)
+        if isinstance(config.output, PredictorMixtureOutput | PredictorCategoricalOutput):
+            self.predictors = Predictors(config.output.predictors, config.image_size, pixel_order)
 
     def forward(self, images: Tensor, given: Given = NOTHING) -> Tensor:
         """As in Model. In training, labels are hidden at the rate of label_dropout."""
@@ -98,7 +108,7 @@ class Network(Model):
         if not self.stored_in_raster_order:
             x = x[:, self.slot_of_position]
         size, output = self.config.image_size, self.config.output
-        of_pixel = (3, 256) if isinstance(output, CategoricalOutput) else (10 * output.components,)
+        of_pixel = (3, 256) if isinstance(output, Categorical) else (10 * output.components,)
         return self.parameters_of(x, values, slots).view(-1, size, size, *of_pixel)
 
     def inputs(self, values: Tensor, slots: Tensor) -> Tensor:
@@ -106,6 +116,8 @@ class Network(Model):
         [B, L, C] that have passed `enter`; those at or after a slot's position in the order of generation play no
         part."""
         stem = self.embed_input.values
+        if isinstance(stem, SubpixelStem):
+            return stem.tokens(self._pixels(values), self.positions[slots])
         if isinstance(stem, NeighbourhoodStem):
             return stem.features(values, self.positions[slots])
         return values.index_select(1, self.sources[slots].clamp(min=0))
@@ -115,7 +127,19 @@ class Network(Model):
         parameters = self.head(x)
         if isinstance(self.config.output, PredictorMixtureOutput):
             parameters = around_guesses(parameters, self.predictors(values, positions))
+        elif isinstance(self.config.output, PredictorCategoricalOutput):
+            pixels, of = self._pixels(values), positions // 3
+            every = torch.arange(pixels.shape[1], device=of.device)
+            once = len(positions) > len(every)  # each pixel, instead of each sub-pixel
+            guesses = self.predictors(pixels, every).index_select(1, of) if once else self.predictors(pixels, of)
+            channels = positions % 3
+            parameters = logits_around_guesses(parameters, guesses, pixels.index_select(1, of), channels)[:, :, None]
         return parameters
+
+    def _pixels(self, values: Tensor) -> Tensor:
+        """Intensities of pixels [B, L / 3, 3], of values [B, L, 1] of sub-pixels."""
+        pixels: Tensor = self.intensities(values).unflatten(1, (-1, 3)).squeeze(-1)
+        return pixels
 
     def hidden(
         self,

@@ -14,7 +14,7 @@ from models.attention.pattern import Pattern, dilated_1d, fixed_1d, full, local_
 from models.image_transformer.embedding import Position
 from models.image_transformer.layer import Block, NormPlace
 from models.image_transformer.pixel_order import Input, Shift, grid_shape
-from models.likelihood import CategoricalOutput, Output, PredictorMixtureOutput
+from models.likelihood import Categorical, Output, PredictorCategoricalOutput, PredictorMixtureOutput
 from models.neighbours import Stem
 
 LARGEST = {
@@ -134,12 +134,12 @@ class ImageTransformerShape:
     """"categorical": a position is a sub-pixel, embedded by channel and intensity. "ordinal": a position is a
     pixel, its three intensities combined linearly."""
     output: Output
-    """The distribution of a value: 256 probabilities of a sub-pixel, or a mixture of logistics of a pixel, also around
-    guesses from its neighbours."""
+    """The distribution of a value: 256 probabilities of a sub-pixel, or a mixture of logistics of a pixel; both also
+    around guesses from its neighbours."""
     stem: Stem = "previous"
     """What a token is made of, beside its position. "previous": the value generated just before (the paper).
-    "neighbourhood": the pixels around that are known, and their differences; needs the ordinal input. Blocks are then
-    not decoded in waves."""
+    "neighbourhood": the pixels around that are known, and their differences; of a sub-pixel, also the known channels of
+    its own pixel. Blocks are then not decoded in waves."""
     attention: Attention | tuple[Attention, ...]
     """Which positions see each other: one pattern for all layers of the decoder, or a list of patterns that the layers
     take in turn, all with the same order of generation."""
@@ -194,7 +194,8 @@ class ImageTransformerShape:
     @property
     def sees_neighbours(self) -> bool:
         """Whether anything but attention sees the pixels around: the input, or what the output is relative to."""
-        return self.stem == "neighbourhood" or isinstance(self.output, PredictorMixtureOutput)
+        around_guesses = isinstance(self.output, PredictorMixtureOutput | PredictorCategoricalOutput)
+        return self.stem == "neighbourhood" or around_guesses
 
     @property
     def shift(self) -> Shift:
@@ -229,6 +230,12 @@ def make_patterns(config: ImageTransformerShape, attention: Attention) -> tuple[
         case Fixed1D():
             groups = range(attention.groups)
             return tuple(fixed_1d(length, attention.query_block, attention.summary, group) for group in groups)
+
+
+def _cuts_pixels(config: ImageTransformerShape) -> bool:
+    """Whether something is generated between the sub-pixels of a pixel."""
+    attention = config.attentions[0]  # all have its order
+    return isinstance(attention, Local2D) and attention.query_block[1] % 3 != 0
 
 
 def _common_cell(config: ImageTransformerShape) -> tuple[int, int]:
@@ -361,7 +368,7 @@ def _shift(attention: Attention) -> Shift:
 def _combination_problems(config: ImageTransformerShape) -> list[str]:
     """Fields that are fine alone but not together."""
     head_width = config.attention_width / config.heads
-    is_mixture = not isinstance(config.output, CategoricalOutput)
+    is_mixture = not isinstance(config.output, Categorical)
     rules: list[tuple[bool, str]] = [
         (
             head_width.is_integer(),
@@ -390,9 +397,14 @@ def _combination_problems(config: ImageTransformerShape) -> list[str]:
             "input to 'ordinal' or output to 'categorical'",
         ),
         (
-            not (config.stem == "neighbourhood" and config.input == "categorical"),
-            "stem: 'neighbourhood' sees whole pixels, but input 'categorical' makes a sequence of sub-pixels; set "
-            "input to 'ordinal' or stem to 'previous'",
+            not (isinstance(config.output, PredictorCategoricalOutput) and config.input == "ordinal"),
+            "output: 'predictor_categorical' describes sub-pixels, but input 'ordinal' makes a sequence of pixels; set "
+            "input to 'categorical' or output to 'predictor_mixture'",
+        ),
+        (
+            not (config.sees_neighbours and config.input == "categorical" and _cuts_pixels(config)),
+            "attention: a block of sub-pixels cuts a pixel, of which neighbours would be known in part; set the "
+            "columns of query_block to a multiple of 3, or have neither stem 'neighbourhood' nor predictors",
         ),
         (
             not (config.block == "modern" and config.norm == "post"),

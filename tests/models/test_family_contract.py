@@ -20,12 +20,14 @@ from models.attention.local_attention import local_attention
 from models.decoding import Decoding, generate
 from models.diagonal_bilstm import DiagonalBiLSTM, DiagonalBiLSTMConfig
 from models.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig, RowsAbove
+from models.image_transformer import network
 from models.image_transformer.family import ImageTransformer
 from models.image_transformer.layer import attend_in_turn
 from models.image_transformer.shape import Attention, Dilated1D, Fixed1D, Full, Local1D, Local2D, Sliding1D, Strided1D
 from models.likelihood import (
     CategoricalOutput,
     MixtureOutput,
+    PredictorCategoricalOutput,
     PredictorMixtureOutput,
     bits_per_dim,
     nats,
@@ -40,12 +42,22 @@ from models.receptive_field import seen_by
 from models.recompute_decoder import RecomputeDecoder
 from models.row_lstm import RowLSTM, RowLSTMConfig, RowLSTMLayer
 from models.weight_norm import layers
-from tests.support.tiny_model import GIVEN, MIXTURE, MODERN, PIXELS, random_given, random_images, tiny_config
+from tests.support.tiny_model import (
+    GIVEN,
+    MIXTURE,
+    MODERN,
+    NEIGHBOURS_OF_SUBPIXELS,
+    PIXELS,
+    random_given,
+    random_images,
+    tiny_config,
+)
 from trainer.exported_model import Origin, load_exported, write_exported
 from trainer.model_card import ModelCard
 
 TURNS = (Local1D(query_block=8, memory=8), Full(), Dilated1D(query_block=4, memory=2, gap=1, chunks=2))
 FLANGES = (Local2D(query_block=(2, 2), memory=(2, 1)), Local2D(query_block=(2, 2), memory=(1, 4)))
+WHOLE_PIXELS = Local2D(query_block=(2, 6), memory=(2, 3))
 SPARSE = (Strided1D(stride=12), Sliding1D(window=5), Fixed1D(query_block=12, summary=2, groups=2))
 PIXELCNN: dict[str, Any] = {"image_size": 4, "features": 6, "layers": 3, "head_features": 12}
 PIXELCNNPP: dict[str, Any] = {"image_size": 4, "output": MixtureOutput(components=3), "features": 5, "blocks": 2}
@@ -83,6 +95,11 @@ FAMILIES: dict[str, ModelConfig] = {
         attention=Local2D(query_block=(2, 2), memory=(1, 2), shift="block"),
         **MODERN,
         **GIVEN["classes"],
+    ),
+    "image_transformer, predictors of sub-pixels": tiny_config(output=PredictorCategoricalOutput()),
+    "image_transformer, stem of sub-pixels": tiny_config(**MODERN, stem="neighbourhood", attention=WHOLE_PIXELS),
+    "image_transformer, predictors and stem of sub-pixels": tiny_config(
+        **NEIGHBOURS_OF_SUBPIXELS, **MODERN, **GIVEN["classes"], attention=WHOLE_PIXELS
     ),
     "pixelcnn": PixelCNNConfig(**PIXELCNN),
     "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | ODD),
@@ -219,6 +236,22 @@ def with_neighbours_of_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "known_neighbours", lambda size, order: original(size, order.sort().values))
 
 
+def with_all_channels_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = network.logits_around_guesses
+
+    def logits(parameters: Tensor, guesses: Tensor, pixels: Tensor, channels: Tensor) -> Tensor:
+        return original(parameters, guesses, pixels, torch.full_like(channels, 2))
+
+    monkeypatch.setattr(network, "logits_around_guesses", logits)
+
+
+def with_channels_that_are_one_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = neighbours.SubpixelStem.tokens
+    monkeypatch.setattr(
+        neighbours.SubpixelStem, "tokens", lambda self, values, positions: original(self, values, positions.roll(-1))
+    )
+
+
 def with_neighbours_of_its_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the stem says of the pixel to the right, whose own left neighbour is the pixel itself."""
     original = neighbours.NeighbourhoodStem.of_images
@@ -230,6 +263,10 @@ LEAKS = [
     ("image_transformer, stem", with_the_pixel_as_its_neighbour),
     ("image_transformer, stem", with_neighbours_of_another_order),
     ("image_transformer, predictors, 2d", with_neighbours_of_another_order),
+    ("image_transformer, predictors of sub-pixels", with_the_pixel_as_its_neighbour),
+    ("image_transformer, predictors of sub-pixels", with_all_channels_known),
+    ("image_transformer, stem of sub-pixels", with_neighbours_of_another_order),
+    ("image_transformer, stem of sub-pixels", with_channels_that_are_one_further),
     ("pixelcnn", with_mask_b_first),
     ("pixelcnn", with_two_groupings),
     ("gated_pixelcnn", with_mask_b_first),

@@ -6,11 +6,15 @@ from torch import Tensor
 
 from models.attention.pattern import local_2d
 from models.likelihood import (
+    CategoricalOutput,
     PredictorMixtureOutput,
     around_guesses,
     bits_per_dim,
     initial_predictor_mixture,
+    logits_around_guesses,
     mixture_nats,
+    nats,
+    nats_by_channel,
     split_mixture,
 )
 from models.neighbours import (
@@ -106,6 +110,24 @@ def test_a_mixture_around_guesses_moves_green_and_blue_with_what_is_left_of_the_
             means[:, 2] + c[:, 1] * red + c[:, 2] * green,
         ]
         torch.testing.assert_close(actual, expected)
+
+
+def test_logits_around_a_guess_are_those_of_a_mixture_of_one() -> None:
+    torch.manual_seed(0)
+    images, guess = random_images(1, 4), torch.rand(1, 16, 1, 3) * 2 - 1
+    output = PredictorMixtureOutput(predictors=("left",), scales=1)
+    changes = torch.randn(16, 3, 5)
+    weights, means, scales, first, second = (each.contiguous() for each in changes.unbind(-1))
+    coefficients = torch.stack([first[:, 1], first[:, 2], second[:, 2]], dim=-1)
+    mixture = (initial_predictor_mixture(output) + torch.cat([weights[:, :1], means, scales, coefficients], dim=-1))[
+        None
+    ]
+    expected = nats_by_channel(output, around_guesses(mixture, guess).view(1, 4, 4, 10), images)
+    parameters = torch.cat([torch.zeros(16, 3, 256), changes], dim=-1).view(1, 48, -1)
+    values = (images.flatten(1, 2).float() / 127.5 - 1).repeat_interleave(3, dim=1)
+    logits = logits_around_guesses(parameters, guess.repeat_interleave(3, dim=1), values, torch.arange(48) % 3)
+    actual = nats(CategoricalOutput(), logits.view(1, 4, 4, 3, 256), images)
+    torch.testing.assert_close(actual.clamp(max=15), expected.clamp(max=15), rtol=1e-3, atol=1e-3)
 
 
 def test_before_any_training_a_smooth_image_costs_little() -> None:

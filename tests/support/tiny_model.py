@@ -17,7 +17,7 @@ from models.image_transformer.shape import (
     Strided1D,
     SuperResolution,
 )
-from models.likelihood import CategoricalOutput, MixtureOutput, PredictorMixtureOutput
+from models.likelihood import CategoricalOutput, MixtureOutput, PredictorCategoricalOutput, PredictorMixtureOutput
 from models.model import ModelConfig
 
 TINY: dict[str, Any] = {
@@ -38,6 +38,7 @@ PIXELS = {"input": "ordinal", "output": CategoricalOutput()}
 MIXTURE = {"input": "ordinal", "output": MixtureOutput(components=3)}
 NEIGHBOURS = {"input": "ordinal", "output": PredictorMixtureOutput(scales=1), "stem": "neighbourhood"}
 """Everything that sees the pixels around."""
+NEIGHBOURS_OF_SUBPIXELS = {"output": PredictorCategoricalOutput(), "stem": "neighbourhood"}
 HEADS: dict[str, dict[str, Any]] = {"sub-pixels": {}, "pixels": PIXELS, "mixture": MIXTURE}
 """What a position is and how it is distributed."""
 

@@ -24,7 +24,14 @@ from models.image_transformer.shape import (
     Strided1D,
     SuperResolution,
 )
-from models.likelihood import CategoricalOutput, MixtureOutput, PredictorMixtureOutput, bits_per_dim, nats
+from models.likelihood import (
+    CategoricalOutput,
+    MixtureOutput,
+    PredictorCategoricalOutput,
+    PredictorMixtureOutput,
+    bits_per_dim,
+    nats,
+)
 from models.model import Recompute
 from tests.support.tiny_model import (
     BLOCKS,
@@ -472,7 +479,8 @@ BAD = [
     ({"attention": (Full(), Local2D(query_block=(2, 2), memory=(0, 0)))}, "attention.1: generates or stores"),
     ({"output": MixtureOutput()}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
     ({"output": PredictorMixtureOutput()}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
-    ({"stem": "neighbourhood"}, "stem: 'neighbourhood' sees whole pixels, but input 'categorical'"),
+    ({**PIXELS, "output": PredictorCategoricalOutput()}, "makes a sequence of pixels; set input to 'categorical'"),
+    ({"stem": "neighbourhood", "attention": Local2D(query_block=(2, 2), memory=(0, 0))}, "sub-pixels cuts a pixel"),
     ({**MODERN, "norm": "post"}, "the modern block is made for 'pre'"),
     ({"width": 18}, "width: 18 is not a multiple of 4"),
     ({"position": "rotary", "heads": 8}, "rotary needs attention_width / heads, 2, to be a multiple of 4"),

@@ -25,6 +25,7 @@ from tests.support.tiny_model import (
     HEADS,
     MODERN,
     NEIGHBOURS,
+    NEIGHBOURS_OF_SUBPIXELS,
     PATTERNS,
     random_given,
     random_images,
@@ -92,12 +93,19 @@ def test_cached_parameters_are_those_of_the_full_forward_pass(
     torch.testing.assert_close(decoded[:, not_given], full[:, not_given], rtol=0, atol=1e-5)
 
 
+SEEING = {
+    **{name: {**changes, **NEIGHBOURS} for name, changes in PATTERNS.items()},
+    "sub-pixels": NEIGHBOURS_OF_SUBPIXELS,
+    "sub-pixels, 2d": {**NEIGHBOURS_OF_SUBPIXELS, "attention": Local2D(query_block=(2, 6), memory=(2, 3))},
+}
+
+
 @pytest.mark.parametrize("guided", [False, True], ids=["", "guided"])
 @pytest.mark.parametrize("number", [1, 3])
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_what_sees_neighbours_draws_what_the_plainest_decoder_draws(pattern: str, number: int, guided: bool) -> None:
+@pytest.mark.parametrize("seeing", SEEING)
+def test_what_sees_neighbours_draws_what_the_plainest_decoder_draws(seeing: str, number: int, guided: bool) -> None:
     """Looking ahead, neighbours are guesses, too."""
-    model = opinionated(build(**{**PATTERNS[pattern], **NEIGHBOURS, **MODERN}, **(GUIDED if guided else {})))
+    model = opinionated(build(**{**SEEING[seeing], **MODERN}, **(GUIDED if guided else {})))
     generator = torch.Generator().manual_seed(0)
     told = {
         "images": random_images(number, 4),
