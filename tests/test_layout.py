@@ -15,7 +15,7 @@ ALLOWED = {
     "trainer": {
         "torch", "numpy", "PIL", "models", "data_pipeline",
         "deepspeed", "filelock", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
-        "starlette", "uvicorn", "matplotlib", "plotly", "pillow_jxl", "constriction",
+        "starlette", "uvicorn", "matplotlib", "plotly", "pylibjxl", "constriction",
     },
     "cluster": {"torch", "fsspec"},
 }  # fmt: skip

@@ -28,7 +28,14 @@ from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from trainer.command_line import run_tool
 from trainer.errors import code_of
 from trainer.heat_map import heat_map
-from trainer.lossless_formats import UNIFORM_BITS_PER_DIM, available_codecs, codec_bits_per_dim
+from trainer.lossless_formats import (
+    JPEG_XL,
+    MOSAIC_PIXELS,
+    UNIFORM_BITS_PER_DIM,
+    available_codecs,
+    codec_bits_per_dim,
+    mosaic,
+)
 from trainer.pictures import png
 from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
 from trainer.record.tool_results import record_results
@@ -122,12 +129,10 @@ def _report(trained: TrainedModel, shards: Shards, scores: dict[str, float], bit
     channels = dict(zip(CHANNELS, bits.mean(axis=(0, 1)).tolist(), strict=True))
     final = {f"final/{weights}_bits_per_dim": mean, f"final/{weights}_bits_per_dim_stderr": error}
     final |= {f"final/{weights}_bits_per_dim_{channel}": value for channel, value in channels.items()}
-    formats = {}
-    for codec in available_codecs():
-        batches = evaluation_batches(shards, rank=0, world_size=1, batch_images=128, limit=None)
-        images = (image for batch in batches for image in batch.images[batch.valid].numpy())
-        formats[codec] = codec_bits_per_dim(codec, images)
-        final[f"final/{codec.lower().replace(' ', '_').replace('-', '_')}_bits_per_dim"] = formats[codec]
+    formats = _lossless_formats(shards)
+    for codec, (files, tiles) in formats.items():
+        name = codec.lower().replace(" ", "_").replace("-", "_")
+        final |= {f"final/{name}_bits_per_dim": files, f"final/{name}_mosaic_bits_per_dim": tiles}
     details = {
         "weights": weights,
         "step": trained.step,
@@ -142,11 +147,39 @@ def _report(trained: TrainedModel, shards: Shards, scores: dict[str, float], bit
 
     print(f"bits/dim over all {shards.count} validation images of {shards.url}")
     print(f"  {'uniform model':<18} {UNIFORM_BITS_PER_DIM:.3f}")
-    for codec, value in formats.items():
-        print(f"  {codec:<18} {value:.3f}   (one file an image)")
+    few = _few_images(shards)
+    for codec, (files, tiles) in formats.items():
+        of = f" of the first {few}" if codec == JPEG_XL and few < shards.count else ""
+        print(f"  {codec:<18} {files:.3f}   (one file an image{of}; {tiles:.3f} as one file of {few} images)")
+    if JPEG_XL not in formats:
+        print(f"  {JPEG_XL:<18} left out: the package pylibjxl is not installed")
     print(f"  {'this model':<18} {mean:.3f} +- {error:.3f}   (step {trained.step}, {weights} weights)")
     print(f"  {'':<18} {', '.join(f'{channel} {value:.3f}' for channel, value in channels.items())}")
     print(f"bits of each position: {trained.files.folder / 'evaluation'}/{_stem(trained)}.png, .npy, .json")
+
+
+def _lossless_formats(shards: Shards) -> dict[str, tuple[float, float]]:
+    """Bits/dim of each format: with one file an image, and with one file for the first images side by side."""
+    few = _few_images(shards)
+    tiles = mosaic(np.stack(list(_images(shards, limit=few))))
+    return {
+        codec: (
+            codec_bits_per_dim(codec, _images(shards, limit=few if codec == JPEG_XL else None)),
+            codec_bits_per_dim(codec, [tiles]),
+        )
+        for codec in available_codecs()
+    }
+
+
+def _few_images(shards: Shards) -> int:
+    """So many of the first images as a mosaic holds; a large one takes JPEG-XL hours."""
+    return min(shards.count, max(1, MOSAIC_PIXELS // shards.manifest.image_size**2))
+
+
+def _images(shards: Shards, limit: int | None) -> Iterator[np.ndarray]:
+    """The first images, or all, one by one: uint8 [H, W, 3]."""
+    for batch in evaluation_batches(shards, rank=0, world_size=1, batch_images=128, limit=limit):
+        yield from batch.images[batch.valid].numpy()
 
 
 def _write(trained: TrainedModel, bits: np.ndarray, details: dict[str, object]) -> list[Path]:
