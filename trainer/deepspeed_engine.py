@@ -122,7 +122,8 @@ def init_distributed(timeout: timedelta, local_rank: int) -> torch.device:
 
     Avoids three traps of DeepSpeed 0.19. Its groups ignore the timeout that they are given, and take 30 minutes. On a
     CPU it compiles an inference operator at start. That takes minutes, training never uses it, and it waits for ever on
-    the lock of a build that was killed. And all of this is logged.
+    the lock of a build that was killed. And all of this is logged, or printed: bf16 at stage 1 says eight times how
+    much memory is used.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # DeepSpeed's collectives use deprecated parts of torch. A user of the trainer can do nothing about it.
@@ -130,6 +131,7 @@ def init_distributed(timeout: timedelta, local_rank: int) -> torch.device:
     # Not `import deepspeed.comm.torch as ...`: that yields torch itself, which the package re-exports.
     backend: Any = importlib.import_module("deepspeed.comm.torch")
     backend.TorchBackend.new_group = lambda self, ranks: torch.distributed.new_group(ranks, timeout=timeout)
+    importlib.import_module("deepspeed.runtime.bf16_optimizer").see_memory_usage = lambda *_, **__: None  # type: ignore[attr-defined]
     get_accelerator().set_device(local_rank)
     if get_accelerator().device_name() == "cpu":
         backend.build_shm_op = lambda: None

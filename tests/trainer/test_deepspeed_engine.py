@@ -102,6 +102,15 @@ def test_every_stage_precision_and_recomputation_gives_the_losses_of_plain_torch
     assert found == pytest.approx(oracle, **({"abs": 1e-5} if precision == "fp32" else {"rel": 0.004}))
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (1, "bf16"), (3, "bf16")])
+def test_an_engine_is_built_without_a_word(
+    device: torch.device, stage: int, precision: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(stage, precision)
+    DeepSpeedEngine(new_model(config), config, ALONE, device)
+    assert capfd.readouterr().out == ""
+
+
 OTHERS: dict[str, dict[str, object]] = {
     "summed_adam": {"optimizer.name": "summed_adam", "optimizer.eps": 1e-2},
     "rmsprop": {"optimizer.name": "rmsprop", "optimizer.decay": 0.9, "optimizer.eps": 1e-6},
