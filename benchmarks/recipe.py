@@ -272,6 +272,9 @@ ones. ±: standard error over seeds.
 
 {table_of_budgets(journal)}
 
+The variants in this table led on an eighth of the budget: where they do not lead here, a lead on few FLOPs was one of
+images seen, as they cost less an image.
+
 Changes, each on the same FLOPs as what it is compared with: a quarter of the first quickstart's for changes to it, an
 eighth for changes to the recipe. The first {SCORED_IMAGES} crops, raw weights. Differences are those of the same seeds
 and crops; ±: their standard error over seeds (where there are two or more) and over crops, added in squares.
