@@ -35,6 +35,7 @@ from trainer.lossless_formats import (
     available_codecs,
     codec_bits_per_dim,
     mosaic,
+    mosaic_shape,
 )
 from trainer.pictures import png
 from trainer.ranks import Ranks, all_sum, from_rank_0, ranks_from_environment
@@ -173,7 +174,7 @@ def _lossless_formats(shards: Shards) -> dict[str, tuple[float, float]]:
 
 def _few_images(shards: Shards) -> int:
     """So many of the first images as a mosaic holds; a large one takes JPEG-XL hours."""
-    return min(shards.count, max(1, MOSAIC_PIXELS // shards.manifest.image_size**2))
+    return math.prod(mosaic_shape(min(shards.count, max(1, MOSAIC_PIXELS // shards.manifest.image_size**2))))
 
 
 def _images(shards: Shards, limit: int | None) -> Iterator[np.ndarray]:

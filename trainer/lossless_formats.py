@@ -53,13 +53,18 @@ def encoded(codec: str, image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
+def mosaic_shape(count: int) -> tuple[int, int]:
+    """Rows and columns of a mosaic of up to so many images."""
+    columns = 1 << (math.isqrt(count).bit_length() - 1)
+    return count // columns, columns
+
+
 def mosaic(images: np.ndarray) -> np.ndarray:
     """uint8 [N, H, W, 3] -> [rows * H, columns * W, 3], side by side: one file has one header.
 
     The columns are a power of two; images of a last row that is not full are left out.
     """
     count, height, width, channels = images.shape
-    columns = 1 << (math.isqrt(count).bit_length() - 1)
-    rows = count // columns
+    rows, columns = mosaic_shape(count)
     tiles = images[: rows * columns].reshape(rows, columns, height, width, channels)
     return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
