@@ -1,7 +1,7 @@
 """How small does a model make a picture, without losing anything? A file of it, and the picture back out of the file.
 
     python -m trainer.compress --run runs/quickstart --weights ema photo.png --out photo.bin
-    python -m trainer.compress --run runs/quickstart --weights ema --decompress photo.bin --out photo.png
+    python -m trainer.compress --run runs/quickstart --weights ema --decompress photo.bin --out photo-again.png
 
 The same weights must read the file that wrote it: keep an export of them (`python -m trainer.export`). Pixels come back
 as they are shown, gray ones as gray; what else an image file holds (colour profile, EXIF) is not kept.
