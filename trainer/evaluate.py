@@ -149,9 +149,10 @@ def _report(trained: TrainedModel, shards: Shards, scores: dict[str, float], bit
     print(f"bits/dim over all {shards.count} validation images of {shards.url}")
     print(f"  {'uniform model':<18} {UNIFORM_BITS_PER_DIM:.3f}")
     few = _few_images(shards)
+    shown = math.prod(mosaic_shape(few))
     for codec, (files, tiles) in formats.items():
         of = f" of the first {few}" if codec == JPEG_XL and few < shards.count else ""
-        print(f"  {codec:<18} {files:.3f}   (one file an image{of}; {tiles:.3f} as one file of {few} images)")
+        print(f"  {codec:<18} {files:.3f}   (one file an image{of}; {tiles:.3f} as one file of {shown} images)")
     if JPEG_XL not in formats:
         print(f"  {JPEG_XL:<18} left out: the package pylibjxl is not installed")
     print(f"  {'this model':<18} {mean:.3f} +- {error:.3f}   (step {trained.step}, {weights} weights)")
@@ -174,7 +175,7 @@ def _lossless_formats(shards: Shards) -> dict[str, tuple[float, float]]:
 
 def _few_images(shards: Shards) -> int:
     """So many of the first images as a mosaic holds; a large one takes JPEG-XL hours."""
-    return math.prod(mosaic_shape(min(shards.count, max(1, MOSAIC_PIXELS // shards.manifest.image_size**2))))
+    return min(shards.count, max(1, MOSAIC_PIXELS // shards.manifest.image_size**2))
 
 
 def _images(shards: Shards, limit: int | None) -> Iterator[np.ndarray]:
