@@ -29,7 +29,10 @@ from trainer.picture_coder import Picture
 from trainer.pictures import to_tensor
 from trainer.trained_model import TrainedModel, add_run_arguments, load_trained_model
 
-SIZES = [(128, 96), (97, 131), (160, 128), (75, 141), (120, 90), (150, 150)]
+SIZES = [
+    *((128, 96), (97, 131), (33, 47), (75, 41), (1, 1), (64, 48), (5, 133), (31, 32), (90, 60), (17, 90)),
+    *((61, 47), (120, 90), (40, 40), (133, 5), (72, 54), (32, 64), (50, 75), (23, 19), (101, 37), (48, 36)),
+]
 """(width, height)."""
 
 
