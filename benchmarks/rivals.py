@@ -3,10 +3,11 @@
     python -m benchmarks.rivals
 
 Each family with the likelihood of its paper, at about the size of the quickstart's model; then those that can with its
-likelihood and input. With AdamW, each at the better of two learning rates, as runs of a quarter of the budget say. Runs
-that were made before are not made again (benchmarks/equal_compute.py).
+likelihood and input. With AdamW, each at the best learning rate of short runs. Runs that were made before are not made
+again (benchmarks/equal_compute.py).
 """
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,9 +39,8 @@ SECTION = "families of models at equal compute"
 COMMAND = "python -m benchmarks.rivals"
 SEEDS = (0, 1, 2)
 BATCH = 4
-RATES = (3e-3, 9e-3)
-TRIAL = 1 / 4
-"""Part of the budget that a trial of a learning rate gets, with the first seed."""
+RATES = (3e-3, 9e-3, 2.7e-2)
+"""Learning rates, tried upwards with the first seed as long as the larger one is better, at least the first two."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Row:
     """Bits/dim of CIFAR-10 in its paper."""
     budget: float
     """In units of the first quickstart's compute."""
+    trial: float
+    """What a trial of a learning rate gets of it."""
     like: RunConfig | None = None
     """Trained like this one, and its learning rate not tried."""
 
@@ -68,19 +70,27 @@ class Row:
         }
         return settings_of(self.model, optimizer, BATCH)
 
-    def trials(self) -> dict[float, Wanted]:
-        """One for each learning rate."""
+    def trials(self, journal: Journal) -> dict[float, Wanted]:
+        """One for each learning rate that is to be tried, as far as those before it say."""
         if self.like:
             return {}
-        return {rate: wanted(self.config(rate), self.budget * TRIAL, SEEDS[0]) for rate in RATES}
+        found: dict[float, Wanted] = {}
+        means: list[float] = []
+        for rate in RATES:
+            found[rate] = wanted(self.config(rate), self.trial, SEEDS[0])
+            result = journal.find(found[rate])
+            means.append(result.raw_mean if result else math.inf)
+            if len(means) > 1 and means[-1] >= means[-2]:
+                break
+        return found
 
     def best_rate(self, journal: Journal) -> float | None:
         """None as long as trials are missing."""
         if self.like:
             return self.like.optimizer.peak_lr
-        found = {rate: journal.find(run) for rate, run in self.trials().items()}
+        found = {rate: journal.find(run) for rate, run in self.trials(journal).items()}
         means = {rate: result.raw_mean for rate, result in found.items() if result}
-        return min(means, key=lambda rate: means[rate]) if len(means) == len(RATES) else None
+        return min(means, key=lambda rate: means[rate]) if len(means) == len(found) else None
 
     def runs(self, journal: Journal) -> list[Wanted]:
         """One for each seed, at the best rate; none as long as that is not known."""
@@ -88,7 +98,8 @@ class Row:
         return [] if rate is None else [wanted(self.config(rate), self.budget, seed) for seed in SEEDS]
 
 
-PLAIN_BUDGET, EQUAL_BUDGET = 1 / 8, 1 / 4
+PLAIN_BUDGET, PLAIN_TRIAL = 1 / 8, 1 / 32
+EQUAL_BUDGET, EQUAL_TRIAL = 1.0, 1 / 16
 
 CATEGORICAL: Settings = {
     "family": "image_transformer",
@@ -117,12 +128,14 @@ PLAIN = (
         {"family": "pixelcnn", "image_size": 32, "features": 33, "layers": 7, "head_features": 99},
         "3.14",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "Row LSTM",
         {"family": "row_lstm", "image_size": 32, "features": 25, "layers": 4, "head_features": 96},
         "3.07",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "Gated PixelCNN",
@@ -137,12 +150,14 @@ PLAIN = (
         },
         "3.03",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "Diagonal BiLSTM",
         {"family": "diagonal_bilstm", "image_size": 32, "features": 21, "layers": 4, "head_features": 96},
         "3.00",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "PixelCNN++",
@@ -156,12 +171,14 @@ PLAIN = (
         },
         "2.92",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "Image Transformer, categorical",
         _transformer(24, 2, 96, norm="post", attention={"kind": "local_1d", "query_block": 256, "memory": 256}),
         "2.90",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "Image Transformer, mixture",
@@ -177,6 +194,7 @@ PLAIN = (
         ),
         "2.90",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "PixelSNAIL",
@@ -191,12 +209,14 @@ PLAIN = (
         },
         "2.85",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
     Row(
         "Sparse Transformer's strided pattern",
         _transformer(32, 3, 96, norm="pre", position="learned", attention=[STRIDED, LOCAL, LOCAL]),
         "2.80",
         PLAIN_BUDGET,
+        PLAIN_TRIAL,
     ),
 )
 
@@ -214,14 +234,15 @@ def equal_rows() -> tuple[Row, ...]:
     plusplus = {"features": 24, "blocks": 1, "nonlinearity": "concat_elu"}
     snail = {"features": 34, "blocks": 3, "convolutions": 1, "nonlinearity": "elu"}
     return (
-        Row("Gated PixelCNN", same | {"family": "gated_pixelcnn"} | gated, "3.03", EQUAL_BUDGET),
-        Row("PixelCNN++", same | {"family": "pixelcnnpp"} | plusplus, "2.92", EQUAL_BUDGET),
-        Row("PixelSNAIL", same | {"family": "pixelsnail"} | snail, "2.85", EQUAL_BUDGET),
+        Row("Gated PixelCNN", same | {"family": "gated_pixelcnn"} | gated, "3.03", EQUAL_BUDGET, EQUAL_TRIAL),
+        Row("PixelCNN++", same | {"family": "pixelcnnpp"} | plusplus, "2.92", EQUAL_BUDGET, EQUAL_TRIAL),
+        Row("PixelSNAIL", same | {"family": "pixelsnail"} | snail, "2.85", EQUAL_BUDGET, EQUAL_TRIAL),
         Row(
             "Sparse Transformer's strided pattern",
             ours | {"attention": STRIDED_AND_NEAR},
             "2.80",
             EQUAL_BUDGET,
+            EQUAL_TRIAL,
             recipe(),
         ),
     )
@@ -235,7 +256,7 @@ def rows() -> tuple[Row, ...]:
 def wanted_runs(journal: Journal) -> Iterator[Wanted]:
     """Trials first, then the seeds one after the other, so that the table of one seed is soon complete."""
     for row in rows():
-        yield from row.trials().values()
+        yield from row.trials(journal).values()
     runs = [row.runs(journal) for row in rows()]
     for index, seed in enumerate(SEEDS):
         yield from (of_row[index] for of_row in runs if of_row)
@@ -281,7 +302,7 @@ def table_of(rows: tuple[Row, ...], journal: Journal, ours: list[Result]) -> str
         first = results[0]
         model, train = first.config.model, first.config.train
         account, field = account_of(model), receptive_field(model)
-        tried = {rate: journal.find(run) for rate, run in row.trials().items()}
+        tried = {rate: journal.find(run) for rate, run in row.trials(journal).items()}
         trials = ", ".join(f"{rate:g}: {result.raw_mean:.2f}" for rate, result in tried.items() if result)
         lines.append(
             [
@@ -306,7 +327,7 @@ def order_of(rows: tuple[Row, ...], journal: Journal) -> str:
     """Why the order of the papers does not show, as far as the runs say: how much further they fell."""
     falls, by_likelihood = [], dict[str, list[float]]()
     for row in rows:
-        trials = [result.raw_mean for run in row.trials().values() if (result := journal.find(run))]
+        trials = [result.raw_mean for run in row.trials(journal).values() if (result := journal.find(run))]
         if trials and (results := results_of(row, journal)):
             mean = sum(result.raw_mean for result in results) / len(results)
             falls.append(min(trials) - mean)
@@ -317,7 +338,7 @@ def order_of(rows: tuple[Row, ...], journal: Journal) -> str:
     return f"""The order of the papers, whose figures differ by 0.34 bits/dim, cannot show here: from the trials to the
 full budget the rows still fall by {min(falls):.2f} to {max(falls):.2f}. What they differ in is how soon they leave
 their first weights, for which the likelihood they begin with counts. By likelihood the rows are at ({likelihoods})
-bits/dim. Where {max(RATES):g} is the better rate, larger ones were not tried."""
+bits/dim."""
 
 
 def write(journal: Journal) -> None:
@@ -327,17 +348,18 @@ def write(journal: Journal) -> None:
     ours = [result for run in runs if (result := journal.find(run))]
     quickstart = spread([result.raw_mean for result in ours]) + " bits/dim" if ours else "not made yet"
     text = f"""Trained on {PLAIN_BUDGET * unit:.2f} TFLOP (an eighth of the first quickstart), {BATCH} images a step.
-Scored on the first {SCORED_IMAGES} validation crops with raw weights. AdamW, at the better of two learning rates by
-trials of a quarter of that. ±: standard error over seeds. Pixels seen: by gradients, of the pixel in the middle.
+Scored on the first {SCORED_IMAGES} validation crops with raw weights. AdamW, at the best learning rate of trials on a
+quarter of that: of {RATES[0]:g} and {RATES[1]:g}, and of {RATES[2]:g} where the second was better than the first.
+±: standard error over seeds. Pixels seen: by gradients, of the pixel in the middle.
 
 {table_of(PLAIN, journal, [])}
 
 {order_of(PLAIN, journal)}
 
-The same with the likelihood and the stem of the quickstart, on {EQUAL_BUDGET * unit:.2f} TFLOP. The last column but one
-compares them with the quickstart's own config, which has Muon, as the strided pattern does: {quickstart}. Differences
-are those of the same seeds and crops; ±: their standard error over seeds (where there are two or more) and over crops,
-added in squares.
+The same with the likelihood and the stem of the quickstart, on {EQUAL_BUDGET * unit:.2f} TFLOP, trials on a sixteenth
+of that. The last column but one compares them with the quickstart's own config, which has Muon, as the strided pattern
+does: {quickstart}. Differences are those of the same seeds and crops; ±: their standard error over seeds (where there
+are two or more) and over crops, added in squares.
 
 {table_of(equal_rows(), journal, ours)}"""
     write_section(SECTION, COMMAND, text)

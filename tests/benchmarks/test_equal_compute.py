@@ -90,7 +90,7 @@ def test_tables_are_written_from_what_is_there(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(rivals, "receptive_field", lambda model: None)  # takes seconds
     journal = Journal(tmp_path / "made.jsonl")
     row = rivals.PLAIN[0]
-    for rate, run in row.trials().items():
+    for rate, run in row.trials(journal).items():
         journal.add(result_of(run, 5.0 + abs(rate - 3e-3)))
     assert row.best_rate(journal) == 3e-3 and rivals.PLAIN[1].best_rate(journal) is None
     for run, bits in zip(row.runs(journal), (4.0, 4.2), strict=False):
@@ -106,6 +106,16 @@ def test_tables_are_written_from_what_is_there(tmp_path: Path, monkeypatch: pyte
     written = (tmp_path / "RESULTS.md").read_text()
     assert re.search(r"\| predictors \| [\d,]+ \| \d+ \| 1 \| 3.500 \| -0.500 ± 0.000 \|", written)
     assert written.count("<!-- end of") == 2
+
+
+def test_learning_rates_are_tried_upwards_as_long_as_they_are_better(tmp_path: Path) -> None:
+    row, journal = rivals.PLAIN[0], Journal(tmp_path / "made.jsonl")
+    low, high, highest = rivals.RATES
+    for rate, bits, asked in ((low, 5.0, {low, high}), (high, 4.9, set(rivals.RATES)), (highest, 4.95, None)):
+        assert row.best_rate(journal) is None
+        journal.add(result_of(wanted(row.config(rate), row.trial, rivals.SEEDS[0]), bits))
+        assert set(row.trials(journal)) == (asked or set(rivals.RATES))
+    assert row.best_rate(journal) == high
 
 
 def test_trainer_scaling_reads_the_folders(tmp_path: Path) -> None:
