@@ -2,10 +2,11 @@
 
     python -m trainer.plan --config configs/imagenet64_big.yaml --gpu H200 --gpus 8 --nodes 8
     python -m trainer.plan --config configs/imagenet64_big.yaml --gpu H200 --calibrate runs/imagenet64_big
+    python -m trainer.plan --config configs/quickstart.yaml --gpus 2 --runs benchmarks/results/scaling/*
 
 Needs neither a GPU nor the data. Memory: trainer/memory.py. Time: products at a rate that `--calibrate` takes from
 another run's metrics, else an assumed one, which the plan says; plus communication that nothing hides. Not modelled:
-waiting for data, evaluation, checkpoints, stragglers.
+waiting for data, evaluation, checkpoints, stragglers. What the run will reach: trainer/forecast.py.
 """
 
 import argparse
@@ -14,15 +15,17 @@ import json
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.wording import counted
 from models.model import Account, Flops, Recompute
 from trainer.command_line import run_tool
+from trainer.comparison.run_history import RunHistory, history_of_folder
 from trainer.config import RunConfig, load_config, load_written
 from trainer.errors import UsageError
+from trainer.forecast import Forecast, forecast_of
 from trainer.gpus import GPUS, Gpu, find_gpu
 from trainer.memory import States, Target, activation_bytes, num_orthogonalised, state_bytes
 from trainer.options import Muon
@@ -108,6 +111,7 @@ class Plan:
     rate: Rate
     speeds: list[Speed]
     """At the config's stage, one for each choice."""
+    forecast: Forecast
 
     @property
     def chosen(self) -> int:
@@ -125,10 +129,17 @@ class Plan:
         return self.stages[stage].peak(self.choices[choice].activation_bytes)
 
 
-def make_plan(config: RunConfig, cluster: Cluster, rate: Rate | None = None, images: int | None = None) -> Plan:
+def make_plan(
+    config: RunConfig,
+    cluster: Cluster,
+    rate: Rate | None = None,
+    images: int | None = None,
+    runs: Sequence[RunHistory] = (),
+) -> Plan:
     """A plan for `images` training images (None: as many as the config's steps take); `rate` None: an assumed one.
+    `runs`: those that the forecast is made from.
 
-    Raises UsageError where the batch does not divide, or where no rate is known.
+    Raises UsageError where the batch does not divide, where no rate is known, or where the runs give no forecast.
     """
     train, ranks = config.train, cluster.ranks
     per_pass = train.micro_batch_images * ranks
@@ -158,6 +169,7 @@ def make_plan(config: RunConfig, cluster: Cluster, rate: Rate | None = None, ima
         choices=choices,
         rate=rate,
         speeds=[_speed(config, cluster, choice.flops, parameters, rate, updates) for choice in choices],
+        forecast=forecast_of(config, updates * train.global_batch_images, runs),
     )
 
 
@@ -261,6 +273,14 @@ def as_text(plan: Plan) -> str:
         f"  {_duration(speed.hours)} to {_count(plan.updates * train.global_batch_images)} images, "
         f"{speed.hours * cluster.ranks:,.0f} {'GPU' if cluster.gpu else 'process'}-hours; "
         f"{speed.images_per_s * account.positions:,.0f} tokens/s",
+        "",
+        "Forecast",
+        "",
+        *(
+            line
+            for name, text in plan.forecast.lines()
+            for line in textwrap.wrap(text, 98, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        ),
     ]
     if found := warnings(plan):
         lines += ["", "Warnings", ""]
@@ -290,6 +310,7 @@ def as_dictionary(plan: Plan) -> dict[str, object]:
             for choice, speed in zip(plan.choices, plan.speeds, strict=True)
         ],
         "usable_bytes": plan.usable_bytes if cluster.gpu else None,
+        "forecast": dataclasses.asdict(plan.forecast),
         "warnings": warnings(plan),
     }
 
@@ -308,6 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     target.add_argument("--images", type=int, help="training images to plan for instead of the config's steps")
     target.add_argument("--steps", type=int, help="updates to plan for instead of the config's")
     parser.add_argument("--calibrate", metavar="RUN", help="folder of a run on the same device, whose rate is taken")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN", help="folders of runs of the config's kind, to forecast from"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the plan there too")
     given = parser.parse_args(arguments)
     return run_tool(lambda: _plan(given))
@@ -325,7 +349,8 @@ def _plan(given: argparse.Namespace) -> None:
     config = load_config(given.config, overrides)
     cluster = Cluster(gpu=gpu, nodes=given.nodes, gpus_per_node=given.gpus, network_gbit_per_s=given.network)
     rate = measured_rate(Path(given.calibrate), gpu) if given.calibrate else None
-    plan = make_plan(config, cluster, rate, given.images)
+    runs = [history_of_folder(Path(run)) for run in given.runs]
+    plan = make_plan(config, cluster, rate, given.images, runs)
     if given.json:
         try:
             Path(given.json).write_text(json.dumps(as_dictionary(plan), indent=1) + "\n")

@@ -55,7 +55,7 @@ def points_of(runs: Sequence[RunHistory]) -> tuple[list[Trained], str, list[str]
     for run, name in zip(runs, names, strict=True):
         if run.model is None:
             raise UsageError(f"{name}: its parameters do not say which model it trained")
-    if len({_kind(run.model) for run in runs if run.model}) > 1:
+    if len({kind_of(run.model) for run in runs if run.model}) > 1:
         raise UsageError(
             "the runs differ in family, image size or tokens of an image, and one law does not hold for all"
         )
@@ -88,7 +88,8 @@ def points_of(runs: Sequence[RunHistory]) -> tuple[list[Trained], str, list[str]
     return points, str(metric), notes
 
 
-def _kind(model: ModelConfig) -> tuple[str, int, int]:
+def kind_of(model: ModelConfig) -> tuple[str, int, int]:
+    """What models on one law have in common: family, image size, tokens of an image."""
     return model.family, model.image_size, model.account().positions
 
 
@@ -147,7 +148,7 @@ def target_of(arguments: argparse.Namespace, model: ModelConfig) -> tuple[Target
         flops=float(images) * account.flops.training,
         parameters=account.parameters,
         tokens=float(images) * account.positions,
-        same_images=_kind(config.model) == _kind(model),
+        same_images=kind_of(config.model) == kind_of(model),
     )
     return target, [(account.parameters, account.flops.training / account.positions)]
 

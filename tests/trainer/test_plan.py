@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from models.model import Recompute
-from tests.support.launch import SMALL_JOB
+from tests.support.launch import ROOT, SMALL_JOB
 from trainer.config import RunConfig, as_yaml, load_config
 from trainer.errors import UsageError
 from trainer.gpus import find_gpu
@@ -174,6 +174,17 @@ def test_the_command_fits_100_columns_and_writes_json(tmp_path: Path, capsys: py
     written = json.loads(file.read_text())
     assert written["gpu"] == "H200" and written["states_bytes"].keys() == {"1", "2", "3"}
     assert written["recomputation"][written["chosen"]]["every"] == 2
+    assert written["forecast"]["flops"] == written["images"] * plan_of().account.flops.training
+    assert "Forecast\n\n  spends " in text and "Not measured here." in text
+
+
+def test_the_command_forecasts_from_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = sorted(str(run) for run in (ROOT / "benchmarks/results/scaling").iterdir())
+    arguments = ["--config", str(ROOT / "configs/quickstart.yaml"), "--gpus", "2"]
+    assert main([*arguments, "--runs", *runs]) == 0
+    assert f"by the law of {len(runs)} runs" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--runs", *runs[:3]]) == 2
+    assert "a law takes at least 8 runs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -184,6 +195,7 @@ def test_the_command_fits_100_columns_and_writes_json(tmp_path: Path, capsys: py
         (["--gpus", "3"], "train.global_batch_images: 8 is not a multiple of 3 ranks"),
         (["--nodes", "0"], "--nodes: must be above 0, not 0"),
         (["--images", "-5"], "--images: must be above 0, not -5"),
+        (["--runs", "/nowhere"], "/nowhere: holds no run"),
         (["--calibrate", "/nowhere"], "--calibrate /nowhere: holds no run"),
         (["--set", "model.layer=3"], "did you mean model.layers"),
         (["--gpus", "2", "--json", "/nowhere/plan.json"], "--json /nowhere/plan.json: cannot be written"),

@@ -35,6 +35,11 @@ class Published:
     reproduced: str = ""
     """Whether others got the figure with the authors' settings; empty where nothing is known."""
 
+    @property
+    def millions(self) -> float | None:
+        """Of parameters; None where they are not known."""
+        return float(self.parameters.removesuffix(" M")) if self.parameters else None
+
     def __str__(self) -> str:
         return f"{'≤ ' if self.measure != 'likelihood' else ''}{self.bits_per_dim:.2f}"
 
@@ -131,3 +136,13 @@ def data_set_key(data: Mapping[str, Any]) -> str | None:
     if data.get("form") == "cifar10" and int(data["image_size"]) == 32:
         return "cifar10"
     return None
+
+
+def likelihoods_of_size(image_size: int) -> dict[str, list[Published]]:
+    """By data set whose images have so many rows, the figures that are likelihoods, as ours are; none is empty."""
+    found = {
+        name: [entry for entry in entries if entry.measure == "likelihood"]
+        for name, entries in PUBLISHED.items()
+        if image_size == (32 if name == "cifar10" else int(name.removeprefix("imagenet").partition("-")[0]))
+    }
+    return {name: entries for name, entries in found.items() if entries}

@@ -22,11 +22,18 @@ class PublishedLaw:
 
     name: str
     source: str
+    image_size: int
+    """Rows and columns of the images that it was measured on."""
     unit: float
     """FLOP."""
     growth: float
     fall: float | None = None
     """Exponent with which the loss above its floor falls with compute; None where it is not known."""
+
+    @property
+    def paper(self) -> str:
+        """Authors and year."""
+        return self.name.partition(",")[0]
 
     def best_size(self, flops: float) -> float:
         """Parameters."""
@@ -37,6 +44,7 @@ def _henighan(size: int, unit: float, growth: float, fall: float) -> PublishedLa
     return PublishedLaw(
         name=f"Henighan et al. 2020, {size}x{size}",
         source="Henighan et al. 2020 (Scaling Laws for Autoregressive Generative Modeling), table 1",
+        image_size=size,
         unit=unit * PETAFLOP_DAY,
         growth=growth,
         fall=fall,
@@ -50,6 +58,7 @@ def _yan(times: float) -> PublishedLaw:
         name=f"Yan et al. 2025, 32x32, {ratio:.0f} tokens a parameter",
         source=f"Yan et al. 2025 (Rethinking Generative Image Pretraining), figure 1: {times:.0f} times the tokens per "
         f"parameter of language, there {LANGUAGE_TOKENS_PER_PARAMETER:.0f} (Hoffmann et al. 2022)",
+        image_size=32,
         unit=6 * ratio,
         growth=0.5,
     )
@@ -62,3 +71,9 @@ PUBLISHED_LAWS = (
     _yan(10),
     _yan(20),
 )
+
+
+def laws_for(image_size: int) -> tuple[PublishedLaw, ...]:
+    """The laws of images whose size is nearest to this one, by its ratio to theirs."""
+    distances = [abs(math.log(law.image_size / image_size)) for law in PUBLISHED_LAWS]
+    return tuple(law for law, distance in zip(PUBLISHED_LAWS, distances, strict=True) if distance == min(distances))
