@@ -166,8 +166,8 @@ def begin_from_images(start: Start, engine: DeepSpeedEngine) -> None:
 def start_tracker(start: Start, origin: dict[str, str], step: int) -> Tracker | NoTracker:
     """Begin to record the run in its folder and in MLflow, from a step on.
 
-    `origin` is what is recorded about its first weights. Raises RunFolderFull or UsageError if the folder cannot be
-    written.
+    `origin` is what is recorded about its first weights. Raises RunFolderFull, UnfitDisk or UsageError if the folder
+    cannot be written.
     """
     config, ranks = start.config, start.ranks
     try:

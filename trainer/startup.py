@@ -19,7 +19,7 @@ from data_pipeline.wording import counted
 from trainer.checkpoint import STORE_DEADLINE_SECONDS, Checkpoint, checkpoints_url, folders_with_manifest, list_complete
 from trainer.config import ModelConfig, RunConfig, as_yaml, config_from, model_config_from
 from trainer.deepspeed_engine import accumulation_steps, check_offloading, deepspeed_config
-from trainer.errors import CheckpointError, RunFolderFull, UnsafeFile, UsageError
+from trainer.errors import CheckpointError, RunFolderFull, UnfitDisk, UnsafeFile, UsageError
 from trainer.exported_model import load_first_weights, origin_tags
 from trainer.faults.run_lock import RunLock
 from trainer.gpus import missing_precision
@@ -128,7 +128,7 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     """Make the run's folder, and refuse one that cannot be written, that is in use, or that holds another run.
 
     Returns the lock on rank 0. Between two attempts of a run everything may change but the model, the seed and the
-    data. Raises UsageError, RunInUse, RunFolderFull.
+    data. Raises UsageError, RunInUse, RunFolderFull, UnfitDisk.
     """
     if problem := occupied_master_port(ranks):
         raise UsageError(problem)
@@ -168,7 +168,10 @@ def cannot_write(folder: Path, error: OSError) -> Exception:
         return UsageError(f"run.dir: {error}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunFolderFull(f"run.dir: no space is left in {folder}; free some, or choose another run.dir")
-    return UsageError(f"run.dir: cannot write to {folder} ({error.strerror or error})")
+    text = f"run.dir: cannot write to {folder} ({error.strerror or error})"
+    if error.errno in (errno.EIO, errno.ESTALE):
+        return UnfitDisk(f"{text}; the same command goes on when the disk can be used")
+    return UsageError(text)
 
 
 def _changed(identity: dict[str, Any] | None, config: RunConfig, train_shards: Shards) -> list[str]:

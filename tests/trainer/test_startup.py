@@ -1,14 +1,17 @@
-"""Does a run begin at step 0 only if nothing is lost by it?"""
+"""Does a run begin at step 0 only if nothing is lost by it, and is it said what is wrong with its folder?"""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.launch import finish, settings, start, train
 from tests.support.training_job import config_of
+from trainer.errors import code_of
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.startup import why_not_anew
+from trainer.startup import cannot_write, why_not_anew
 
 
 def trained_to(files: RunFiles, step: int) -> None:
@@ -27,6 +30,17 @@ def test_a_new_folder_and_one_that_was_killed_before_its_first_checkpoint_begin_
     assert why_not_anew(files, config) is None
     files.write_state(state="stopped", step=0, reason="in the first evaluation")
     assert why_not_anew(files, config) is None
+
+
+def test_a_broken_disk_is_no_wrong_option(tmp_path: Path) -> None:
+    def worded(number: int) -> tuple[int, str]:
+        error = cannot_write(tmp_path, OSError(number, os.strerror(number)))
+        return code_of(error), str(error)
+
+    again = "the same command goes on when the disk can be used"
+    assert worded(errno.EIO) == (73, f"run.dir: cannot write to {tmp_path} (Input/output error); {again}")
+    assert worded(errno.ESTALE) == (73, f"run.dir: cannot write to {tmp_path} (Stale file handle); {again}")
+    assert worded(errno.ENOTDIR) == (2, f"run.dir: cannot write to {tmp_path} (Not a directory)")
 
 
 @pytest.mark.parametrize("known_by", ["checkpoint", "end", "points", "damaged checkpoint"])
