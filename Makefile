@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make quickstart` does the main job, `make test` runs the tests. A third, as root on
 # Debian: `make test-cluster` launches over several machines by ssh and by Slurm, and breaks them; `make test-browser`
-# looks at the pages in Chromium.
+# looks at the pages in Chromium; `make test-faults` lets each call on a file fail once, in each way, which takes hours.
 # Needed before: Linux, Python 3.11 or 3.12 with venv, g++. A GPU is used if there is one.
 
 PYTHON ?= python3
@@ -20,7 +20,7 @@ export OMP_WAIT_POLICY := PASSIVE
 DATA := data/quickstart
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-cluster test-browser check install clean
+.PHONY: quickstart test test-cluster test-browser test-faults check install clean
 
 quickstart: install
 	@echo "== 1/5 Pack photographs into WebDataset shards: $(DATA)"
@@ -46,6 +46,10 @@ test-cluster: install
 test-browser: install
 	command -v chromium >/dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; } >/dev/null
 	pytest tests/trainer/test_demo.py tests/trainer/comparison/test_compare_view.py tests/trainer/comparison/test_scaling_view.py
+
+# `make test` has a part of these cases. The counts are printed at the end of each command's cases.
+test-faults: install
+	EVERY_FAULT=1 pytest -s tests/test_each_call_fails.py
 
 check: install
 	ruff check .

@@ -2,8 +2,9 @@
 
 file_calls_watch(log) writes each file that is opened to read ("R") or changed ("W"), by its real path, and each address
 that is connected to ("C"), as a line of the log. file_calls_fail(root, number, how) lets the call of that number on
-files below a folder go wrong, in one of the ways below. Calls are counted from 1 on: file_calls_count() says how many
-there were, file_calls_struck() which one went wrong. All of it holds for one process: its children begin without. */
+files below a folder go wrong, in one of the ways below. Calls are counted from 1 on: file_calls_struck() says which one
+went wrong, and file_calls_trace(trace) writes each of them as a line. All of it holds for one process: its children
+begin without. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <dlfcn.h>
@@ -18,6 +19,7 @@ there were, file_calls_struck() which one went wrong. All of it holds for one pr
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <sys/un.h>
 #include <arpa/inet.h>
 #include <unistd.h>
@@ -27,7 +29,7 @@ enum { NOTHING, EIO_AT_ONCE, NO_SPACE, KILLED_AFTER, DONE_AND_FAILED, HALF_WRITT
 static char root[4096];
 static size_t root_length;
 static long strike_at;
-static int how, log_file = -1, full_descriptor = -1;
+static int how, log_file = -1, trace_file = -1, full_descriptor = -1;
 static atomic_long calls;
 static char struck[4400];
 static pid_t owner;
@@ -54,7 +56,10 @@ void file_calls_fail(const char *folder, long number, int kind) {
     owner = getpid();
 }
 
-long file_calls_count(void) { return calls; }
+void file_calls_trace(const char *path) {
+    trace_file = (int)syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0600);
+}
+
 const char *file_calls_struck(void) { return struck; }
 
 static void of_descriptor(int descriptor, char *into, size_t size) {
@@ -89,6 +94,11 @@ static int counts(const char *path) {
 /* How this call goes wrong: NOTHING for all but one. `changes` says whether it may need space. */
 static int fate(const char *call, const char *path, int changes) {
     if (!counts(path)) return NOTHING;
+    if (trace_file >= 0) {
+        char line[4400];
+        int length = snprintf(line, sizeof line, "%s %s\n", call, path + root_length);
+        if (length > 0) syscall(SYS_write, trace_file, line, (size_t)length);
+    }
     if (++calls != strike_at) return NOTHING;
     snprintf(struck, sizeof struck, "%s %s", call, path + root_length);
     if (how == NO_SPACE && !changes) return NOTHING;
@@ -245,20 +255,39 @@ int ftruncate(int descriptor, off_t length) { return on_descriptor("truncate", d
 int ftruncate64(int descriptor, off64_t length) { return on_descriptor("truncate", descriptor, 0, act_truncate, length); }
 int flock(int descriptor, int what) { return on_descriptor("flock", descriptor, 0, act_flock, what); }
 
-ssize_t write(int descriptor, const void *bytes, size_t size) {
+/* What is written at once: bytes of memory, of several pieces of memory (at a place), or of another file. */
+#define WRITE(symbol, parameters, half, full) \
+    ssize_t symbol parameters { \
+        char path[4096] = ""; ssize_t result; \
+        if (!root_length || !mine()) return full; \
+        of_descriptor(descriptor, path, sizeof path); \
+        if (descriptor == full_descriptor) { full_descriptor = -1; errno = ENOSPC; return -1; } \
+        int fate_ = fate("write", path, 1); \
+        if (fate_ == EIO_AT_ONCE || fate_ == NO_SPACE) { errno = fate_ == NO_SPACE ? ENOSPC : EIO; return -1; } \
+        if (fate_ == HALF_WRITTEN) { full_descriptor = descriptor; return half; } \
+        result = full; \
+        if (fate_ == KILLED_AFTER) raise(SIGKILL); \
+        if (fate_ == DONE_AND_FAILED) { errno = EIO; return -1; } \
+        return result; \
+    }
+#define BYTES const void *bytes, size_t size
+WRITE(write, (int descriptor, BYTES), syscall(SYS_write, descriptor, bytes, size / 2), syscall(SYS_write, descriptor, bytes, size))
+WRITE(pwrite, (int descriptor, BYTES, off_t at), syscall(SYS_pwrite64, descriptor, bytes, size / 2, at), syscall(SYS_pwrite64, descriptor, bytes, size, at))
+WRITE(pwrite64, (int descriptor, BYTES, off64_t at), syscall(SYS_pwrite64, descriptor, bytes, size / 2, at), syscall(SYS_pwrite64, descriptor, bytes, size, at))
+WRITE(writev, (int descriptor, const struct iovec *pieces, int count), syscall(SYS_writev, descriptor, pieces, count / 2), syscall(SYS_writev, descriptor, pieces, count))
+WRITE(sendfile, (int descriptor, int from, off_t *at, size_t size), syscall(SYS_sendfile, descriptor, from, at, size / 2), syscall(SYS_sendfile, descriptor, from, at, size))
+WRITE(sendfile64, (int descriptor, int from, off64_t *at, size_t size), syscall(SYS_sendfile, descriptor, from, at, size / 2), syscall(SYS_sendfile, descriptor, from, at, size))
+
+/* Returns the number of the error. */
+static int allocate(int descriptor, off64_t at, off64_t size) {
     char path[4096] = "";
-    ssize_t result;
-    if (!root_length || !mine()) return syscall(SYS_write, descriptor, bytes, size);
-    of_descriptor(descriptor, path, sizeof path);
-    if (descriptor == full_descriptor) { full_descriptor = -1; errno = ENOSPC; return -1; }
-    int fate_ = fate("write", path, 1);
-    if (fate_ == EIO_AT_ONCE || fate_ == NO_SPACE) { errno = fate_ == NO_SPACE ? ENOSPC : EIO; return -1; }
-    if (fate_ == HALF_WRITTEN) { size /= 2; full_descriptor = descriptor; }
-    result = syscall(SYS_write, descriptor, bytes, size);
-    if (fate_ == KILLED_AFTER) raise(SIGKILL);
-    if (fate_ == DONE_AND_FAILED) { errno = EIO; return -1; }
-    return result;
+    if (root_length && mine()) of_descriptor(descriptor, path, sizeof path);
+    AROUND("allocate", path, 1, errno, if (syscall(SYS_fallocate, descriptor, 0, at, size)) return errno);
+    return 0;
 }
+int posix_fallocate(int descriptor, off_t at, off_t size) { return allocate(descriptor, at, size); }
+int posix_fallocate64(int descriptor, off64_t at, off64_t size) { return allocate(descriptor, at, size); }
+
 #define READ(symbol, parameters, call) \
     ssize_t symbol parameters { \
         char path[4096] = ""; ssize_t result; \

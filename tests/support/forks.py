@@ -78,7 +78,7 @@ def file_calls() -> ctypes.CDLL:
     """The library of tests/support/file_calls.c, in a process that was started with it."""
     library = ctypes.CDLL(None)
     library.file_calls_struck.restype = ctypes.c_char_p
-    library.file_calls_count.restype = ctypes.c_long
+    library.file_calls_trace.argtypes = [ctypes.c_char_p]
     library.file_calls_fail.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
     return library
 
@@ -97,7 +97,8 @@ def _serve(modules: list[str]) -> None:
             if ended:
                 code = os.waitstatus_to_exitcode(status)
             elif time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
+                # With what it has started, which otherwise ends when the child does.
+                (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 code = HUNG
             else:
