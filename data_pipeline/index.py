@@ -21,9 +21,11 @@ from data_pipeline.decode import decode_image
 from data_pipeline.image_shards import ImageSample, class_number_of, image_of, samples_in
 from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest, Shard, open_store, read_manifest, write_manifest
 from data_pipeline.packing.progress import PackingProgress
-from data_pipeline.packing.tasks import BLOCK_IMAGES, Staged
+from data_pipeline.packing.tasks import Staged
 from data_pipeline.packing.workers import count_progress, run_all
+from data_pipeline.shard_format import BLOCK_IMAGES
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
+from data_pipeline.terminal import guard_terminal
 from data_pipeline.wording import counted
 
 MOST_CLASSES = 100_000  # each has a name in the manifest
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="train", help="what the manifest calls them (default train)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
     options = parser.parse_args(arguments)
+    guard_terminal()
     try:
         manifest = index(open_store(options.url, READ_DEADLINE_SECONDS), options.split, options.workers)
     except DataError as error:
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     images, shards = counted(manifest.count, "image"), counted(len(manifest.shards), "shard")
     print(f"{options.url}: indexed {images} of {manifest.name}, {shards}")
-    for extension, count in manifest.source["ignored_members"].items():
+    for extension, count in manifest.source.get("ignored_members", {}).items():
         print(f"  ignored .{extension}: {count:,}")
     return 0
 

@@ -8,12 +8,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 from data_pipeline.shard_format import SampleLayout
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, parse_json
+from data_pipeline.typed_records import MOST_CHARACTERS, Count, Level, parse_record
 from data_pipeline.wording import counted
 
 FORMAT_VERSION = 1
@@ -22,6 +23,7 @@ LARGEST_MANIFEST_BYTES = 256 << 20
 MOST_READS = 10  # of a manifest that comes out different each time
 LARGEST_IMAGE_SIZE = 4096
 LARGEST_BLOCK_BYTES = 1 << 30
+SMALLEST_SAMPLE_BYTES = 1024  # of a tar file: the header of an image file, and one unit of content
 ENCODINGS = ("npy", "files")
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}\.tar")
 HEX_64, HEX_256 = re.compile(r"[0-9a-f]{16}"), re.compile(r"[0-9a-f]{64}")
@@ -32,8 +34,8 @@ class Shard:
     """One tar file."""
 
     name: str
-    bytes: int
-    count: int
+    bytes: Count
+    count: Count
     sha256: str
 
 
@@ -50,6 +52,44 @@ class Block:
     count: int
     xxh3: str
     """XXH3-64 of these bytes, in hexadecimal."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """What of `image` in a stored manifest is read back; the rest is for other readers."""
+
+    size: Count
+    encoding: str
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """The entries of `source` in a stored manifest that are read back; others are handed on as they are."""
+
+    form: str = ""
+    plan_sha256: str = ""
+    packed_with: list[str] = field(default_factory=list)
+    oddities: dict[str, Count] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    ignored_members: dict[str, Count] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredManifest:
+    """The JSON document that is stored, as `to_json` makes it."""
+
+    name: str
+    split: str
+    count: Count
+    image: StoredImage
+    protocol: dict[str, Any]
+    source: dict[str, Any]
+    classes: list[str]
+    seed: int
+    pixel_mean: list[Level]
+    pixel_std: list[Level]
+    shards: list[Shard]
+    blocks: list[tuple[int, int, int, int, str]]
 
 
 @dataclass(frozen=True)
@@ -153,10 +193,10 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
         missing += " (give the folder of the shards, not their names or a pattern)" if pattern else ""
         raise DataError(f"no shards at {store.url}: {missing}; pack them first or correct the URL")
     document, right = read_document(store)
-    version = document.get("format_version") if isinstance(document, dict) else None
+    version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{url} has format version {version!r} and this program reads version {FORMAT_VERSION}; "
+            f"{url} has format version {repr(version)[:40]} and this program reads version {FORMAT_VERSION}; "
             "remove the data set and pack it again, or use the version of the program that wrote it"
         )
     if not right:
@@ -173,14 +213,14 @@ def read_manifest(store: Store) -> tuple[Manifest, str]:
             f"{url} has no {error}: another version of this program wrote it; remove the data set and pack it again",
             EXIT_CORRUPT,
         ) from error
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{url} is not a valid manifest: {type(error).__name__}: {error}", EXIT_CORRUPT) from error
+    except ValueError as error:
+        raise DataError(f"{url} is not a valid manifest: {str(error)[:MOST_CHARACTERS]}", EXIT_CORRUPT) from error
     if manifest.count == 0:
         raise DataError(f"{store.url} holds no images (count 0)")
     return manifest, str(document["digest"])
 
 
-def read_document(store: Store) -> tuple[Any, bool]:
+def read_document(store: Store) -> tuple[dict[str, Any], bool]:
     """The stored document, and whether it matches its digest. A wrong one is read again until it comes twice.
 
     Raises DataError when what is stored is not JSON.
@@ -196,30 +236,30 @@ def read_document(store: Store) -> tuple[Any, bool]:
             if final:
                 raise
             continue
-        right = isinstance(document, dict) and document.get("digest") == digest_of(document)
+        right = document.get("digest") == digest_of(document)
         if right or final:
             return document, right
     raise AssertionError("the last read is final")
 
 
 def from_json(document: Mapping[str, Any]) -> Manifest:
-    """The inverse of ``to_json``; raises KeyError, TypeError or ValueError for another shape of document."""
+    """The inverse of ``to_json``; raises KeyError for an entry that is missing, ValueError for one of another type."""
+    stored = parse_record(StoredManifest, json.dumps(document).encode())
+    parse_record(StoredSource, json.dumps(stored.source).encode())
     return Manifest(
-        name=str(document["name"]),
-        split=str(document["split"]),
-        count=int(document["count"]),
-        image_size=int(document["image"]["size"]),
-        encoding=str(document["image"]["encoding"]),
-        protocol=dict(document["protocol"]),
-        source=dict(document["source"]),
-        classes=tuple(str(name) for name in document["classes"]),
-        seed=int(document["seed"]),
-        pixel_mean=tuple(float(x) for x in document["pixel_mean"]),
-        pixel_std=tuple(float(x) for x in document["pixel_std"]),
-        shards=tuple(
-            Shard(str(s["name"]), int(s["bytes"]), int(s["count"]), str(s["sha256"])) for s in document["shards"]
-        ),
-        blocks=tuple(Block(int(s), int(b), int(e), int(n), str(x)) for s, b, e, n, x in document["blocks"]),
+        name=stored.name,
+        split=stored.split,
+        count=stored.count,
+        image_size=stored.image.size,
+        encoding=stored.image.encoding,
+        protocol=stored.protocol,
+        source=stored.source,
+        classes=tuple(stored.classes),
+        seed=stored.seed,
+        pixel_mean=tuple(stored.pixel_mean),
+        pixel_std=tuple(stored.pixel_std),
+        shards=tuple(stored.shards),
+        blocks=tuple(Block(*block) for block in stored.blocks),
     )
 
 
@@ -232,6 +272,8 @@ def check(manifest: Manifest) -> None:
             raise ValueError(f"{shard.name!r} is not a name for a shard")
         if not HEX_256.fullmatch(shard.sha256):
             raise ValueError(f"shard {shard.name} has no SHA-256")
+        if shard.count == 0:
+            raise ValueError(f"shard {shard.name} has no samples")
     if manifest.encoding not in ENCODINGS:
         raise ValueError(f"encoding {manifest.encoding!r} is none of {', '.join(ENCODINGS)}")
     stride = manifest.layout.stride
@@ -243,7 +285,8 @@ def check(manifest: Manifest) -> None:
         if not (block.count >= 1 and block.begin >= 0 and block.end <= shard.bytes):
             raise ValueError(f"block {number} is outside its shard {shard.name}")
         size, strided = block.end - block.begin, manifest.encoding == "npy"
-        if (strided and size != block.count * stride) or not 0 < size <= LARGEST_BLOCK_BYTES:
+        fits = size == block.count * stride if strided else size >= block.count * SMALLEST_SAMPLE_BYTES
+        if not fits or not 0 < size <= LARGEST_BLOCK_BYTES:
             raise ValueError(
                 f"block {number} has {block.end - block.begin} bytes for {block.count} samples of {stride}"
             )

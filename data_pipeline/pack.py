@@ -32,6 +32,7 @@ from data_pipeline.packing.sources_parquet import imagenet_parquet
 from data_pipeline.packing.sources_photographs import photographs
 from data_pipeline.packing.steps import Workforce, pack
 from data_pipeline.storage import DataError
+from data_pipeline.terminal import guard_terminal
 from data_pipeline.wording import counted
 
 SHARD_IMAGES = 8192
@@ -83,6 +84,7 @@ EXTRA_OPTIONS = {"photographs": {"images"}, "imagenet-validation": {"input", "la
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     options = parse(arguments)
+    guard_terminal()
     try:
         protocol = options.protocol or ("celeba" if options.source == "celeba" else "chrabaszcz")
         settings = Settings(options.split, options.size, protocol, options.seed, options.shard_images)
@@ -107,9 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{counted(manifest.count, 'image')} of {manifest.name} ({manifest.split}), "
         f"{counted(len(manifest.shards), 'shard')}, {megabytes:,.0f} MB"
     )
-    for oddity, count in manifest.source["oddities"].items():
+    for oddity, count in manifest.source.get("oddities", {}).items():
         print(f"  {oddity}: {count:,}")
-    for name in manifest.source["skipped"]:
+    for name in manifest.source.get("skipped", ()):
         print(f"  skipped: {name}")
     return 0
 

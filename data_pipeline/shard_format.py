@@ -9,9 +9,11 @@ import io
 import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
+BLOCK_IMAGES = 512
 KEY_DIGITS = 9
 LABEL_DIGITS = 8
 TAR_BLOCK = tarfile.BLOCKSIZE
@@ -98,6 +100,12 @@ def end_of_shard(sample_bytes: int) -> bytes:
     """What follows the samples of a tar file: two empty blocks, filled up to a whole record."""
     total = -(-(sample_bytes + 2 * TAR_BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE
     return bytes(total - sample_bytes)
+
+
+def block_bounds(count: int, stride: int) -> list[tuple[int, int, int]]:
+    """First byte, end and number of samples of each block of a shard with so many samples."""
+    edges = [*range(0, count, BLOCK_IMAGES), count]
+    return [(first * stride, last * stride, last - first) for first, last in pairwise(edges)]
 
 
 @lru_cache(maxsize=32)

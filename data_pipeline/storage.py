@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import errno
 import io
-import json
 import logging
 import os
 import random
@@ -25,6 +24,7 @@ import xxhash
 from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 
+from data_pipeline.typed_records import parse_object
 from data_pipeline.wording import counted
 
 log = logging.getLogger(__name__)
@@ -646,13 +646,13 @@ def reason_of(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def read_json(store: Store, name: str, limit_bytes: int) -> Any:
+def read_json(store: Store, name: str, limit_bytes: int) -> dict[str, Any]:
     """A JSON object of bounded size; ``DataError`` when it does not parse."""
     return parse_json(store.read_whole(name, limit_bytes), store.url_of(name))
 
 
-def parse_json(data: bytes, url: str) -> Any:
+def parse_json(data: bytes, url: str) -> dict[str, Any]:
     try:
-        return json.loads(data)
+        return parse_object(data)
     except ValueError as error:
         raise DataError(f"{url} is not JSON: {error}", EXIT_CORRUPT) from error

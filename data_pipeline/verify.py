@@ -26,6 +26,7 @@ from data_pipeline.pack import EXTRA_OPTIONS
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.shard_format import KEY_DIGITS, decode_samples, encode_samples, end_of_shard
 from data_pipeline.storage import EXIT_CORRUPT, EXIT_REFUSED, DataError, Store
+from data_pipeline.terminal import guard_terminal
 from data_pipeline.wording import counted
 
 READ_DEADLINE_SECONDS = 60.0
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_pipeline.verify", description="Check a packed data set.")
     parser.add_argument("url", help="the folder of the shards, local or s3://bucket/prefix")
     options = parser.parse_args(arguments)
+    guard_terminal()
     try:
         refuse_links(open_store(options.url, READ_DEADLINE_SECONDS))
         shards = open_shards(options.url, read_deadline_seconds=READ_DEADLINE_SECONDS)
@@ -137,7 +139,8 @@ def repair(shards: Shards, problems: Sequence[Problem]) -> str:
 def repair_command(shards: Shards, names: Sequence[str]) -> str:
     """The packing command that writes some shards again; INPUT and LABELS stand for where the source lies."""
     source = shards.manifest.source
-    options = [str(option) for option in source.get("packed_with", ["--source", "..."])]
+    options = source.get("packed_with", [])
+    options = options if len(options) >= 2 else ["--source", "..."]
     needed = EXTRA_OPTIONS.get(options[1], {"input"}) - {"images"}
     places = [f"--{option} {option.upper()}" for option in sorted(needed)]
     skipped = ["--max-skipped", str(len(source["skipped"]))] if source.get("skipped") else []

@@ -11,7 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # What each package may import besides the standard library and itself.
 ALLOWED = {
     "models": {"torch", "triton"},
-    "data_pipeline": {"torch", "numpy", "PIL", "webdataset", "fsspec", "xxhash", "botocore", "aiohttp", "pyarrow"},
+    "data_pipeline": {
+        "torch", "numpy", "PIL", "webdataset", "fsspec", "xxhash", "botocore", "aiohttp", "pyarrow",
+        "pydantic",
+    },
     "trainer": {
         "torch", "numpy", "PIL", "models", "data_pipeline",
         "deepspeed", "filelock", "mlflow", "yaml", "pydantic", "fsspec", "safetensors",
@@ -27,7 +30,7 @@ HOME = {
         for name in ("record/mlflow_mirror", "record/system_metrics", "record/tracker", "comparison/mlflow_history")
     },
     "yaml": {"trainer/config.py"},
-    "pydantic": {"trainer/typed_values.py"},
+    "pydantic": {"trainer/typed_values.py", "data_pipeline/typed_records.py"},
     "safetensors": {"trainer/tensor_file.py"},
     "PIL": {"data_pipeline", "trainer"},
     "matplotlib": {"trainer/heat_map.py"},

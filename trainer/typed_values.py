@@ -13,16 +13,12 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
-"""Of steps, images and the like."""
-Key = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
-"""A random number in hexadecimal digits."""
-Time = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]
-"""Seconds since 1970."""
+from data_pipeline.typed_records import adapter
+
 INVALID = object()
 """In place of a value that has a problem."""
 NOTHING: Mapping[str, Any] = types.MappingProxyType({})
@@ -36,18 +32,6 @@ def read(hint: Any, value: object, path: str, missing: Mapping[str, Any] = NOTHI
     """
     reader = _Reader(hint, missing)
     return reader.read(hint, value, path), reader.problems
-
-
-def misfits(record: type, text: bytes) -> list[str]:
-    """The entries of a JSON object that are missing or of another type than the fields of a dataclass.
-
-    Entries without a field are not looked at. What is not a JSON object gives one empty name.
-    """
-    try:
-        _adapter(record).validate_json(text, strict=True)
-    except ValidationError as error:
-        return sorted({str(item["loc"][0]) if item["loc"] else "" for item in error.errors(include_input=False)})
-    return []
 
 
 def plain(value: object) -> Any:
@@ -212,7 +196,7 @@ class _Reader:
     def _read_single(self, hint: Any, value: object, path: str) -> Any:
         try:
             # JSON, because only there does pydantic's strict mode take lists for tuples.
-            return _adapter(hint).validate_json(json.dumps(value), strict=True)
+            return adapter(hint).validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             texts = [f"{item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}" for item in error.errors()]
             self.problems.append(f"{path}: {'; or '.join(texts)}")
@@ -229,11 +213,6 @@ def _retag(hint: Any, values: dict[str, Any], value: object) -> None:
             for key in values.keys() - _hints(member).keys():
                 del values[key]
     values[tag] = value
-
-
-@cache
-def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint)
 
 
 @cache

@@ -7,6 +7,8 @@ import threading
 import time
 from types import TracebackType
 
+from data_pipeline.terminal import LIVE_LINE
+
 
 class PackingProgress:
     """One live line on a terminal, a plain line every ten seconds elsewhere; on stderr."""
@@ -38,7 +40,7 @@ class PackingProgress:
     def _show(self, end: str) -> None:
         text = progress_line(self.what, self.counter.value, self.total, time.monotonic() - self.started)
         with contextlib.suppress(OSError, ValueError):  # nobody reads it any more: no reason to stop working
-            sys.stderr.write(f"\r{text:<78}{end}" if self.live else f"{text}{end}")
+            sys.stderr.write(f"{LIVE_LINE if self.live else ''}{text}{end}")
             sys.stderr.flush()
 
 

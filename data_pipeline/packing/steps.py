@@ -17,12 +17,22 @@ import numpy as np
 
 from data_pipeline.manifest import Block, Manifest, Shard, digest_of, open_store, write_manifest
 from data_pipeline.order import permutation
-from data_pipeline.packing.claim import JOURNAL, ShardRecord, check_claim, claim, read_record, record_name
+from data_pipeline.packing.claim import (
+    JOURNAL,
+    Outline,
+    ShardRecord,
+    check_claim,
+    claim,
+    read_record,
+    record_name,
+    refuse_links,
+)
 from data_pipeline.packing.plan import Settings, damaged_shards, find_finished, plan_of, protocol_of
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.packing.source import Source
-from data_pipeline.packing.tasks import BLOCK_IMAGES, ShardTask, Staged, StageTask, read_staged
+from data_pipeline.packing.tasks import ShardTask, Staged, StageTask, read_staged
 from data_pipeline.packing.workers import run_all
+from data_pipeline.shard_format import BLOCK_IMAGES, SampleLayout
 from data_pipeline.storage import (
     EXIT_CANNOT_WRITE,
     EXIT_CORRUPT,
@@ -80,6 +90,7 @@ def pack(
     store = open_store(dest, WRITE_DEADLINE_SECONDS)
     plan = plan_of(source, settings)
     digest = digest_of(plan)
+    refuse_links(store)
     finished = find_finished(store, digest)
     if rewrite and finished is None:
         raise DataError(f"--rewrite {rewrite[0]}: {store.url} holds no finished data set; pack without --rewrite")
@@ -151,9 +162,10 @@ def prepare_scratch(workspace: Path) -> None:
         workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise DataError(f"cannot make the scratch folder {workspace}: {error.strerror}", EXIT_CANNOT_WRITE) from error
-    if workspace.stat().st_uid != os.getuid():
+    if workspace.is_symlink() or workspace.stat().st_uid != os.getuid():
         raise DataError(
-            f"the scratch folder {workspace} belongs to another user; give one with --scratch", EXIT_REFUSED
+            f"the scratch folder {workspace} belongs to another user or is a link; give one with --scratch",
+            EXIT_REFUSED,
         )
 
 
@@ -213,16 +225,20 @@ def write_shards(
     if count == 0:
         raise DataError("the source holds no images")
     order = permutation(count, settings.seed, 4)
-    written = {f"{JOURNAL}/{name}" for name in store.names(JOURNAL)}
     records: dict[int, ShardRecord] = {}
     tasks: list[ShardTask] = []
-    bounds = shard_bounds(count, settings.shard_images)
+    bounds, stride = shard_bounds(count, settings.shard_images), SampleLayout(settings.size).stride
+    shards = [
+        Outline(number, f"{settings.split}-{number:06d}.tar", end - begin, stride, digest)
+        for number, (begin, end) in enumerate(bounds)
+    ]
     wanted = range(len(bounds)) if only is None else list(only)
+    written = {f"{JOURNAL}/{name}" for name in store.names(JOURNAL)}
     for number in wanted:
-        if record_name(number) in written and (record := read_record(store, number, digest)):
+        if record_name(number) in written and (record := read_record(store, shards[number])):
             records[number] = record
         elif workforce.owns(number):
-            name = f"{settings.split}-{number:06d}.tar"
+            name = shards[number].name
             samples = order[slice(*bounds[number])]
             where = (str(workspace), store.url, store.deadline_seconds)
             sha256 = only[number] if only else None
@@ -236,7 +252,7 @@ def write_shards(
     written = {f"{JOURNAL}/{name}" for name in store.names(JOURNAL)}
     for number in wanted:  # others were at work meanwhile
         missing = number not in records and record_name(number) in written
-        if missing and (record := read_record(store, number, digest)):
+        if missing and (record := read_record(store, shards[number])):
             records[number] = record
     if unfinished := len(wanted) - len(records):
         raise DataError(

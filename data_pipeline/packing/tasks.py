@@ -6,6 +6,9 @@ do any of them, for the first time or again, and the bytes are the same.
 
 import hashlib
 import json
+import logging
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +21,14 @@ from data_pipeline.packing.claim import ShardRecord, check_claim, write_record
 from data_pipeline.packing.resize import to_pixels
 from data_pipeline.packing.source import Group, Item
 from data_pipeline.packing.workers import count_progress
-from data_pipeline.shard_format import SampleLayout, encode_samples, end_of_shard
+from data_pipeline.shard_format import BLOCK_IMAGES, SampleLayout, encode_samples, end_of_shard
 from data_pipeline.storage import EXIT_CANNOT_WRITE, EXIT_CORRUPT, EXIT_UNREACHABLE, DataError, Store, atomic_file
+from data_pipeline.typed_records import Count, Label, Sum, parse_record
 
-BLOCK_IMAGES = 512
+log = logging.getLogger(__name__)
+
 CHUNK_IMAGES = 64
+LARGEST_STAGED_BYTES = 1 << 28  # of the record of a group
 
 
 @dataclass(frozen=True)
@@ -79,13 +85,22 @@ class StageTask:
 class Staged:
     """The record of a staged group; sums are over all pixels, per channel, and exact."""
 
-    labels: list[int]
-    sums: list[int]
-    squares: list[int]
-    notes: dict[str, int]
+    labels: list[Label]
+    sums: list[Sum]
+    squares: list[Sum]
+    notes: dict[str, Count]
     """How many files had each oddity."""
     skipped: list[str]
     """Names of the images that were left out."""
+
+    def check(self, size: int) -> None:
+        """ValueError unless the sums can be those of images of this size."""
+        pixels = len(self.labels) * size**2
+        if not len(self.sums) == len(self.squares) == 3:
+            raise ValueError("it has not three channels")
+        for total, squares in zip(self.sums, self.squares, strict=True):
+            if not (total <= 255 * pixels and total**2 <= pixels * squares and squares <= 255 * total):
+                raise ValueError("its sums are none of pixels")
 
     def add_statistics(self, images: np.ndarray) -> None:
         levels = np.arange(256, dtype=np.int64)
@@ -178,10 +193,27 @@ def staged_path(scratch: str, number: int) -> str:
 
 
 def read_staged(scratch: str, number: int, size: int) -> Staged | None:
-    """The record of a group that was staged before, or None."""
-    record, pixels = Path(f"{staged_path(scratch, number)}.json"), Path(f"{staged_path(scratch, number)}.raw")
+    """The record of a group that was staged before, or None: the group is then staged (again).
+
+    One that this program cannot have written is warned of.
+    """
+    record, pixels = f"{staged_path(scratch, number)}.json", f"{staged_path(scratch, number)}.raw"
     try:
-        staged, length = Staged(**json.loads(record.read_bytes())), pixels.stat().st_size
+        if (length := length_of(record)) > LARGEST_STAGED_BYTES:
+            raise ValueError(f"it has {length} bytes")
+        staged = parse_record(Staged, Path(record).read_bytes())
+        staged.check(size)
+        return staged if length_of(pixels) == len(staged.labels) * size * size * 3 else None
     except FileNotFoundError:
         return None
-    return staged if length == len(staged.labels) * size * size * 3 else None
+    except (KeyError, ValueError) as error:
+        log.warning("%s is passed over, and its images are decoded again: %s", record, error)
+        return None
+
+
+def length_of(path: str) -> int:
+    """Bytes of a regular file; raises ValueError for a link or another special file, or OSError."""
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path} is a link or another special file")
+    return status.st_size

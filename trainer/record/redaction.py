@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 from urllib.parse import quote
 
+from data_pipeline.terminal import GuardedStream
+
 HIDDEN = "***"
 SHORTEST_SECRET = 6
 """Shorter values are not replaced: they occur in harmless text."""
@@ -86,13 +88,6 @@ def redacted(value: Any) -> Any:
     return value
 
 
-LIVE_LINE = "\r\x1b[K"
-_STEERING = re.compile(
-    r"(?!\x1b\[[0-9;]{0,16}m|\r\n)[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
-"""Control characters but for line feeds, tabs and colours, and characters that turn the direction of what follows."""
-
-
 def guard_output() -> None:
     """Redact whatever this process prints or logs from now on. Every main() calls it first."""
     if not isinstance(sys.stdout, _RedactingStream):
@@ -101,33 +96,12 @@ def guard_output() -> None:
     logging.setLogRecordFactory(_RedactedRecord)
 
 
-def shown(text: str) -> str:
-    """The text with what would steer a terminal written out: an escape sequence as `\\x1b`.
-
-    Names and messages come from files of others, too. Colours are let through, and at the beginning the sequence by
-    which a live line of ours replaces the one before.
-    """
-    live = text.startswith(LIVE_LINE)
-    rest = text[len(LIVE_LINE) :] if live else text
-    return (LIVE_LINE if live else "") + _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), rest)
-
-
-class _RedactingStream:
+class _RedactingStream(GuardedStream):
     """A text stream that redacts what is written to it."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
     def write(self, text: str) -> int:
-        self._stream.write(shown(redact(text)))
+        super().write(redact(text))
         return len(text)
-
-    def writelines(self, lines: list[str]) -> None:
-        for line in lines:
-            self.write(line)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 class _RedactedRecord(logging.LogRecord):

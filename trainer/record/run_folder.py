@@ -20,10 +20,10 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+from data_pipeline.typed_records import Count, Key, Time, misfits
 from data_pipeline.wording import counted
 from trainer.record.redaction import redacted
 from trainer.safe_files import LARGEST_JOURNAL, open_to_append, open_to_read, read_file, write_file
-from trainer.typed_values import Count, Key, Time, misfits
 
 log = logging.getLogger(__name__)
 

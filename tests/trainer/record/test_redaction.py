@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.record.redaction import redact, redacted, shown
+from trainer.record.redaction import redact, redacted
 
 SECRET = "wJalrXUt/nFEMI+K7"
 
@@ -172,22 +172,6 @@ def test_prints_logs_and_tracebacks_of_a_program_are_guarded() -> None:
     assert "logged ***" in done.stdout
     assert "ValueError: raised ***" in done.stderr
     assert SECRET not in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain text, 中文 and \t tabs\n", "plain text, 中文 and \t tabs\n"),
-        ("\x1b[31mred\x1b[0m\r\n", "\x1b[31mred\x1b[0m\r\n"),
-        ("\r\x1b[Kstep 1/8", "\r\x1b[Kstep 1/8"),
-        ("\r\x1b[Kstep \r\x1b[K", "\r\x1b[Kstep \\r\\x1b[K"),
-        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
-        ("\x1b]52;c;cm0gLXJm\x1b\\", "\\x1b]52;c;cm0gLXJm\\x1b\\"),
-        ("a\x08\x9b2J\u202e", "a\\x08\\x9b2J\\u202e"),
-    ],
-)
-def test_text_of_others_does_not_steer_the_terminal(text: str, expected: str) -> None:
-    assert shown(text) == expected
 
 
 def test_what_is_printed_does_not_steer_the_terminal() -> None:
