@@ -20,6 +20,7 @@ from data_pipeline.packing.plan import Settings
 from data_pipeline.packing.resize import PROTOCOLS
 from data_pipeline.packing.source import Source
 from data_pipeline.packing.sources_arrays import chrabaszcz, cifar10, oord
+from data_pipeline.packing.sources_digits import digits
 from data_pipeline.packing.sources_folder import folder
 from data_pipeline.packing.sources_imagenet import (
     celeba,
@@ -61,6 +62,10 @@ SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
         "random crops of photographs inside installed packages; takes --images, no --input",
         lambda o: photographs(split=o.split, size=o.size, images=o.images, seed=o.seed),
     ),
+    "digits": (
+        "coloured handwritten digits, their classes; from scikit-learn's; takes --images, no --input",
+        lambda o: digits(split=o.split, size=o.size, images=o.images, seed=o.seed),
+    ),
     "folder": ("images in a folder; its subfolders, if any, are the classes", lambda o: folder(o.input)),
     "imagenet-train": ("ILSVRC2012_img_train.tar", lambda o: imagenet_train_tar(o.input)),
     "imagenet-folder": ("extracted images, a folder per WordNet id", lambda o: imagenet_folder(o.input)),
@@ -78,7 +83,7 @@ SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
     "cifar10": ("cifar-10-python.tar.gz or the folder in it", lambda o: cifar10(o.input, o.split, o.size)),
     "celeba": ("img_align_celeba.zip or the folder in it", lambda o: celeba(o.input, o.split)),
 }
-EXTRA_OPTIONS = {"photographs": {"images"}, "imagenet-validation": {"input", "labels"}}
+EXTRA_OPTIONS = {"photographs": {"images"}, "digits": {"images"}, "imagenet-validation": {"input", "labels"}}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,7 +137,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dest", required=True, help="where the shards go: a folder or s3://bucket/prefix")
     parser.add_argument("--size", required=True, type=int, help="edge of the packed images in pixels")
     parser.add_argument("--split", required=True, help="train or validation")
-    parser.add_argument("--images", type=int, help="photographs only: how many crops to take")
+    parser.add_argument("--images", type=int, help="photographs and digits only: how many to make")
     parser.add_argument("--seed", type=int, default=0, help="seed of the crops and of the shuffle (default 0)")
     parser.add_argument("--protocol", choices=sorted(PROTOCOLS), help="how images are resized (default chrabaszcz)")
     parser.add_argument("--shard-images", type=int, default=SHARD_IMAGES, help="most images of a shard (default 8192)")

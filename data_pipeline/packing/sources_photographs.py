@@ -91,7 +91,7 @@ def locate(package: str, path: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise DataError(
-            f"the photographs ship with {PACKAGE_NAMES[package]}, which is not installed: "
+            f"{path} ships with {PACKAGE_NAMES[package]}, which is not installed: "
             f"run `pip install {PACKAGE_NAMES[package]}`"
         )
     found = Path(spec.origin).parent / path
