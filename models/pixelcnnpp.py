@@ -25,7 +25,7 @@ from models.given import NOTHING, Given
 from models.likelihood import MixtureOutput, PredictorMixtureOutput, around_guesses
 from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, num_parameters
 from models.neighbours import NeighbourhoodStem, Predictors, Stem, flops_at_a_pixel
-from models.recompute_decoder import RecomputeDecoder
+from models.pixel_decoder import WholePixelDecoder
 from models.weight_norm import (
     VARIANCE_FLOOR,
     Convolution,
@@ -39,6 +39,7 @@ from models.weight_norm import (
     right_shift,
     set_scales_from_images,
 )
+from models.weight_norm_by_pixel import ConvolutionByPixel, GatedResnetByPixel, TransposedConvolutionByPixel
 
 STAGES = 3
 """Resolutions, each half as fine as the one before."""
@@ -213,8 +214,16 @@ class PixelCNNPP(Model):
         yield from self.down
         yield from self.up
 
-    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
-        return RecomputeDecoder(self, canvas)
+    def decoder(self, canvas: Canvas) -> WholePixelDecoder:
+        config = self.config
+        return WholePixelDecoder(
+            partial(PixelCNNPPByPixel, self, canvas.given.labels),
+            self.head,
+            canvas,
+            config.image_size,
+            stem=self.stem if config.stem == "neighbourhood" else None,
+            predictors=self.predictors if isinstance(config.output, PredictorMixtureOutput) else None,
+        )
 
 
 class Block(nn.Module):
@@ -240,3 +249,135 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         u = self.u(u, seen_u, labels)
         return u, self.ul(ul, u if seen_ul is None else torch.cat([u, seen_ul], dim=1), labels)
+
+
+class PixelCNNPPByPixel:
+    """See ByWholePixel (models/pixel_decoder.py). u is computed for a whole row when the one above it is complete; both
+    streams at coarser resolutions only at rows and columns of even numbers there (as Ramachandran et al. 2017, Fast
+    Generation for Convolutional Autoregressive Models, do)."""
+
+    def __init__(self, model: PixelCNNPP, labels: Tensor | None, images: int) -> None:
+        if labels is not None:
+            labels = F.pad(labels, (0, images - len(labels)))
+        self._entry, self._size = model.entry, model.config.image_size
+        self._first_u, self._first_above, self._first_left = self._first = [
+            ConvolutionByPixel(layer, images, self._size)
+            for layer in (model.first_u, model.first_ul_above, model.first_ul_left)
+        ]
+        self._from_above = model.head.v.new_zeros(images, self._size, model.config.features)
+        """What the row's first features of ul have from above."""
+        self._finest = _StageByPixel(model, 0, labels, images)
+
+    def begin_row(self, row: int) -> None:
+        u = torch.zeros_like(self._from_above)
+        if row > 0:
+            u = self._first_u.result(row - 1, 0, self._size)
+            self._from_above = self._first_above.result(row - 1, 0, self._size)
+        self._finest.begin_row(u, row)
+
+    def features(self, stem: Tensor | None, row: int, column: int) -> Tensor:
+        ul = self._from_above[:, column : column + 1]
+        if column > 0:
+            ul = ul + self._first_left.result(row, column - 1, 1)
+        if stem is not None:
+            ul = ul + stem
+        return self._finest.at(ul, row, column)
+
+    def complete(self, x: Tensor, row: int, column: int) -> None:
+        entered = self._entry(x[:, None])[..., 0].mT.to(self._from_above.dtype)
+        for first in self._first:
+            first.keep(entered, row, column)
+
+
+class _StageByPixel:
+    """The blocks of one resolution, on the way down and up, and between them all that is coarser."""
+
+    def __init__(self, model: PixelCNNPP, stage: int, labels: Tensor | None, images: int) -> None:
+        """stage: 0 is the finest."""
+        turn, down, up = STAGES - 1 - stage, model.config.blocks, model.config.blocks + 1
+        self._down, self._up = (
+            [
+                _BlockByPixel(block, images, model.config.image_size >> stage, labels)
+                for block in blocks
+                if isinstance(block, Block)
+            ]
+            for blocks in (
+                model.down[stage * down : (stage + 1) * down],
+                model.up[max(turn * up - 1, 0) : (turn + 1) * up - 1],  # the coarsest has one less
+            )
+        )
+        self._coarser = _CoarserByPixel(model, stage, labels, images) if turn else None
+
+    def begin_row(self, u: Tensor, row: int) -> Tensor:
+        """u [N, W, F] of a row after the stage, for what it was before."""
+        seen = [u]
+        for block in self._down:
+            seen.append(block.begin_row(seen[-1], None, row))
+        u = seen.pop() if self._coarser is None else self._coarser.begin_row(seen[-1], row)
+        for block in self._up:
+            u = block.begin_row(u, seen.pop(), row)
+        return u
+
+    def at(self, ul: Tensor, row: int, column: int) -> Tensor:
+        """ul [N, 1, F] at a pixel after the stage, for what it was before."""
+        seen = [ul]
+        for block in self._down:
+            seen.append(block.at(seen[-1], None, row, column))
+        ul = seen.pop() if self._coarser is None else self._coarser.at(seen[-1], row, column)
+        for block in self._up:
+            ul = block.at(ul, seen.pop(), row, column)
+        return ul
+
+
+class _CoarserByPixel:
+    """From a stage to the coarser one and back. A coarse pixel sees of its four fine ones the first alone, and is
+    computed at its turn."""
+
+    def __init__(self, model: PixelCNNPP, stage: int, labels: Tensor | None, images: int) -> None:
+        """stage: the finer one."""
+        columns, grow = model.config.image_size >> stage, STAGES - 2 - stage
+        self._shrink_u, self._shrink_ul = (
+            ConvolutionByPixel(layer, images, columns)
+            for layer in (model.shrink_u[stage], model.shrink_ul[stage])
+            if isinstance(layer, Convolution)
+        )
+        self._grow_u, self._grow_ul = (
+            TransposedConvolutionByPixel(layer)
+            for layer in (model.grow_u[grow], model.grow_ul[grow])
+            if isinstance(layer, TransposedConvolution)
+        )
+        self._coarser = _StageByPixel(model, stage + 1, labels, images)
+        self._u, self._ul = (model.head.v.new_zeros(images, 2, columns, model.config.features) for _ in range(2))
+        """What has come back, of the last even row and of the next one."""
+
+    def begin_row(self, u: Tensor, row: int) -> Tensor:
+        self._shrink_u.keep(u, row, 0)
+        if row % 2 == 0:
+            shrunk = self._shrink_u.result(row, 0, u.shape[1] // 2)
+            self._u = self._grow_u.at(self._coarser.begin_row(shrunk, row // 2))
+        return self._u[:, row % 2]
+
+    def at(self, ul: Tensor, row: int, column: int) -> Tensor:
+        self._shrink_ul.keep(ul, row, column)
+        if row % 2 == column % 2 == 0:
+            shrunk = self._shrink_ul.result(row, column, 1)
+            self._ul[:, :, column : column + 2] = self._grow_ul.at(self._coarser.at(shrunk, row // 2, column // 2))
+        return self._ul[:, row % 2, column : column + 1]
+
+
+class _BlockByPixel:
+    def __init__(self, block: Block, images: int, columns: int, labels: Tensor | None) -> None:
+        self._of_u = GatedResnetByPixel(block.u, images, columns, labels)
+        self._of_ul = GatedResnetByPixel(block.ul, images, columns, labels)
+        self._u = block.u.first.v.new_zeros(0)
+        """Of the row, after the block."""
+
+    def begin_row(self, u: Tensor, seen: Tensor | None, row: int) -> Tensor:
+        """u [N, W, F] of a row after the block; seen: what its mirror image gave."""
+        self._u = self._of_u.at(u, row, 0, seen)
+        return self._u
+
+    def at(self, ul: Tensor, seen: Tensor | None, row: int, column: int) -> Tensor:
+        """ul [N, 1, F] at a pixel after the block; seen: what its mirror image gave."""
+        u = self._u[:, column : column + 1]
+        return self._of_ul.at(ul, row, column, u if seen is None else torch.cat([u, seen], dim=2))

@@ -25,7 +25,7 @@ from models.given import NOTHING, Given
 from models.likelihood import MixtureOutput, PredictorMixtureOutput, around_guesses
 from models.model import Account, Entrance, Flops, Model, Recompute, check_inputs, num_parameters
 from models.neighbours import NeighbourhoodStem, Predictors, Stem, flops_at_a_pixel
-from models.recompute_decoder import RecomputeDecoder
+from models.pixel_decoder import WholePixelDecoder
 from models.weight_norm import (
     VARIANCE_FLOOR,
     Convolution,
@@ -39,6 +39,7 @@ from models.weight_norm import (
     right_shift,
     set_scales_from_images,
 )
+from models.weight_norm_by_pixel import ConvolutionByPixel, DenseByPixel, GatedResnetByPixel
 
 KEY_FEATURES = 16
 SMALLEST_SUM = 1e-6
@@ -225,8 +226,16 @@ class PixelSNAIL(Model):
     def units(self) -> Iterator[nn.Module]:
         yield from self.blocks
 
-    def decoder(self, canvas: Canvas) -> RecomputeDecoder:
-        return RecomputeDecoder(self, canvas)
+    def decoder(self, canvas: Canvas) -> WholePixelDecoder:
+        config = self.config
+        return WholePixelDecoder(
+            partial(PixelSNAILByPixel, self),
+            self.head,
+            canvas,
+            config.image_size,
+            stem=self.stem if config.stem == "neighbourhood" else None,
+            predictors=self.predictors if isinstance(config.output, PredictorMixtureOutput) else None,
+        )
 
 
 class Block(nn.Module):
@@ -299,3 +308,86 @@ def places(x: Tensor) -> Tensor:
     rows, columns = (torch.arange(n, device=x.device, dtype=x.dtype) / n - 0.5 for n in x.shape[2:])
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([row] * 3 + [column] * 3).expand(x.shape[0], -1, -1, -1)
+
+
+class PixelSNAILByPixel:
+    """See ByWholePixel (models/pixel_decoder.py). Of each block, the keys and values of all pixels are kept."""
+
+    def __init__(self, model: PixelSNAIL, images: int) -> None:
+        self._size = model.config.image_size
+        self._first_above, self._first_left = (
+            ConvolutionByPixel(first, images, self._size) for first in (model.first_above, model.first_left)
+        )
+        self._from_above = model.head.v.new_zeros(images, self._size, model.config.features)
+        """What the row's first features have from above."""
+        self._place = places(model.head.v.new_zeros(images, 1, self._size, self._size)).permute(0, 2, 3, 1)
+        self._entry = model.entry
+        self._blocks = [_BlockByPixel(block, images, self._size) for block in model.units() if isinstance(block, Block)]
+
+    def begin_row(self, row: int) -> None:
+        if row > 0:
+            self._from_above = self._first_above.result(row - 1, 0, self._size)
+
+    def features(self, stem: Tensor | None, row: int, column: int) -> Tensor:
+        h = self._from_above[:, column : column + 1]
+        if column > 0:
+            h = h + self._first_left.result(row, column - 1, 1)
+        if stem is not None:
+            h = h + stem
+        place = self._place[:, row, column : column + 1]
+        for block in self._blocks:
+            h = block.at(h, place, row, column)
+        return h
+
+    def complete(self, x: Tensor, row: int, column: int) -> None:
+        entered = self._entry(x[:, None])[..., 0].mT.to(self._from_above.dtype)
+        self._first_above.keep(entered, row, column)
+        self._first_left.keep(entered, row, column)
+        place = self._place[:, row, column : column + 1]
+        for block in self._blocks:
+            block.complete(entered[..., :3], place, row, column)
+
+
+class _BlockByPixel:
+    """Squares whose largest keys and values are taken are complete in raster order, too: after their last pixel."""
+
+    def __init__(self, block: Block, images: int, size: int) -> None:
+        make = partial(GatedResnetByPixel, images=images, columns=size)
+        self._convolutions = [make(each) for each in block.convolutions if isinstance(each, GatedResnet)]
+        self._content, self._question, self._result = make(block.content), make(block.question), make(block.result)
+        self._key_value, self._query = DenseByPixel(block.key_value), DenseByPixel(block.query)
+        self._pooling = pooling = block.key_pooling
+        self._features = len(block.key_value.b)
+        make_empty = block.key_value.v.new_empty
+        self._of_rows = make_empty(images, pooling, size, self._features)
+        """Keys and values of the pixels of a row of squares."""
+        self._of_squares = make_empty(images, (size // pooling) ** 2, self._features)
+        self._squares = 0
+        """That are complete."""
+        self._h = make_empty(0)
+        """After the convolutions, at the pixel that was asked for last."""
+
+    def at(self, h: Tensor, place: Tensor, row: int, column: int) -> Tensor:
+        """h [N, 1, F] after the block, at a pixel; place [N, 1, 6]."""
+        for convolution in self._convolutions:
+            h = convolution.at(h, row, column)
+        self._h = h
+        query = self._query.at(self._question.at(torch.cat([h, place], dim=2), row, column))
+        seen = self._of_squares[:, : self._squares]
+        keys, values = seen.split([KEY_FEATURES, self._features - KEY_FEATURES], dim=2)
+        if self._squares:
+            visible = torch.ones(1, self._squares, dtype=torch.bool, device=h.device)
+            mixed = attend(query, keys, values, visible)
+        else:
+            mixed = values.new_zeros(len(h), 1, values.shape[2])
+        return self._result.at(h, row, column, beside=mixed)
+
+    def complete(self, x: Tensor, place: Tensor, row: int, column: int) -> None:
+        """x [N, 1, 3]: the intensities of that pixel."""
+        content = self._content.at(torch.cat([x, self._h, place], dim=2), row, column)
+        side, bottom, right = self._pooling, row % self._pooling, column % self._pooling
+        self._of_rows[:, bottom, column] = self._key_value.at(content)[:, 0]
+        if bottom == right == side - 1:
+            square = self._of_rows[:, :, column - right : column + 1]
+            self._of_squares[:, self._squares] = square.amax((1, 2))
+            self._squares += 1

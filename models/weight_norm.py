@@ -195,10 +195,11 @@ class Entry(nn.Module):
         return torch.cat([x, torch.ones_like(x[..., :1])], dim=-1).permute(0, 3, 1, 2)
 
 
-def activated(x: Tensor, nonlinearity: Nonlinearity) -> Tensor:
+def activated(x: Tensor, nonlinearity: Nonlinearity, dim: int = 1) -> Tensor:
+    """dim: the axis of features."""
     match nonlinearity:
         case "concat_elu":
-            return F.elu(torch.cat([x, -x], dim=1))
+            return F.elu(torch.cat([x, -x], dim=dim))
         case "elu":
             return F.elu(x)
         case "relu":
