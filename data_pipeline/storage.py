@@ -318,10 +318,12 @@ class Store:
     def missing_part(self) -> str | None:
         """The bucket or folder of this URL that does not exist, as a phrase for a message; None if all is there."""
         filesystem, path = open_filesystem(self.url), self._path("")
+        missing = "there is no such folder"
         if scheme_of(self.url) in ("s3", "s3a", "gs", "gcs"):
-            bucket = path.partition("/")[0]
-            return None if filesystem.exists(bucket) else f"there is no bucket {bucket}, or no access to it"
-        return None if filesystem.exists(path) else "there is no such folder"
+            path = path.partition("/")[0]
+            missing = f"there is no bucket {path}, or no access to it"
+        found = with_retries(lambda: filesystem.exists(path), f"look for {self.url}", self.deadline_seconds, None)
+        return None if found else missing
 
     @property
     def is_local(self) -> bool:

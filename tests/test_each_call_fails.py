@@ -1,4 +1,4 @@
-"""What if any one call on a file fails? An export, with each call in turn.
+"""What if any one call on a file or a store fails? A packing, a run and an export, with each call in turn.
 
 tests/support/each_call.py says how. Here each kind of call (what is done to which file) fails in one way, and the ways
 take turns. `make test-faults` goes through all calls and all ways, and prints how many there were.
@@ -10,16 +10,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.conftest import pack_photographs
 from tests.support.each_call import Scenario, with_a_fault
 from tests.support.forks import Forks
+from tests.support.kept_store import keep, objects_of, with_a_fault_of_the_store
 from tests.support.launch import SMALL_JOB, free_port, settings
+from tests.support.tiny_model import random_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(14_400)]
 EXPORT_IS_THERE = "is not empty; choose another folder, or delete that one"
@@ -30,7 +33,7 @@ CHILD = "tests.test_each_call_fails"
 # What a child does.
 
 
-def train(arguments: list[str], **fault: Any) -> int:
+def train(arguments: list[str], fail: Callable[..., int] = with_a_fault, **fault: Any) -> int:
     """The job, in plain torch, which is seconds faster to build, and without MLflow: that has a test of its own."""
     from data_pipeline import storage
     from trainer import checkpoint, run
@@ -57,7 +60,11 @@ def train(arguments: list[str], **fault: Any) -> int:
     }
     for (module, name), value in changes.items():
         setattr(module, name, value)
-    return with_a_fault(run.main, **fault)
+    return fail(run.main, **fault)
+
+
+def train_in_a_store(arguments: list[str], **fault: Any) -> int:
+    return train(arguments, with_a_fault_of_the_store, **fault)
 
 
 class _NoUploader:
@@ -67,6 +74,21 @@ class _NoUploader:
 
     def close(self, seconds: float) -> tuple[int, None]:
         return 0, None
+
+
+def pack(arguments: list[str], fail: Callable[..., int] = with_a_fault, **fault: Any) -> int:
+    """The packing, with blocks of four images, so that few make several shards."""
+    from data_pipeline import pack as tool
+    from data_pipeline import storage
+    from data_pipeline.packing import steps, tasks
+
+    storage.FIRST_DELAY_SECONDS = 0.01
+    steps.BLOCK_IMAGES = tasks.BLOCK_IMAGES = 4
+    return fail(lambda: tool.main(arguments), **fault)
+
+
+def pack_into_a_store(arguments: list[str], **fault: Any) -> int:
+    return pack(arguments, with_a_fault_of_the_store, **fault)
 
 
 def export(arguments: list[str], **fault: Any) -> int:
@@ -82,15 +104,27 @@ def export(arguments: list[str], **fault: Any) -> int:
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    server = Forks(tmp_path_factory.mktemp("forks"), ["torch._dynamo", "trainer.run", "trainer.export"], {})
+    modules = ["torch._dynamo", "trainer.run", "trainer.export", "data_pipeline.pack"]
+    server = Forks(tmp_path_factory.mktemp("forks"), modules, {})
     yield server
     server.close()
 
 
 def of_run(folder: Path) -> dict[str, object]:
     """Weights and curve of a finished run, and what else it leaves."""
-    run = folder / "run"
-    manifest = json.loads((run / "checkpoints/step-000000004/manifest.json").read_text())
+    checkpoints = folder / "run/checkpoints"
+    files = {str(path.relative_to(checkpoints)): path.read_bytes() for path in checkpoints.rglob("*.*")}
+    return _of_run(folder / "run", files)
+
+
+def of_run_in_a_store(folder: Path) -> dict[str, object]:
+    place = "/checkpoints/"
+    objects = objects_of(folder / "store").items()
+    return _of_run(folder / "run", {path[len(place) :]: data for path, data in objects if path.startswith(place)})
+
+
+def _of_run(run: Path, checkpoints: dict[str, bytes]) -> dict[str, object]:
+    manifest = json.loads(checkpoints["step-000000004/manifest.json"])
     curves: dict[str, dict[int, float]] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         point = json.loads(line)
@@ -98,7 +132,7 @@ def of_run(folder: Path) -> dict[str, object]:
             if name in point["metrics"]:
                 curves.setdefault(name, {})[point["step"]] = point["metrics"][name]
     for entry in manifest["files"]:
-        content = (run / "checkpoints/step-000000004" / entry["name"]).read_bytes()
+        content = checkpoints[f"step-000000004/{entry['name']}"]
         assert hashlib.sha256(content).hexdigest() == entry["sha256"]
     state = json.loads((run / "run_state.json").read_text())
     return {
@@ -112,25 +146,46 @@ def of_run(folder: Path) -> dict[str, object]:
             if path.is_file() and not re.search("checkpoints|unfinished|samples", str(path))
         ),
         "pictures": sorted(path.name for path in (run / "samples").glob("*.png")),
-        "checkpoints": sorted(path.parent.name for path in (run / "checkpoints").glob("*/manifest.json")),
+        "checkpoints": sorted(name for name in checkpoints if name.endswith("manifest.json")),
     }
+
+
+def of_shards(folder: Path) -> dict[str, object]:
+    """All files of a data set by name."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert folder / "data/manifest.json" in files
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def of_shards_in_a_store(folder: Path) -> dict[str, object]:
+    objects = objects_of(folder / "store")
+    assert "/shards/manifest.json" in objects
+    return {path: hashlib.sha256(content).hexdigest() for path, content in objects.items()}
 
 
 def of_export(folder: Path) -> dict[str, object]:
     return {path.name: path.read_bytes() for path in (folder / "exported").iterdir()}
 
 
+SHORT = {"train__steps": 4, "checkpoint__every_steps": 2, "evaluate__images": 4, "evaluate__every_steps": 2}
+SHORT |= {"tracking__system_metrics": False, "tracking__sample_every_steps": 2, "tracking__sample_images": 1}
+SHORT |= {"checkpoint__background": False, "data__fetch_threads": 1, "train__global_batch_images": 4}
+
+
 @pytest.fixture(scope="module")
-def training(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Scenario:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    pack_photographs(str(folder / "train"), images=520)
+    pack_photographs(str(folder / "validation"), images=4, split="validation")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory, data: Path, forks: Forks) -> Scenario:
     """A tiny run, undisturbed so far."""
     place = tmp_path_factory.mktemp("training")
-    pack_photographs(str(place / "data/train"), images=520)
-    pack_photographs(str(place / "data/validation"), images=4, split="validation")
-    changes = {"train__steps": 4, "checkpoint__every_steps": 2, "evaluate__images": 4, "evaluate__every_steps": 2}
-    changes |= {"tracking__system_metrics": False, "tracking__sample_every_steps": 2, "tracking__sample_images": 1}
-    changes |= {"checkpoint__background": False, "data__fetch_threads": 1, "train__global_batch_images": 4}
     (place / "folder").mkdir()
-    arguments = settings(place / "folder/run", place / "data", **changes)
+    arguments = settings(place / "folder/run", data, **SHORT)
     return Scenario(forks, place, f"{CHILD}:train", arguments, of_run, excused=PICTURE_IS_LEFT_OUT)
 
 
@@ -148,3 +203,35 @@ def test_any_call_of_an_export_may_fail(forks: Forks, finished: Path, tmp_path: 
     arguments = ["--run", str(tmp_path / "folder/run"), "--to", str(tmp_path / "folder/exported")]
     again = {"again": EXPORT_IS_THERE, "leftover": "exported"}
     Scenario(forks, tmp_path, f"{CHILD}:export", arguments, of_export, finished, **again).check_all()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a packing of ten images into three shards, but its destination."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, image in enumerate(random_images(10, 8, seed=3)):
+        path = folder / f"{number % 2}/{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image.numpy()).save(path)
+    options = ["--source", "folder", "--input", str(folder), "--size", "8", "--split", "train"]
+    return [*options, "--shard-images", "4", "--workers", "1"]
+
+
+def test_any_call_of_a_packing_may_fail(forks: Forks, pictures: list[str], tmp_path: Path) -> None:
+    arguments = [*pictures, "--dest", str(tmp_path / "folder/data")]
+    Scenario(forks, tmp_path, f"{CHILD}:pack", arguments, of_shards).check_all()
+
+
+def test_any_operation_of_a_packing_on_a_store_may_fail(forks: Forks, pictures: list[str], tmp_path: Path) -> None:
+    arguments = [*pictures, "--dest", "memory://shards", "--scratch", str(tmp_path / "folder/scratch")]
+    Scenario(forks, tmp_path, f"{CHILD}:pack_into_a_store", arguments, of_shards_in_a_store).check_all()
+
+
+def test_any_operation_of_a_run_on_a_store_may_fail(forks: Forks, data: Path, tmp_path: Path) -> None:
+    changes = SHORT | {"checkpoint__url": "memory://checkpoints", "data__train_url": "memory://data/train"}
+    before = tmp_path / "before"
+    before.mkdir()
+    objects = {f"/data/train/{path.name}": path.read_bytes() for path in (data / "train").iterdir()}
+    keep(before / "store", objects | {"/checkpoints/about.txt": b"a folder that is there"})
+    arguments = settings(tmp_path / "folder/run", data, **changes)
+    Scenario(forks, tmp_path, f"{CHILD}:train_in_a_store", arguments, of_run_in_a_store, before).check_all()

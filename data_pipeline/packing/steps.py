@@ -160,9 +160,10 @@ def workspace_of(store: Store, digest: str, workforce: Workforce) -> Path:
 def prepare_scratch(workspace: Path) -> None:
     try:
         workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
+        foreign = workspace.is_symlink() or workspace.stat().st_uid != os.getuid()
     except OSError as error:
         raise DataError(f"cannot make the scratch folder {workspace}: {error.strerror}", EXIT_CANNOT_WRITE) from error
-    if workspace.is_symlink() or workspace.stat().st_uid != os.getuid():
+    if foreign:
         raise DataError(
             f"the scratch folder {workspace} belongs to another user or is a link; give one with --scratch",
             EXIT_REFUSED,

@@ -180,10 +180,7 @@ class ShardTask:
             try:
                 staged = np.memmap(path, np.uint8, "r").reshape(-1, self.size, self.size, 3)
             except OSError as error:
-                raise DataError(
-                    f"cannot read {path} of the scratch folder ({error.strerror}): run the same command again",
-                    EXIT_UNREACHABLE,
-                ) from error
+                raise unreadable(path, error) from error
             images[rows] = staged[self.samples[rows] - self.group_starts[group]]
         return images
 
@@ -209,6 +206,8 @@ def read_staged(scratch: str, number: int, size: int) -> Staged | None:
     except (KeyError, ValueError) as error:
         log.warning("%s is passed over, and its images are decoded again: %s", record, error)
         return None
+    except OSError as error:
+        raise unreadable(record, error) from error
 
 
 def length_of(path: str) -> int:
@@ -217,3 +216,9 @@ def length_of(path: str) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{path} is a link or another special file")
     return status.st_size
+
+
+def unreadable(path: str, error: OSError) -> DataError:
+    """What to do about a file of the scratch folder that gives an error of the disk."""
+    text = f"cannot read {path} of the scratch folder ({error.strerror}): run the same command again"
+    return DataError(text, EXIT_UNREACHABLE)

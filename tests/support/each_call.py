@@ -110,20 +110,21 @@ class Scenario:
         return self.forks.run(self.function, seconds=LONGEST_SECONDS, arguments=self.arguments, **fault)
 
     def cases(self) -> Iterator[tuple[int, str]]:
-        """The number of a call, from 1 on, and a way to fail."""
-        if EVERY_CASE:
-            for number, call in enumerate(self.calls, 1):
-                yield from ((number, way) for way in ways_of(call))
-            return
+        """The number of a call, from 1 on, and a way to fail; the first ones have all kinds."""
         of_kind: dict[str, list[int]] = {}
         for number, call in enumerate(self.calls, 1):
             of_kind.setdefault(kind_of(call), []).append(number)
         used: Counter[str] = Counter()
-        for number_of_kind, numbers in enumerate(of_kind.values()):
-            number = numbers[number_of_kind % len(numbers)]
+        first: dict[tuple[int, str], None] = {}
+        for turn, numbers in enumerate(of_kind.values()):
+            number = numbers[turn % len(numbers)]
             way = min(ways_of(self.calls[number - 1]), key=lambda way: used[way])
             used[way] += 1
-            yield number, way
+            first[number, way] = None
+        yield from first
+        if EVERY_CASE:
+            for number, call in enumerate(self.calls, 1):
+                yield from ((number, way) for way in ways_of(call) if (number, way) not in first)
 
     def check(self, number: int, way: str) -> str | None:
         """What is wrong about this case; None if nothing is."""
@@ -178,6 +179,8 @@ class Scenario:
             if text is not None:
                 wrong.append(text)
                 print(f"WRONG {text}", flush=True)
+            if (done := sum((self.passed + self.failed).values())) % 50 == 0:
+                print(f"{self.name}: {done} cases, {len(wrong)} wrong", flush=True)
         print(f"\n{self.account()}", flush=True)
         if wrong:
             pytest.fail(f"{self.account()}\n" + "\n\n".join(wrong), pytrace=False)

@@ -52,6 +52,13 @@ def test_a_group_without_all_its_pixels_counts_as_not_staged(tmp_path: Path) -> 
     assert read_staged(str(tmp_path), 0, 8) is None
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"labels": [1]', '{"labels": [1]}'])
+def test_a_group_with_a_damaged_record_counts_as_not_staged(tmp_path: Path, content: str) -> None:
+    StageTask(str(tmp_path), 0, Pixels(0, 10), 8, "cifar10", False).run()
+    (tmp_path / "group-000000.json").write_text(content)
+    assert read_staged(str(tmp_path), 0, 8) is None
+
+
 def test_a_shard_holds_the_samples_it_was_told_to_in_order(tmp_path: Path) -> None:
     counts = [100, 0, 600, 3]
     starts = np.concatenate([[0], np.cumsum(counts)])
