@@ -562,11 +562,13 @@ def with_retries(
 ) -> Result:
     """Call ``attempt`` until it succeeds; ``what`` completes the sentence "cannot ...".
 
-    Waits between tries with full jitter, doubling from 0.2 s to 30 s, and gives up at the deadline.
+    Waits between tries with full jitter, doubling from 0.2 s to 30 s, and gives up at the deadline. A try counts for
+    the time that a request may take, or half of the deadline, at most: what is beyond was a suspension of the process.
     """
-    started = time.monotonic()
-    tries = 0
+    longest = min(REQUEST_SECONDS, deadline_seconds / 2)
+    elapsed, tries = 0.0, 0
     while True:
+        begun = time.monotonic()
         try:
             return attempt()
         except DataError:
@@ -574,7 +576,7 @@ def with_retries(
         # s3fs lets through the errors of botocore and aiohttp, which share no base class with OSError.
         except Exception as error:  # noqa: BLE001
             tries += 1
-            elapsed = time.monotonic() - started
+            elapsed += min(time.monotonic() - begun, longest)
             final = classify(error)
             if final is not None and tries >= PERMANENT_ATTEMPTS:
                 raise DataError(f"cannot {what}: {final[0]}", final[1]) from error
@@ -586,6 +588,7 @@ def with_retries(
             delay = min(random.uniform(0, ceiling), max(0.0, deadline_seconds - elapsed))
             if final is None:  # the other kind gets one more try and is then raised
                 log.warning("cannot %s (%s); trying again in %.1f s", what, reason_of(error), delay)
+        elapsed += delay
         if stop is None:
             time.sleep(delay)
         else:

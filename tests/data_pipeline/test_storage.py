@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import os
 import pickle
 import random
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import xxhash
@@ -54,6 +56,19 @@ def test_permanent_failures_are_tried_once_more_and_reported_at_once(error: Exce
     with pytest.raises(DataError, match="^cannot read u: ") as caught:
         with_retries(failing(error, 2), "read u", 60.0, None)
     assert caught.value.exit_code == 2 and time.monotonic() - started < 5
+
+
+def test_a_suspension_does_not_use_up_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job may be suspended for days while a request is on its way, or while it waits for the next try."""
+    days = itertools.count(0.0, 86_400.0)  # one goes by whenever somebody looks
+    monkeypatch.setattr(storage, "time", SimpleNamespace(monotonic=lambda: next(days), sleep=lambda _: None))
+    fail = failing(ConnectionResetError("woken up"), 3)
+    assert with_retries(fail, "read u", 900.0, None) == "answer"
+    fail = failing(OSError("a server that hangs"), 10**9)
+    with pytest.raises(DataError, match="gave up after 9.. s and [89] tries"):
+        with_retries(fail, "read u", 900.0, None)
+    with pytest.raises(DataError, match="gave up after .* s and [23] tries"):
+        with_retries(fail, "read u", 60.0, None)
 
 
 def test_the_deadline_ends_it_with_how_long_and_why() -> None:
