@@ -27,7 +27,7 @@ from data_pipeline.storage import DataError, Store
 from data_pipeline.wording import counted
 from trainer.config import RunConfig
 from trainer.engine import Engine, State
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import REFUSED, CheckpointError, UsageError
 from trainer.faults.replicas import check_replicas
 from trainer.options import CheckpointConfig
 from trainer.ranks import Ranks, from_all_ranks, from_rank, from_rank_0
@@ -48,6 +48,8 @@ WRITES = 3
 """So many times a file is written that reads back differently."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 10.0
 """Between two tries of a checkpoint that training does not go on without."""
+LARGEST_COUNT = 2**53
+"""Of steps or samples."""
 FAILURES_IN_A_ROW = 3
 """After so many failed checkpoints in a row the run ends: it would only have more work to lose."""
 Weights = Literal["raw", "ema", "avg"]
@@ -275,7 +277,12 @@ class Checkpoints:
             if not _STEP_FOLDER.fullmatch(folder) or folder in kept:
                 continue
             if folder in names or folder < newest.name:  # another attempt may be writing a newer one
-                remove(self._store, folder)
+                try:
+                    remove(self._store, folder)
+                except DataError as error:
+                    if error.exit_code != REFUSED:
+                        raise
+                    log.warning("an old checkpoint stays: %s", error)  # a link; the others can go
 
 
 class LoadedCheckpoint:
@@ -502,7 +509,7 @@ def _from_manifest(manifest: object, url: str) -> Checkpoint | None:
     checkpoint = Checkpoint(**manifest)
     counts = checkpoint.step, checkpoint.updates, checkpoint.samples
     right = (
-        all(type(count) is int and count >= 0 for count in counts)
+        all(type(count) is int and 0 <= count <= LARGEST_COUNT for count in counts)
         and checkpoint.updates <= checkpoint.step
         and (checkpoint.bits_per_dim is None or type(checkpoint.bits_per_dim) is float)
         and isinstance(checkpoint.config, dict)

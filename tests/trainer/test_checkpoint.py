@@ -88,6 +88,21 @@ def silent(text: str) -> None:
     pass
 
 
+def test_a_link_among_old_checkpoints_stays_and_the_others_go(
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Somebody has moved one to another disk: what the link leads to is not deleted."""
+    checkpoints, folder = checkpoints_in(tmp_path), tmp_path / "checkpoints"
+    for step in (1, 2):
+        assert save(checkpoints, engine, config, step)
+    (folder / "step-000000001").rename(tmp_path / "moved")
+    (folder / "step-000000001").symlink_to(tmp_path / "moved")
+    for step in (3, 4):
+        assert save(checkpoints, engine, config, step)
+    assert sorted(path.name for path in folder.iterdir()) == [f"step-00000000{step}" for step in (1, 3, 4)]
+    assert (tmp_path / "moved/manifest.json").exists() and "a link leads out of" in caplog.text
+
+
 def test_what_was_saved_is_what_is_read(tmp_path: Path, engine: TorchEngine, config: RunConfig) -> None:
     save(checkpoints_in(tmp_path), engine, config, 3)
     saved = read_weights(url_in(tmp_path), "raw")
