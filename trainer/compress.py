@@ -110,7 +110,8 @@ def decompressed(trained: TrainedModel, picture: CompressedPicture, *, path: Pat
         )
     bar = ProgressBar(picture.height * picture.width * (1 if picture.is_gray else 3), "values")
     try:
-        if (label is None) != (not model.config.num_classes):
+        largest = model.config.num_classes - (not model.config.label_dropout)  # with dropout there is "no class", too
+        if (label is None) != (not model.config.num_classes) or (label or 0) > max(largest, 0):
             raise ValueError("a class")
         with in_fp64(model):
             pixels = decode(

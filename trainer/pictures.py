@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 from torch import Tensor
 
 from trainer.errors import UsageError
-from trainer.safe_files import write_file
+from trainer.safe_files import read_file, write_file
 
 UNKNOWN = 127
 """Grey: what a model that completes images is not given."""
@@ -19,6 +19,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 """Of Pillow's: it gives others to programs (EPS to Ghostscript), and few people check their decoders."""
 EXACT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Those that say how deep their values are, or have 8 bits."""
+LARGEST_PICTURE_FILE = 1 << 30
+"""Bytes."""
 GAP = 2
 """Pixels between the images of a grid, before enlarging."""
 
@@ -38,9 +40,9 @@ def read_picture(path: Path, size: int) -> Tensor:
 def open_file(path: Path, *, exactly: bool = False) -> Image.Image:
     """Decode an image file; UsageError if that cannot be done. `exactly` is that of open_picture."""
     try:
-        return open_picture(path.read_bytes(), exactly=exactly)
-    except IsADirectoryError:
-        raise UsageError(f"{path}: is a folder; name an image file") from None
+        if path.is_dir():
+            raise UsageError(f"{path}: is a folder; name an image file")
+        return open_picture(read_file(path.resolve(), largest=LARGEST_PICTURE_FILE), exactly=exactly)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:

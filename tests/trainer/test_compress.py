@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,11 @@ def deep_colours(path: Path) -> None:
     path.write_bytes(b"P6 2 2 65535\n" + bytes(24))
 
 
+def far_too_large(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
 def two_frames(path: Path) -> None:
     picture = photograph(0, (8, 8))
     picture.save(path, "GIF", save_all=True, append_images=[photograph(1, (8, 8))])
@@ -132,6 +138,9 @@ REFUSED = {
     "mode CMYK; the model reads RGB": lambda path: Image.new("CMYK", (3, 3)).save(path, "JPEG"),
     "is not an image": lambda path: path.write_bytes(b"text"),
     "is a folder": lambda path: path.mkdir(),
+    "cannot be read (": os.mkfifo,
+    "has more than the 1,073,741,824 bytes": far_too_large,
+    "is a link or another special file": lambda path: path.symlink_to("/dev/zero"),
     "cannot be read": lambda path: None,
 }
 
@@ -230,6 +239,11 @@ def test_a_class_belongs_to_the_file(command: Command, tmp_path: Path, capsys: p
         files[read_compressed(tmp_path / "file.bin").label] = (tmp_path / "file.bin").read_bytes()
     assert set(files) == {5, 0, 4} and len(set(files.values())) == 3  # 5 is no class
     capsys.readouterr()
+    whole = read_compressed(tmp_path / "file.bin")
+    for label in (None, 6, 2**32 - 1):
+        (tmp_path / "made.bin").write_bytes(to_bytes(dataclasses.replace(whole, label=label)))
+        assert command("--decompress", tmp_path / "made.bin", "--out", tmp_path / "out.png", model=model) == 65
+        refused_in_one_sentence("contradicts itself", capsys)
     always = tiny_run(tmp_path / "always", Path("data"), **CLASSES | {"model__label_dropout": 0.0})
     for arguments, chosen, words in (
         (["--class", 5], model, "--class: 5 is not between 0 and 4"),
