@@ -109,8 +109,3 @@ def test_what_is_not_tried_again_is_named_by_its_code() -> None:
         "waiting": {errors.STOPPED},
         "hopeless": {errors.USAGE, errors.CORRUPT, errors.CANNOT_WRITE, errors.REFUSED},
     }
-
-
-def test_the_readmes_table_of_faults_has_codes_of_the_list() -> None:
-    rows = re.findall(r"^\| .* \| (\d+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert {errors.HANG, errors.SUPERSEDED} <= {int(code) for code in rows} <= set(CODES.values())

@@ -3,15 +3,19 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.loader import open_shards
 from tests.support.launch import finish, settings, start, train
 from tests.support.training_job import config_of
-from trainer.errors import code_of
+from trainer.checkpoint import Checkpoint
+from trainer.errors import UsageError, code_of
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.startup import cannot_write, why_not_anew
+from trainer.startup import cannot_write, check_fits, why_not_anew
+from trainer.typed_values import plain
 
 
 def trained_to(files: RunFiles, step: int) -> None:
@@ -88,3 +92,17 @@ def test_a_run_whose_checkpoints_are_lost_is_refused_and_keeps_everything(
     assert f"{run_dir} has trained to step 8" in text and "nothing was deleted" in text
     assert before and all(path.read_bytes() == content for path, content in before.items())
     assert (run_dir / "metrics.jsonl").read_bytes() == points
+
+
+def test_other_lanes_in_the_middle_of_an_epoch_are_refused(tmp_path: Path, packed: Path) -> None:
+    """Some images would come twice, others never. Between two epochs, and for a run that is done, they may change."""
+    shards = open_shards(str(packed))
+    config, other = (config_of(tmp_path, train__steps=500, data__lanes=lanes) for lanes in (2, 4))
+    in_the_middle = Checkpoint(100, 100, shards.count + 8, None, plain(other), shards.digest, [])
+    says = "data.lanes is 2, and step-000000100 was written with 4 in the middle"
+    with pytest.raises(UsageError, match=says) as caught:
+        check_fits(in_the_middle, config, shards, "url")
+    assert "add --set data.lanes=4" in str(caught.value) and code_of(caught.value) == 2
+    check_fits(in_the_middle, other, shards, "url")
+    check_fits(replace(in_the_middle, samples=2 * shards.count), config, shards, "url")
+    check_fits(replace(in_the_middle, step=500), config, shards, "url")
