@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
-# The quickstart's batch is four images, two at a time: enough for two processes.
+# The quickstart's batch is four images, two at a time: enough for two processes. The digits' is sixteen, eight at a time.
 RANKS := $(if $(filter 1,$(GPUS)),1,2)
 ifeq ($(GPUS),0)
 # Says what DeepSpeed would find out by itself, with a warning from every process.
@@ -19,8 +19,10 @@ export OMP_WAIT_POLICY := PASSIVE
 
 DATA := data/quickstart
 RUN := runs/quickstart
+DIGITS := data/digits
+DIGITS_RUN := runs/digits
 
-.PHONY: quickstart test test-cluster test-browser test-faults check install clean
+.PHONY: quickstart digits test test-cluster test-browser test-faults check install clean
 
 quickstart: install
 	@echo "== 1/5 Pack photographs into WebDataset shards: $(DATA)"
@@ -36,6 +38,20 @@ quickstart: install
 	python -m trainer.sample --run $(RUN) --weights ema --n 16 --complete-half
 	@echo "Done. Shards: $(DATA)   Run, checkpoints, metrics: $(RUN)   Pictures: $(RUN)/samples"
 	@echo "Look at the run in MLflow: $(VENV)/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db   then open http://127.0.0.1:5000"
+
+digits: install
+	@echo "== 1/4 Pack handwritten digits into WebDataset shards: $(DIGITS)"
+	python -m data_pipeline.pack --source digits --dest $(DIGITS)/train --size 16 --split train --images 12000
+	python -m data_pipeline.pack --source digits --dest $(DIGITS)/validation --size 16 --split validation --images 594
+	@echo "== 2/4 Train with DeepSpeed on $(RANKS) $(if $(filter 0,$(GPUS)),CPU processes,GPUs): configs/digits.yaml"
+	deepspeed --quiet --num_accelerators $(RANKS) trainer/run.py --config configs/digits.yaml
+	@echo "== 3/4 Score all validation digits"
+	python -m trainer.evaluate --run $(DIGITS_RUN) --weights ema
+	@echo "== 4/4 Draw ten of each digit, one digit a column"
+	python -m trainer.sample --run $(DIGITS_RUN) --weights ema --n 100
+	@echo "Done. Shards: $(DIGITS)   Run, checkpoints, metrics: $(DIGITS_RUN)   Pictures: $(DIGITS_RUN)/samples"
+	@echo "Draw a 7: $(VENV)/bin/python -m trainer.sample --run $(DIGITS_RUN) --weights ema --classes 7 --n 9 --out seven.png"
+	@echo "Choose in a browser: $(VENV)/bin/python -m trainer.demo --run $(DIGITS_RUN) --weights ema"
 
 test: install check
 	pytest --numprocesses 2 --dist loadfile
@@ -65,4 +81,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) data/quickstart runs/quickstart
+	rm -rf $(VENV) $(DATA) $(RUN) $(DIGITS) $(DIGITS_RUN)
