@@ -34,10 +34,11 @@ part tests 420 "$PYTHON" -m pytest -m "gpu and not slow" --numprocesses 8 tests
 part attention 600 "$PYTHON" benchmarks/attention.py --json "$OUT/attention.json"
 part train_step 300 "$PYTHON" benchmarks/train_step.py --json "$OUT/train_step.json"
 part train_step_no_recomputation 300 "$PYTHON" benchmarks/train_step.py \
-    --name imagenet64_big_no_recomputation --set train.activation_checkpoint_every_layers=0 \
-    --json "$OUT/train_step_no_recomputation.json"
+    --name imagenet64_big_no_recomputation --set train.micro_batch_images=1 \
+    --set train.activation_checkpoint_every_layers=0 --json "$OUT/train_step_no_recomputation.json"
 part train_step_compiled 300 "$PYTHON" benchmarks/train_step.py --name imagenet64_big_compiled \
-    --set train.compile=true --set train.activation_checkpoint_every_layers=0 --json "$OUT/train_step_compiled.json"
+    --set train.micro_batch_images=1 --set train.compile=true \
+    --set train.activation_checkpoint_every_layers=0 --json "$OUT/train_step_compiled.json"
 part train_step_2d 300 "$PYTHON" benchmarks/train_step.py --name imagenet64_big_2d \
     --set model.attention=local_2d --set "model.attention.query_block=[8, 32]" --set "model.attention.memory=[8, 16]" \
     --json "$OUT/train_step_2d.json"
@@ -53,9 +54,9 @@ done
 part train 400 deepspeed --quiet --num_gpus 1 trainer/run.py --config configs/imagenet64_big.yaml \
     --set "run.dir=$OUT/train" --set "tracking.uri=sqlite:///$OUT/mlflow.db" \
     --set "data.train_url=$OUT/photographs/train" --set "data.validation_url=$OUT/photographs/validation" \
-    --set train.steps=60 --set train.global_batch_images=16 --set train.log_every_steps=10 \
+    --set train.steps=30 --set train.global_batch_images=16 --set train.log_every_steps=10 \
     --set optimizer.schedule.warmup_steps=10 --set optimizer.schedule.decay_steps=10 \
-    --set evaluate.images=64 --set evaluate.every_steps=60 --set checkpoint.every_steps=60
+    --set evaluate.images=64 --set evaluate.every_steps=30 --set checkpoint.every_steps=30
 
 echo "== results: $OUT; tables: benchmarks/RESULTS.md"
 [ -z "$failed" ] || { echo "== failed:$failed"; exit 1; }

@@ -107,7 +107,7 @@ CATEGORICAL = (
     _model("logits around guesses", output={"kind": "predictor_categorical"}),
     _model("both", stem="neighbourhood", output={"kind": "predictor_categorical"}),
 )
-"""Added to a small model of 256 logits a sub-pixel, which is what configs/imagenet64_big.yaml has."""
+"""Added to a small model of 256 logits a sub-pixel; configs/imagenet64_big.yaml takes both."""
 
 
 def old() -> RunConfig:

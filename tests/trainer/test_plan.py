@@ -9,6 +9,7 @@ import pytest
 
 from models.model import Recompute
 from tests.support.launch import ROOT, SMALL_JOB
+from trainer.comparison.scaling_page import short
 from trainer.config import RunConfig, as_yaml, load_config
 from trainer.errors import UsageError
 from trainer.gpus import find_gpu
@@ -185,6 +186,25 @@ def test_the_command_forecasts_from_runs(capsys: pytest.CaptureFixture[str]) -> 
     assert f"by the law of {len(runs)} runs" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--runs", *runs[:3]]) == 2
     assert "a law takes at least 8 runs" in capsys.readouterr().err
+
+
+def test_the_header_of_the_big_config_says_what_its_plan_says() -> None:
+    file = ROOT / "configs/imagenet64_big.yaml"
+    plan = make_plan(load_config(file, []), cluster_of(8, 8, "H100"))
+    speed, (bits,), sizes = plan.speeds[plan.chosen], plan.forecast.bits_per_dim, plan.forecast.sizes
+    epochs = plan.updates * plan.config.train.global_batch_images / 1_281_149
+    memory = plan.total_bytes(plan.config.train.zero_stage, plan.chosen) / 2**30
+    header = " ".join(line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#"))
+    for said in (
+        f"{plan.forecast.flops:.2g} FLOP of training",
+        f"{plan.forecast.tokens / plan.forecast.parameters:.0f} tokens for each parameter: {epochs:.0f} epochs",
+        f"{short(sizes.low)} to {short(sizes.high)} parameters suit so many FLOP",
+        f"{bits.low:.2f} to {bits.high:.2f} bits/dim, not measured here",
+        f"{speed.hours * 64:,.0f} GPU-hours on 64 H100, {speed.hours:.1f} hours, {memory:.1f} GiB of each",
+        f"an assumed {ASSUMED_MFU:.0%}",
+    ):
+        assert said in header
+    assert sizes.low < plan.forecast.parameters < sizes.high and warnings(plan) == []
 
 
 @pytest.mark.parametrize(

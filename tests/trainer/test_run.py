@@ -154,8 +154,8 @@ def test_ctrl_c_on_the_launcher_ends_with_a_checkpoint(tmp_path: Path, splits: P
 
 def test_the_hostfile_command_trains_the_big_config_shrunk_to_this_machine(tmp_path: Path, splits: Path) -> None:
     big = [
-        "model.input=ordinal",
-        "model.output=mixture",
+        "model.output=predictor_categorical",
+        "train.precision=bf16",
         "train.activation_checkpoint_every_layers=1",
         "run.world_size=1",
     ]

@@ -199,6 +199,25 @@ def test_bf16_weights_give_nearly_the_same_fp32_output(block: str, what: str) ->
     torch.testing.assert_close(actual, expected, rtol=0, atol=0.1 * expected.std().item())
 
 
+def test_bf16_weights_give_nearly_the_same_bits_and_gradients_around_guesses() -> None:
+    """With the stem, too, which is what configs/imagenet64_big.yaml trains in bf16; of images that are easy to guess,
+    since there a slip of a level costs most."""
+    changes = {**HEADS["sub-pixels"], **BLOCKS["modern"], "output": PredictorCategoricalOutput()}
+    model = build(**changes, stem="neighbourhood")
+    smooth = (random_images(2, 1).float() + torch.arange(4)[:, None, None] + torch.arange(4)[:, None]).clamp(max=255)
+    images = smooth.to(torch.uint8)
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model.to(dtype).zero_grad()
+        total = nats(PredictorCategoricalOutput(), model(images), images).sum()
+        total.backward()
+        gradients = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+        found[dtype] = bits_per_dim(total.item(), images.numel()), torch.cat(gradients)
+    (expected, gradient), (actual, rounded) = found.values()
+    assert expected < 7 and actual == pytest.approx(expected, rel=0.004)
+    assert torch.nn.functional.cosine_similarity(gradient, rounded, dim=0) > 0.99
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("head", ["sub-pixels", "pixels"])
 def test_an_untrained_categorical_model_costs_eight_bits(head: str, block: str) -> None:
