@@ -9,6 +9,7 @@ file is of no kind that is known here. A kind is a module in tests/support/rival
 import argparse
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,11 +34,18 @@ def check_folder(folder: Path) -> tuple[dict[str, list[Check]], list[str]]:
     for path in sorted(folder.glob("*.npz")):
         try:
             found[path.stem] = check_case(load_case(path))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            problems.append(f"{path.name}: {error}")
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            problems.append(f"{path.name}: {in_a_line(error)}")
+        except (LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError) as error:
+            # What a file lacks, or has too much of, shows anywhere in the checks.
+            problems.append(f"{path.name}: is not as its kind should be: {type(error).__name__}: {in_a_line(error)}")
     if not found and not problems:
         problems.append(f"{folder}: holds no .npz file")
     return found, problems
+
+
+def in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def report(found: dict[str, list[Check]]) -> str:

@@ -6,7 +6,7 @@ No authors' code of these exists. Which pixels see which is measured by gradient
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from models.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig
 from models.gated_pixelcnn import Layer as GatedLayer
 from models.lstm_cell import LSTMState
 from models.masked_convolution import MaskedConvolution, kernel_mask
-from models.pixelcnn import PixelCNNConfig
+from models.pixelcnn import PixelCNN, PixelCNNConfig
 from models.row_lstm import RowLSTM, RowLSTMConfig, RowLSTMLayer
 from tests.support.rivals.case import Case, Check, Precision, relative_error
 
@@ -90,6 +90,8 @@ def check_convolution(case: Case) -> Iterator[Check]:
 
 def check_row_lstm(case: Case) -> Iterator[Check]:
     kernel, features_in, gates = case.arrays["w_is"].shape
+    if kernel != len(case.arrays["w_ss"]):
+        raise ValueError(f"kernels of {kernel} and {len(case.arrays['w_ss'])} columns, but ours has one size for both")
     grouping = case.meta["group_layout"]
     yield from masks(case, "mask_is", case.arrays["mask_is"][None], "B", gates=4)
 
@@ -186,14 +188,10 @@ def seen(name: str, rows: int, columns: int) -> Tensor:
     network: Callable[[Tensor], Tensor]
     if numbers := found(r"pixelcnn_k(\d+)A_then_(\d+)_k(\d+)B"):
         first, layers, kernel = numbers
-        network = (
-            PixelCNNConfig(first_kernel=first, layers=layers, kernel=kernel, **sizes).build().double().parameters_of
-        )
+        network = pixelcnn(first, layers, kernel, sizes).parameters_of
     elif numbers := found(r"pixelcnn_k(\d+)_limit"):
         kernel = numbers[0]
-        network = (
-            PixelCNNConfig(first_kernel=kernel, layers=many, kernel=kernel, **sizes).build().double().parameters_of
-        )
+        network = pixelcnn(kernel, many, kernel, sizes).parameters_of
     elif numbers := found(r"gated_k(\d+)_(\d+)_layers(?:_vertical)?"):
         gated = gated_model(numbers[0], numbers[1] - 1, numbers[0], sizes)
         network = (lambda x: gated.stacks(x)[0]) if name.endswith("vertical") else gated.parameters_of
@@ -235,16 +233,33 @@ def inputs_touched(network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+def pixelcnn(first: int, layers: int, kernel: int, sizes: dict[str, Any]) -> PixelCNN:
+    config = PixelCNNConfig(first_kernel=first, layers=max(layers, 1), kernel=kernel, **sizes)
+    return with_layers(config.build(), layers)
+
+
 def gated_model(first: int, layers: int, kernel: int, sizes: dict[str, Any]) -> GatedPixelCNN:
-    return GatedPixelCNNConfig(first_kernel=first, layers=layers, kernel=kernel, **sizes).build().double()
+    config = GatedPixelCNNConfig(first_kernel=first, layers=max(layers, 1), kernel=kernel, **sizes)
+    return with_layers(config.build(), layers)
 
 
 def row_lstm(first: int, layers: int, sizes: dict[str, Any]) -> RowLSTM:
-    return RowLSTMConfig(first_kernel=first, layers=layers, **sizes).build().double()
+    return with_layers(RowLSTMConfig(first_kernel=first, layers=max(layers, 1), **sizes).build(), layers)
 
 
 def diagonal_bilstm(first: int, layers: int, sizes: dict[str, Any]) -> DiagonalBiLSTM:
-    return DiagonalBiLSTMConfig(first_kernel=first, layers=layers, **sizes).build().double()
+    return with_layers(DiagonalBiLSTMConfig(first_kernel=first, layers=max(layers, 1), **sizes).build(), layers)
+
+
+Whole = TypeVar("Whole", PixelCNN, GatedPixelCNN, RowLSTM, DiagonalBiLSTM)
+
+
+def with_layers(model: Whole, layers: int) -> Whole:
+    """The model in float64 with no more layers after its first than these: a config has one at least."""
+    if layers < 0:
+        raise ValueError(f"{layers} layers after the first one")
+    del (model.blocks if isinstance(model, PixelCNN) else model.layers)[layers:]
+    return model.double()
 
 
 CHECKS: dict[str, Callable[[Case], Iterator[Check]]] = {
