@@ -4,7 +4,8 @@ Their constants are those of other images, of models without our attention, and 
 embeddings, C as 6 N for each token. Exponents and sizes can stand beside ours; the bits/dim of other images cannot.
 
 Read where: table 1 of Henighan et al. 2020 (arXiv 2010.14701v2) in full. Of Yan et al. 2025 (arXiv 2511.08704v1)
-abstract and caption of figure 1, not the tables of exponents: hence one ratio for all budgets.
+abstract and caption of figure 1, not the tables of exponents: hence one ratio for all budgets. Their budgets
+end at 7e19 FLOP, and where images grow, they find, the model has to grow much faster than the data.
 """
 
 import math
