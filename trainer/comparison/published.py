@@ -83,31 +83,38 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("MD4", 2.75, _MD4, "only one", "stated", "ELBO", "28 M"),
     ),
     "imagenet32-A": (
-        Published("NVAE", 3.92, _VDVAE, "A", "inferred", "ELBO", "268 M"),
+        # NVlabs/NVAE, scripts/convert_tfrecord_to_lmdb.py: the records of imagenet-oord that Glow's code makes.
+        Published("NVAE", 3.92, _VDVAE, "A", "data loader", "ELBO", "268 M"),
         Published("PixelRNN", 3.86, _PAPER, "A", "stated", "likelihood"),
-        Published("Flow++", 3.86, _VDVAE, "A", "inferred", "bound", "169 M"),
+        # aravindsrinivas/flowpp, flows_imagenet/create_imagenet_benchmark_datasets.py: train_32x32.tar.
+        Published("Flow++", 3.86, _VDVAE, "A", "data loader", "bound", "169 M"),
         Published("Gated PixelCNN", 3.83, _PAPER, "A", "stated", "likelihood"),
         Published("PixelSNAIL", 3.80, _PAPER, "A", "data loader", "likelihood"),
         Published("VDVAE", 3.80, _VDVAE, "A", "data loader", "ELBO", "119 M"),
         Published("Image Transformer", 3.77, _PAPER, "A", "data loader", "likelihood"),
         Published("Axial Transformer", 3.76, _HOURGLASS, "A", "data loader", "likelihood"),
         Published("Hourglass", 3.74, _HOURGLASS, "A", "inferred", "likelihood"),
-        Published("VDM", 3.72, _VDM, "A", "inferred", "ELBO"),
+        # google-research/vdm, dataset.py: downsampled_imagenet/32x32 of TensorFlow Datasets.
+        Published("VDM", 3.72, _VDM, "A", "data loader", "ELBO"),
         Published("i-DODE", 3.69, _IDODE, "A", "stated", "bound"),
-        Published("MuLAN", 3.67, _MULAN, "A", "inferred", "ELBO"),
+        # s-sahoo/MuLAN, ldm/dataset.py: the same.
+        Published("MuLAN", 3.67, _MULAN, "A", "data loader", "ELBO"),
     ),
     "imagenet32-B": (
-        Published("DenseFlow", 3.63, _DENSEFLOW, "B", "inferred", "ELBO"),
+        # denseflow/data/datasets/image/imagenet32.py: Imagenet32_train.zip.
+        Published("DenseFlow", 3.63, _DENSEFLOW, "B", "data loader", "ELBO"),
         Published("Flow Matching", 3.53, _FLOW_MATCHING, "B", "data loader", "bound"),
         Published("DiffEnc", 3.46, _DIFFENC, "B", "inferred", "ELBO"),
         Published("i-DODE", 3.44, _IDODE, "B", "stated", "bound"),
         Published("BSI", 3.44, _BSI, "B", "inferred", "ELBO"),
     ),
     "imagenet64-A": (
-        Published("Glow", 3.81, _SPARSE, "A", "inferred", "bound"),
+        # openai/glow, data_loaders/generate_tfr/imagenet_oord.py: train_64x64 of image-net.org/small.
+        Published("Glow", 3.81, _SPARSE, "A", "data loader", "bound"),
         Published("Reformer, 12 layers", 3.71, _COMBINER, "A", "inferred", "likelihood"),
         Published("Parallel Multiscale PixelCNN", 3.70, _SPARSE, "A", "inferred", "likelihood"),
-        Published("Flow++", 3.69, _VDVAE, "A", "inferred", "bound", "73 M"),
+        # aravindsrinivas/flowpp, as for 32x32: train_64x64.tar.
+        Published("Flow++", 3.69, _VDVAE, "A", "data loader", "bound", "73 M"),
         Published("PixelRNN", 3.63, _PIXELRNN, "A", "stated", "likelihood"),
         Published("Gated PixelCNN", 3.57, _SPARSE, "A", "stated", "likelihood"),
         Published("SPN", 3.52, _SPARSE, "A", "inferred", "likelihood", "150 M"),
@@ -122,6 +129,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
         Published("MD4", 3.40, _MD4, "A", "inferred", "ELBO", "198 M"),
     ),
     "imagenet64-B": (
+        # Its loader's instructions name the archives of B, its list of addresses those of A.
         Published("DenseFlow", 3.35, _DENSEFLOW, "B", "inferred", "ELBO", "130 M"),
         Published("Flow Matching", 3.31, _FLOW_MATCHING, "B", "data loader", "bound"),
     ),
