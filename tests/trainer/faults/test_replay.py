@@ -13,6 +13,7 @@ from trainer.errors import IRREPRODUCIBLE, Irreproducible, code_of
 from trainer.faults.replay import LOSS, compare, gradient_checksums, random_state_kept
 from trainer.faults.replicas import checksum
 
+HOST = os.uname().nodename
 CHANGES = {
     "train__steps": 8,
     "train__global_batch_images": 16,  # two micro-batches a rank
@@ -38,7 +39,7 @@ def test_a_rank_that_computes_wrongly_is_named_before_the_update(
     ranks = start(arguments, ranks=2, sabotage={1: sabotage.a_gradient_is_computed_wrongly})
     code, text = finish(ranks)
     assert (code, ranks[1].returncode) == (81, 81), text
-    where = f"rank 1 on {os.uname().nodename} (the gradient of {sabotage.TENSOR})"
+    where = f"rank 1 on {HOST} (the gradient of {sabotage.TENSOR})"
     assert f"error: step 6: the same micro-batch, computed twice, gave different results on {where}: " in text
     recorded = curve(tmp_path / "run")
     assert [step for step, _ in recorded] == [1, 2, 3, 4, 5]
@@ -51,6 +52,16 @@ def test_a_rank_that_computes_wrongly_is_named_before_the_update(
         train(arguments, ranks=2)
         for (_, one), (_, other) in zip(curve(tmp_path / "run"), undisturbed, strict=True):
             assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_fault_is_found_and_none_is_imagined_in_bf16_with_recomputed_layers(tmp_path: Path, splits: Path) -> None:
+    changes = {"train__precision": "bf16", "train__activation_checkpoint_every_layers": 1}
+    arguments = settings(tmp_path / "run", splits, **CHANGES, **changes, limits__replay_every_steps=1)
+    code, text = finish(start(arguments, ranks=1, sabotage={0: sabotage.a_gradient_is_computed_wrongly}))
+    assert code == 81, text
+    assert f"error: step 6: the same micro-batch, computed twice, gave different results on rank 0 on {HOST} (" in text
+    assert f"(the gradient of {sabotage.TENSOR})" in text
+    assert [step for step, _ in curve(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
 def test_gradients_are_seen_as_they_arrive_and_can_be_discarded() -> None:
