@@ -24,7 +24,7 @@ from models.by_channel import ByChannel
 from models.given import Given
 from models.model import Model
 from models.teacher_forcing import parameters_in_turn
-from trainer.errors import Irreproducible
+from trainer.errors import CheckpointError, Irreproducible
 
 PIXELS_OF_A_STREAM = 1 << 15
 """Tiles of about so many pixels are coded one after the other into one stream, whose end costs some bytes."""
@@ -237,5 +237,8 @@ def _streams(coded: Tensor, first_stream: int, tiles_of_a_stream: int) -> list[t
 
 def _weights(cumulative: Tensor) -> np.ndarray:
     """Integers [n, 256] in proportion to the probabilities of intensities. Each sum of the first ones is rounded by
-    itself, so that a value depends on the rounding at its own two edges alone."""
+    itself, so that a value depends on the rounding at its own two edges alone. Raises CheckpointError where a model
+    gives no probabilities."""
+    if not cumulative.isfinite().all():
+        raise CheckpointError("the model gives no probabilities: there are weights in it that are not finite")
     return (cumulative / PROBABILITY_STEP).round().diff(dim=-1).clamp(min=0).numpy()

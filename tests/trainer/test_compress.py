@@ -226,6 +226,19 @@ def test_a_file_of_other_weights_is_refused(
     refused_in_one_sentence("was written with another model or other weights of it", capsys)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_one_sentence(
+    value: float, command: Command, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tiny_run(tmp_path / "broken", Path("data"))
+    with torch.no_grad():
+        broken.model.head.bias.fill_(value)
+    capsys.readouterr()
+    assert command(tmp_path / "in.png", "--out", tmp_path / "new.bin", model=broken) == 74
+    refused_in_one_sentence("the model gives no probabilities", capsys)
+    assert not (tmp_path / "new.bin").exists()
+
+
 def test_a_class_belongs_to_the_file(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_run(tmp_path / "classes", Path("data"), **CLASSES)
     with torch.no_grad():
