@@ -20,7 +20,7 @@ from trainer.command_line import run_tool
 from trainer.comparison.chosen_runs import RUN_ID, add_run_options, chosen_runs
 from trainer.comparison.page import comparison_page
 from trainer.comparison.published import PUBLISHED, Published, data_set_key
-from trainer.comparison.run_history import RunHistory
+from trainer.comparison.run_history import RunHistory, count_in
 from trainer.errors import UsageError
 
 _NOT_COMPARED = ("run.name", "run.dir", "tracking.", "data.cache", "checkpoint.url")
@@ -188,8 +188,8 @@ def _receptive_field(run: RunHistory) -> str:
 
 def _steps(run: RunHistory) -> str:
     last = max((int(curve.steps[-1]) for name, curve in run.curves.items() if name.startswith("train/")), default=0)
-    planned = run.params.get("train.steps")
-    return f"{last:,} of {int(planned):,}" if planned and planned.isdigit() else f"{last:,}"
+    planned = count_in(run.params.get("train.steps"))
+    return f"{last:,} of {planned:,}" if planned else f"{last:,}"
 
 
 def _bits(run: RunHistory, *, best: bool) -> str:

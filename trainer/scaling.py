@@ -19,7 +19,7 @@ from trainer.command_line import run_tool
 from trainer.compare import number, parameters_that_differ, unique_names
 from trainer.comparison.chosen_runs import add_run_options, chosen_runs
 from trainer.comparison.published_laws import PUBLISHED_LAWS
-from trainer.comparison.run_history import RunHistory
+from trainer.comparison.run_history import RunHistory, count_in
 from trainer.comparison.scaling_law import (
     CONFIDENCE,
     LARGEST_EXPONENT,
@@ -95,8 +95,7 @@ def kind_of(model: ModelConfig) -> tuple[str, int, int]:
 
 def _at_the_end(run: RunHistory) -> list[str]:
     """The metrics that were measured after all planned steps: before, the learning rate has not come down."""
-    planned = run.params.get("train.steps", "")
-    end = int(planned) if planned.isdigit() else 0
+    end = count_in(run.params.get("train.steps")) or 0
     return [metric for metric in METRICS if metric in run.curves and run.curves[metric].steps[-1] >= end]
 
 

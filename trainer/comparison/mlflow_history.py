@@ -1,7 +1,10 @@
 """What happened in a run that MLflow has?"""
 
+import contextlib
+import json
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,15 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
+from data_pipeline.typed_records import parse_record
 from trainer.comparison.run_history import PICTURE, READ, RunHistory, curve_of, is_work, model_of
 from trainer.errors import MlflowUnreachable, UsageError
 from trainer.older_configs import params_of_today
 from trainer.record.mlflow_mirror import open_client
 from trainer.record.redaction import one_line
+from trainer.record.run_folder import Attempt
+
+log = logging.getLogger(__name__)
 
 MOST_RUNS = 50
 
@@ -21,13 +28,19 @@ _LOGGED_PICTURE = re.compile(r"(?P<key>.+)\+step\+(?P<step>\d+)\+timestamp\+(?P<
 
 
 def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
-    """A run from MLflow. Raises UsageError if there is none of that id."""
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            raise UsageError(f"{run_id}: MLflow has no such run; give --uri of the store that has it") from error
-        raise
+    """A run from MLflow. Raises UsageError if there is none of that id, MlflowUnreachable if MLflow goes away."""
+    with _reading(client):
+        try:
+            run = client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise UsageError(f"{run_id}: MLflow has no such run; give --uri of the store that has it") from error
+            raise
+        return _history(client, run)
+
+
+def _history(client: mlflow.MlflowClient, run: Run) -> RunHistory:
+    run_id = run.info.run_id
     curves, times, attempts = {}, set(), _attempts(run.data.tags)
     for name in run.data.metrics:
         if name.startswith(READ):
@@ -55,7 +68,15 @@ def history_of_run(client: mlflow.MlflowClient, run_id: str) -> RunHistory:
 
 
 def histories_of_experiment(client: mlflow.MlflowClient, name: str, filter_string: str) -> list[RunHistory]:
-    """The newest runs of an experiment that match a filter of MLflow's. Raises UsageError if there are none."""
+    """The newest runs of an experiment that match a filter of MLflow's.
+
+    Raises UsageError if there are none, MlflowUnreachable if MLflow goes away.
+    """
+    with _reading(client):
+        return [_history(client, run) for run in _runs_of(client, name, filter_string)]
+
+
+def _runs_of(client: mlflow.MlflowClient, name: str, filter_string: str) -> list[Run]:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         known = ", ".join(sorted(found.name for found in client.search_experiments()))
@@ -71,7 +92,7 @@ def histories_of_experiment(client: mlflow.MlflowClient, name: str, filter_strin
         ) from error
     if not runs:
         raise UsageError(f"--experiment {name}: no run{' that the filter finds' if filter_string else ''}")
-    return [history_of_run(client, run.info.run_id) for run in runs]
+    return list(runs)
 
 
 def open_store(uri: str) -> mlflow.MlflowClient:
@@ -82,6 +103,16 @@ def open_store(uri: str) -> mlflow.MlflowClient:
         return open_client(uri)
     except (MlflowException, OSError) as error:
         raise MlflowUnreachable(f"--uri: MLflow at {uri} does not answer ({one_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _reading(client: mlflow.MlflowClient) -> Iterator[None]:
+    """Raise MlflowUnreachable where MLflow goes away while it is read."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        text = f"--uri: MLflow at {client.tracking_uri} has stopped answering ({one_line(error)}); run this again"
+        raise MlflowUnreachable(text) from error
 
 
 def _stands(step: int, timestamp: int, attempts: list[dict[str, Any]]) -> bool:
@@ -99,13 +130,17 @@ def _validation_data(run: Run) -> dict[str, Any]:
 
 
 def _attempts(tags: Mapping[str, str]) -> list[dict[str, Any]]:
-    found = []
-    number = 1
-    while started := tags.get(f"attempt.{number}.started"):
-        found.append({"started": float(started), "world_size": int(tags[f"attempt.{number}.world_size"])})
-        if step := tags.get(f"attempt.{number}.step"):
-            found[-1]["step"] = int(step)
-        number += 1
+    found: list[dict[str, Any]] = []
+    while started := tags.get(f"attempt.{len(found) + 1}.started"):
+        rest = (tags.get(f"attempt.{len(found) + 1}.{name}") for name in ("world_size", "step"))
+        try:
+            world_size, step = (None if text is None else int(text) for text in rest)
+            said = {"started": float(started), "world_size": world_size, "step": step}
+            parse_record(Attempt, json.dumps(said).encode())
+        except (KeyError, ValueError):
+            log.warning("attempt %d is passed over, as MLflow says odd things of it", len(found) + 1)
+            break
+        found.append({key: value for key, value in said.items() if value is not None})
     return found
 
 
@@ -122,7 +157,8 @@ def _pictures_of_run(
                 continue
 
             def read(path: str = place) -> bytes:
-                return Path(client.download_artifacts(run_id, path)).read_bytes()
+                with _reading(client):
+                    return Path(client.download_artifacts(run_id, path)).read_bytes()
 
             found.setdefault(match["key"].replace("~", "/"), {})[step] = read
     return found

@@ -140,8 +140,8 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
 def data_set_key(data: Mapping[str, Any]) -> str | None:
     """The key above of a data set as a run describes it; None for one on which nothing is published."""
     if data.get("version") in ("A", "B", "C"):
-        return f"imagenet{data['image_size']}-{data['version']}"
-    if data.get("form") == "cifar10" and int(data["image_size"]) == 32:
+        return f"imagenet{data.get('image_size')}-{data['version']}"
+    if data.get("form") == "cifar10" and str(data.get("image_size")) == "32":
         return "cifar10"
     return None
 

@@ -73,7 +73,7 @@ class RunHistory:
         """Training images consumed after so many steps."""
         if seen := self.curves.get("progress/images_seen"):
             return np.interp(steps, np.concatenate([[0], seen.steps]), np.concatenate([[0], seen.values]))
-        batch = self.params.get("train.global_batch_images")
+        batch = count_in(self.params.get("train.global_batch_images"))
         return steps * float(batch) if batch else None
 
     def working_hours(self, times: np.ndarray) -> np.ndarray:
@@ -100,6 +100,11 @@ class RunHistory:
         return self.times or sorted(
             float(time) for name, curve in self.curves.items() if is_work(name) for time in curve.times
         )
+
+
+def count_in(text: str | None) -> int | None:
+    """The number of steps, images or the like that a parameter says; None for one that says something else."""
+    return int(text) if text and re.fullmatch("[0-9]{1,15}", text) else None
 
 
 def model_of(params: Mapping[str, str]) -> ModelConfig | None:
