@@ -164,6 +164,10 @@ def refuse_links(folder: Path) -> None:
 def _open(path: Path, within: Path, flags: int) -> int:
     with _folder_of(path, within, make=False) as folder:
         try:
+            # A device is not even opened, if it can be known before: with some of them that does something.
+            with contextlib.suppress(FileNotFoundError):
+                if not _is_regular(path.name, folder):
+                    raise _no_regular_file(path)
             # O_NONBLOCK: to open a pipe would wait for its other end.
             flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
             descriptor = os.open(path.name, flags, 0o666, dir_fd=folder)

@@ -1,4 +1,5 @@
-"""Does what a stranger sends stay data? His run, his export and his data set go through every tool, which is watched.
+"""Does what a stranger sends stay data? His run, export, data set and compressed picture go through every tool, which
+is watched.
 
 Each file of them is in turn a link to a private file, a pipe, a device, far too large, or full of odd values; and their
 records name stores and data of his. Whatever the tools answer: nothing is written outside of the folder and of what the
@@ -16,6 +17,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from PIL import Image
 
 from tests.conftest import pack_photographs
 from tests.support.forks import ROOT, Forks, file_calls
@@ -25,18 +27,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CODES = {0, 2, 65, 69, 73, 74, 77}
 SYSTEM = ("/proc", "/sys", "/etc", "/usr", "/lib", "/lib64", "/bin", "/opt", "/dev/null", "/dev/urandom", "/dev/shm")
 HUGE = 1 << 40
+SENT = "sent.bin"
+"""A compressed picture."""
 LOADED_LATER = ["torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.colorbar"]
 LOADED_LATER += ["plotly.offline", "mlflow.store.tracking.sqlalchemy_store", "mlflow.store.db.utils"]
 LOADED_LATER += ["mlflow.store.tracking.sqlalchemy_workspace_store", "sqlalchemy.dialects.sqlite", "alembic.command"]
 """What the tools import when they need it, and each child would otherwise import anew."""
 
 
-def visit(folder: str, named: str, log: str, dataset: bool) -> int:
+def visit(folder: str, named: str, log: str, kind: str) -> int:
     """In a child: all tools, one after the other, on a folder; they print, and exit codes follow."""
     import uvicorn
 
     from data_pipeline import verify
-    from trainer import compare, demo, evaluate, export, plan, sample, tracking
+    from trainer import compare, compress, demo, evaluate, export, plan, sample, tracking
 
     run, config = ["--run", folder], ["--config", str(ROOT / "configs/quickstart.yaml")]
     tools: list[tuple[Callable[..., int], list[str]]] = [
@@ -44,15 +48,20 @@ def visit(folder: str, named: str, log: str, dataset: bool) -> int:
         (sample.main, [*run, "--n", "1", "--complete-half", "--out", f"{named}/half.png"]),
         (evaluate.main, run),
         (evaluate.main, [*run, "--data-url", f"{named}/data"]),
-        (export.main, [*run, "--to", f"{named}/exported"]),
+        (export.main, [*run, "--to", f"{named}/written/exported"]),
         (compare.main, [folder, "--html", f"{named}/page.html"]),
         (demo.main, [*run, "--port", "0"]),
         (plan.main, [*config, "--gpus", "2", "--calibrate", folder]),
+        (compress.main, [*run, f"{named}/pixel.png", "--out", f"{named}/written/pixel.bin"]),
+        (compress.main, [*run, "--decompress", f"{named}/{SENT}", "--out", f"{named}/written/again.png"]),
         (tracking.main, ["sync", folder]),
         (tracking.main, ["sync", folder, "--to", f"sqlite:///{named}/mlflow.db"]),
     ]
-    if dataset:
+    if kind == "data":
         tools = [(verify.main, [folder])]
+    if kind == "compressed":
+        exported = ["--run", f"{named}/exported"]
+        tools = [(compress.main, [*exported, "--decompress", f"{folder}/{SENT}", "--out", f"{named}/again.png"])]
     os.chdir(named)
     file_calls().file_calls_watch(log.encode())
     with mock.patch.object(uvicorn.Server, "run"):
@@ -86,13 +95,17 @@ def mine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Forks
         pack_photographs(str(folder / "data" / split), images=images, split=split)
     changes = {"train__steps": 2, "checkpoint__every_steps": 2, "tracking__sample_every_steps": 2}
     train(settings(folder / "run", folder / "data", tracking__sample_images=1, **changes))
-    from trainer import export
+    from trainer import compress, export
 
     assert export.main(["--run", str(folder / "run"), "--to", str(folder / "exported")]) == 0
+    Image.new("RGB", (2, 2), (10, 200, 90)).save(folder / "pixel.png")
+    files = [str(folder / "pixel.png"), "--out", str(folder / "compressed" / SENT)]
+    with mock.patch.object(sys, "argv", ["compress", "--run", str(folder / "exported"), *files]):
+        assert compress.main() == 0
     home = folder / "home"
     home.mkdir()
     environment = {"HOME": str(home), "XDG_STATE_HOME": str(folder / "state"), "MPLCONFIGDIR": str(home / "mpl")}
-    tools = ["sample", "evaluate", "export", "compare", "demo", "plan", "tracking"]
+    tools = ["sample", "evaluate", "export", "compare", "compress", "demo", "plan", "tracking"]
     forks = Forks(folder, ["data_pipeline.verify", *(f"trainer.{tool}" for tool in tools), *LOADED_LATER], environment)
     yield folder, forks
     forks.close()
@@ -112,6 +125,9 @@ class Stranger:
                 (shutil.copytree if (mine / name).is_dir() else shutil.copy)(mine / name, self.private / name)
         self.named.mkdir()
         shutil.copytree(mine / "data/validation", self.named / "data")
+        shutil.copytree(mine / "exported", self.named / "exported")
+        for name in ("pixel.png", f"compressed/{SENT}"):
+            shutil.copy(mine / name, self.named)
         mlflow_store(self.named)
         self.spoiled = ""
         self.tidied = (str(mine / "home"), str(mine / "state"), "/tmp/torchinductor")
@@ -144,13 +160,13 @@ class Stranger:
             folder=str(self.folder),
             named=str(self.named),
             log=str(log),
-            dataset=self.kind == "data",
+            kind=self.kind,
         )
         said = f"{self.spoiled}\n{ended.text}"
         assert ended.code == 0, said
         assert "Traceback" not in said and "\x1b" not in said, said
         codes = [int(code) for code in re.findall("^# ended with (.*)$", said, re.MULTILINE)]
-        assert len(codes) == (1 if self.kind == "data" else 10) and set(codes) <= CODES, said
+        assert len(codes) == (1 if self.kind in ("data", "compressed") else 12) and set(codes) <= CODES, said
         assert self.content() == before, said
         assert self.misdeeds(log) == [], said
         return said
@@ -166,6 +182,8 @@ class Stranger:
         if what == "C":
             return False
         memory = ("/dev/null", "/dev/shm/")  # of processes that count together
+        if (what, path) == ("R", "/dev"):  # the folder of a device that the user himself names
+            return True
         return path.startswith((*inside, *memory)) or (what == "R" and path.startswith(code))
 
     def content(self) -> dict[str, bytes]:
@@ -213,6 +231,13 @@ def test_what_the_files_of_a_data_set_say_is_data(mine: tuple[Path, Forks], tmp_
             stranger.check()
 
 
+def test_a_compressed_picture_of_a_stranger_is_data(mine: tuple[Path, Forks], tmp_path: Path) -> None:
+    for how in OTHERWISE:
+        stranger = Stranger("compressed", *mine, tmp_path / how)
+        stranger.spoil(SENT, how)
+        stranger.check()
+
+
 @pytest.mark.parametrize("kind", ["run", "exported"])
 def test_the_places_that_a_folder_names_are_not_asked(kind: str, mine: tuple[Path, Forks], tmp_path: Path) -> None:
     """With the private files where he says: data, checkpoints, a store, pictures and files to send."""
@@ -249,9 +274,9 @@ def test_the_places_that_a_folder_names_are_not_asked(kind: str, mine: tuple[Pat
 
 def test_a_good_folder_of_somebody_else_can_be_used(mine: tuple[Path, Forks], tmp_path: Path) -> None:
     """Or the tests above would be content with tools that refuse everything."""
-    for kind in ("run", "exported", "data"):
+    for kind in ("run", "exported", "data", "compressed"):
         stranger = Stranger(kind, *mine, tmp_path / kind)
         codes = re.findall("^# ended with (.*)$", stranger.check(), re.MULTILINE)
         # Not without a name: the validation images twice, and the store to send to. An export is no run.
-        expected = {"run": "0220000220", "exported": "0220200222", "data": "0"}[kind]
+        expected = {"run": "022000020020", "exported": "022020020022", "data": "0", "compressed": "0"}[kind]
         assert "".join(codes) == expected, kind
