@@ -95,7 +95,10 @@ def open_checkpoints(start: Start, files: RunFiles, device: torch.device) -> Che
 
     def remember(step: int) -> None:
         try:
-            files.write_state(checkpoint_step=step)
+            try:
+                files.write_state(checkpoint_step=step)
+            except OSError:  # perhaps only once: after the last step nobody would write it again
+                files.write_state(checkpoint_step=step)
         except OSError as error:
             log.warning("%s: cannot be written (%s)", files.state, error)
 

@@ -251,7 +251,10 @@ def count_start(files: RunFiles, config: RunConfig, step: int) -> str | None:
         digest,
     )
     count = before.get("starts_without_progress", 0) + 1 if repeated else 0
-    files.write_state(start_step=step, start_config=digest, starts_without_progress=count)
+    changes: dict[str, Any] = {"start_step": step, "start_config": digest, "starts_without_progress": count}
+    if step:  # an attempt may have been killed between a checkpoint and the note of it
+        changes["checkpoint_step"] = step
+    files.write_state(**changes)
     if count < config.limits.starts_without_progress:
         return None
     return (

@@ -14,7 +14,7 @@ from tests.support.training_job import config_of
 from trainer.checkpoint import Checkpoint
 from trainer.errors import UsageError, code_of
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.startup import cannot_write, check_fits, why_not_anew
+from trainer.startup import cannot_write, check_fits, count_start, why_not_anew
 from trainer.typed_values import plain
 
 
@@ -34,6 +34,13 @@ def test_a_new_folder_and_one_that_was_killed_before_its_first_checkpoint_begin_
     assert why_not_anew(files, config) is None
     files.write_state(state="stopped", step=0, reason="in the first evaluation")
     assert why_not_anew(files, config) is None
+
+
+def test_a_start_notes_a_checkpoint_of_which_a_killed_attempt_had_no_time_to_tell(tmp_path: Path) -> None:
+    files, config = RunFiles(tmp_path), config_of(tmp_path)
+    assert count_start(files, config, 0) is None and "checkpoint_step" not in files.read_state()
+    files.write_state(checkpoint_step=2)
+    assert count_start(files, config, 4) is None and files.read_state()["checkpoint_step"] == 4
 
 
 def test_a_broken_disk_is_no_wrong_option(tmp_path: Path) -> None:
