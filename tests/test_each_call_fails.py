@@ -227,6 +227,10 @@ def test_any_operation_of_a_packing_on_a_store_may_fail(forks: Forks, pictures: 
     Scenario(forks, tmp_path, f"{CHILD}:pack_into_a_store", arguments, of_shards_in_a_store).check_all()
 
 
+def test_any_call_of_a_run_may_fail(training: Scenario) -> None:
+    training.check_all()
+
+
 def test_any_operation_of_a_run_on_a_store_may_fail(forks: Forks, data: Path, tmp_path: Path) -> None:
     changes = SHORT | {"checkpoint__url": "memory://checkpoints", "data__train_url": "memory://data/train"}
     before = tmp_path / "before"

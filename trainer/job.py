@@ -337,13 +337,16 @@ def record_failure(
     if tracker is not None:
         tracker.close("failed", code=code_of(error), reason=str(error), step=state.step)
     elif start.lock is not None:
-        files.write_state(state="failed", code=code_of(error), reason=str(error), ended=time.time())
+        try:
+            files.write_state(state="failed", code=code_of(error), reason=str(error), ended=time.time())
+        except OSError as other:  # the first error is the one to be told
+            log.warning("%s: cannot be written (%s)", files.state, other)
 
 
 def close_job(job: Job, state: TrainingState, *, finished: bool) -> int:
     """Record that the attempt finished or stopped on request, and leave the other ranks; returns the exit code.
 
-    Raises RecordIncomplete on rank 0 if the run's folder lacks points of a finished run.
+    Raises RecordIncomplete on rank 0 if the run's folder lacks points or the end of a finished run.
     """
     job.watchdog.close()
     for path in job.profiler.files:

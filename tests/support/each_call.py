@@ -47,7 +47,11 @@ def ways_of(call: str) -> list[str]:
 
 
 def kind_of(call: str) -> str:
-    """A call without the numbers in its path, which differ from step to step and from run to run."""
+    """A call without the numbers in its path, which differ from step to step and from run to run.
+
+    The files in `repro/` are alike, and so are the folders of a run that only some jobs write to.
+    """
+    call = re.sub(r"/repro/\w+\.\w+|/(skipped|profile|stacks|evaluation)$", "/N", call)
     return re.sub(r"[0-9a-f]{16,}|[0-9]+", "N", call)
 
 

@@ -37,6 +37,7 @@ from trainer.record.provenance import (
 )
 from trainer.record.redaction import one_line, redact, redacted
 from trainer.record.run_folder import (
+    PAUSE_SECONDS,
     SYSTEM,
     Clock,
     RunFiles,
@@ -143,7 +144,8 @@ class Tracker:
     def close(self, state: State, *, code: int, reason: str, step: int) -> str | None:
         """Record how this attempt ended, in `run_state.json` (which scripts decide by) and in MLflow.
 
-        Returns a sentence if points or events are not in the run's folder. All steps done, the run has failed then.
+        Returns a sentence if points, events or the end are not in the run's folder. All steps done, the run has failed
+        then.
         """
         if self._system is not None:
             self._system.stop()
@@ -154,10 +156,11 @@ class Tracker:
             state, code, reason = "failed", CANNOT_WRITE, f"{reason}, but {'; '.join(lacking)}"
         elif lacking:
             log.warning("%s", "; ".join(lacking))
-        try:
-            self._files.write_state(state=state, code=code, reason=reason, step=step, ended=time.time())
-        except OSError as error:
-            log.warning("%s: cannot be written (%s)", self._files.state, error)
+        end = {"state": state, "code": code, "reason": reason, "step": step, "ended": time.time()}
+        if (unwritten := self._write_end(end, RECORD_SECONDS[state])) and state == "finished":
+            lacking.append(unwritten)
+        elif unwritten:
+            log.warning("%s", unwritten)
         unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
         if problem is not None:
             log.warning(
@@ -165,6 +168,21 @@ class Tracker:
                 counted(unsent, "point"), problem, sync_command(self._files),
             )  # fmt: skip
         return "; ".join(lacking) or None
+
+    def _write_end(self, end: dict[str, Any], seconds: float) -> str | None:
+        """Say in `run_state.json` how the run ended, and try for so long; a sentence if that cannot be."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                self._files.write_state(**end)
+                return None
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    why = error.strerror or error
+                    return (
+                        f"{self._files.state}: cannot be written ({why}), and does not say that the run {end['state']}"
+                    )
+            time.sleep(PAUSE_SECONDS)
 
     def _record(self, step: int, metrics: dict[str, float]) -> None:
         point = {"step": step, "time": self._clock.now(), "attempt": self._attempt, "metrics": metrics}

@@ -1,9 +1,11 @@
 """Does a run keep its record, with one point a step, over restarts and without MLflow, and does no step wait for it?"""
 
+import errno
 import inspect
 import io
 import json
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -185,6 +187,35 @@ def test_the_end_of_a_run_is_told_truthfully(tmp_path: Path, state: str, status:
     assert run.info.status == status
     written = RunFiles(tmp_path / "run").read_state()
     assert (written["state"], written["code"], written["reason"], written["step"]) == (state, 3, "because", 5)
+
+
+def test_the_end_is_tried_for_a_while_and_a_finished_run_whose_end_is_nowhere_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = RunFiles.write_state
+    monkeypatch.setattr("trainer.record.tracker.RECORD_SECONDS", {"finished": 1.0, "stopped": 0.1})
+
+    def broken(failures: int) -> Tracker:
+        monkeypatch.setattr(RunFiles, "write_state", write)
+        tracker = tracker_in(tmp_path)
+
+        def write_state(files: RunFiles, **changes: object) -> None:
+            nonlocal failures
+            failures -= 1
+            if failures >= 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            write(files, **changes)
+
+        monkeypatch.setattr(RunFiles, "write_state", write_state)
+        return tracker
+
+    state = tmp_path / "run/run_state.json"
+    says = f"{state}: cannot be written (Input/output error), and does not say that the run"
+    assert broken(failures=2).close("finished", code=0, reason="all steps done", step=4) is None
+    assert RunFiles(tmp_path / "run").read_state()["code"] == 0
+    assert broken(failures=1000).close("finished", code=0, reason="all steps done", step=4) == f"{says} finished"
+    assert broken(failures=1000).close("stopped", code=75, reason="asked to", step=2) is None
+    assert f"{says} stopped" in caplog.text
 
 
 def test_a_new_attempt_says_where_it_began_and_nothing_of_how_the_one_before_ended(tmp_path: Path) -> None:
