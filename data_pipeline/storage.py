@@ -200,6 +200,10 @@ class Store:
                 if filesystem.exists(path):
                     return False
                 filesystem.pipe_file(path, data)
+            size = filesystem.info(path)["size"]
+            if size != len(data):
+                filesystem.rm_file(path)  # or the next try would take it for somebody else's
+                raise CorruptRead(f"the store kept {size} of {len(data)} bytes")
             return True
 
         return with_retries(attempt, f"write {self.url_of(name)}", self.deadline_seconds, None)

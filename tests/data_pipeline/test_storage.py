@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import xxhash
+from fsspec.implementations.memory import MemoryFileSystem
 
 from data_pipeline import storage
 from data_pipeline.storage import DataError, Store, normalised, open_filesystem, path_of, read_json, with_retries
@@ -531,3 +532,16 @@ def test_a_file_that_the_disk_cannot_look_up_does_not_count_as_missing(
     monkeypatch.setattr(os, "stat", broken)
     with pytest.raises(DataError, match="cannot look for"):
         store.exists("x")
+
+
+def test_what_a_store_keeps_half_of_is_created_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, pipe_file = Store("memory://half", 5.0), MemoryFileSystem.pipe_file
+
+    def half_at_first(filesystem: MemoryFileSystem, path: str, value: bytes, **options: str) -> None:
+        monkeypatch.setattr(MemoryFileSystem, "pipe_file", pipe_file)
+        pipe_file(filesystem, path, value[: len(value) // 2], **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", half_at_first)
+    assert store.create("plan.json", b"the whole plan") and store.read("plan.json") == b"the whole plan"
+    assert not store.create("plan.json", b"another plan") and store.read("plan.json") == b"the whole plan"
+    store.remove("plan.json")
