@@ -1,14 +1,16 @@
-"""What if any one call on a file or a store fails? A packing, a run and an export, with each call in turn.
+"""What if any one call on a file or a store fails? Packing, training, export, sending to MLflow, each call in turn.
 
 tests/support/each_call.py says how. Here each kind of call (what is done to which file) fails in one way, and the ways
 take turns. `make test-faults` goes through all calls and all ways, and prints how many there were.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +23,7 @@ from tests.conftest import pack_photographs
 from tests.support.each_call import Scenario, with_a_fault
 from tests.support.forks import Forks
 from tests.support.kept_store import keep, objects_of, with_a_fault_of_the_store
-from tests.support.launch import SMALL_JOB, free_port, settings
+from tests.support.launch import SMALL_JOB, free_port, mlflow_store, settings
 from tests.support.tiny_model import random_images
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(14_400)]
@@ -99,12 +101,20 @@ def export(arguments: list[str], **fault: Any) -> int:
     return with_a_fault(lambda: tool.main(arguments), **fault)
 
 
+def sync(arguments: list[str], **fault: Any) -> int:
+    from trainer import tracking
+
+    sys.argv = ["tracking", *arguments]
+    return with_a_fault(tracking.main, **fault)
+
+
 # What the test does.
 
 
 @pytest.fixture(scope="module")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    modules = ["torch._dynamo", "trainer.run", "trainer.export", "data_pipeline.pack"]
+    modules = ["torch._dynamo", "trainer.run", "trainer.export", "trainer.tracking", "data_pipeline.pack"]
+    modules += ["mlflow.store.tracking.sqlalchemy_store", "mlflow.store.db.utils", "sqlalchemy.dialects.sqlite"]
     server = Forks(tmp_path_factory.mktemp("forks"), modules, {})
     yield server
     server.close()
@@ -167,6 +177,21 @@ def of_export(folder: Path) -> dict[str, object]:
     return {path.name: path.read_bytes() for path in (folder / "exported").iterdir()}
 
 
+def of_store(folder: Path) -> dict[str, object]:
+    """What MLflow has: all but times and its own names."""
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        found = {
+            "status": database.execute("select status, name from runs").fetchall(),
+            "metrics": database.execute("select key, value, step, timestamp from metrics").fetchall(),
+            "params": database.execute("select key, value from params").fetchall(),
+            "tags": database.execute("select key, value from tags where key not like 'mlflow.artifact%'").fetchall(),
+        }
+    artifacts = [path.relative_to(folder / "mlruns").parts[2:] for path in (folder / "mlruns").rglob("*.*")]
+    # A picture has a name of its own each time that it is sent.
+    named = {re.sub("[0-9a-f]{8}-[0-9a-f-]+", "ID", "/".join(parts)) for parts in artifacts}
+    return {name: sorted(rows) for name, rows in found.items()} | {"artifacts": sorted(named)}
+
+
 SHORT = {"train__steps": 4, "checkpoint__every_steps": 2, "evaluate__images": 4, "evaluate__every_steps": 2}
 SHORT |= {"tracking__system_metrics": False, "tracking__sample_every_steps": 2, "tracking__sample_images": 1}
 SHORT |= {"checkpoint__background": False, "data__fetch_threads": 1, "train__global_batch_images": 4}
@@ -196,6 +221,7 @@ def finished(training: Scenario, tmp_path_factory: pytest.TempPathFactory) -> Pa
     training.anew()
     assert training.run(0, None).code == 0
     shutil.copytree(training.folder, folder)
+    mlflow_store(folder)
     return folder
 
 
@@ -203,6 +229,12 @@ def test_any_call_of_an_export_may_fail(forks: Forks, finished: Path, tmp_path: 
     arguments = ["--run", str(tmp_path / "folder/run"), "--to", str(tmp_path / "folder/exported")]
     again = {"again": EXPORT_IS_THERE, "leftover": "exported"}
     Scenario(forks, tmp_path, f"{CHILD}:export", arguments, of_export, finished, **again).check_all()
+
+
+def test_any_call_of_sending_to_mlflow_may_fail(forks: Forks, finished: Path, tmp_path: Path) -> None:
+    """Of its calls on the run's files. Those on the store's are SQLite's and MLflow's own."""
+    arguments = ["sync", str(tmp_path / "folder/run"), "--to", f"sqlite:///{tmp_path}/folder/mlflow.db"]
+    Scenario(forks, tmp_path, f"{CHILD}:sync", arguments, of_store, finished, watched="run").check_all()
 
 
 @pytest.fixture(scope="module")

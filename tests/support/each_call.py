@@ -84,6 +84,8 @@ class Scenario:
     again: str | None = None
     """What the command says instead of going on where something is left: `leftover` is to be deleted then."""
     leftover: str = ""
+    watched: str = ""
+    """The folder in it whose calls fail; by default all of it."""
     excused: str | None = None
     """What the command says if it goes on without something of little weight, as the manual allows."""
     passed: Counter[str] = field(default_factory=Counter, init=False)
@@ -109,7 +111,7 @@ class Scenario:
             shutil.copytree(self.before, self.folder)
 
     def run(self, number: int, way: str | None) -> Ended:
-        fault = {"root": str(self.folder), "number": number, "way": way, "report": str(self.report)}
+        fault = {"root": str(self.folder / self.watched), "number": number, "way": way, "report": str(self.report)}
         self.report.unlink(missing_ok=True)
         return self.forks.run(self.function, seconds=LONGEST_SECONDS, arguments=self.arguments, **fault)
 

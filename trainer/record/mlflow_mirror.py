@@ -9,6 +9,7 @@ counts the later one, and the tags `attempt.N.step` and `attempt.N.started` tell
 """
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -16,9 +17,9 @@ import sqlite3
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlflow
 from filelock import FileLock, Timeout
@@ -37,6 +38,7 @@ from trainer.record.run_folder import RunFiles, is_superseded, write_json
 from trainer.safe_files import file_inside, files_inside, read_file
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 LINES_A_REQUEST = 50
 LARGEST_REQUEST = 1000
@@ -214,14 +216,16 @@ class Mirror:
             records, position = self._events.read(sent["events"], 1)
             if position == sent["events"]:
                 break
+            if told:
+                write_json(self._files.sent, sent)
             for record in records:
                 self._send_event(record)
-                told = True
+            told = True
             self._may_be_there = False
             sent["events"] = position
-            write_json(self._files.sent, sent)
-        if told:
+        if told:  # the last event is known to be there once the file has arrived, too
             self._client.log_artifact(self._run_id, str(file_inside(self._files.folder, self._files.events.name)))
+            write_json(self._files.sent, sent)
 
     def _send_event(self, record: dict[str, Any]) -> None:
         assert self._client is not None
@@ -238,7 +242,7 @@ class Mirror:
         elif record["event"] == "file":
             name = record.get("file", "")
             try:
-                path = file_inside(self._files.folder, name)
+                path = _twice(lambda: file_inside(self._files.folder, name))
             except OSError as error:
                 log.warning("MLflow does not get %s (%s)", self._files.folder / name, error)
             else:
@@ -390,9 +394,12 @@ def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any]
     for begin in range(0, max(len(params), len(tags)), 100):
         client.log_batch(run_id, params=params[begin : begin + 100], tags=tags[begin : begin + 100])
     client.log_artifact(run_id, str(file_inside(files.folder, files.config.name)))
-    if os.path.lexists(files.repro):
-        for path in files_inside(files.repro, files.folder):
-            client.log_artifact(run_id, str(path), "repro")
+    try:
+        described = files_inside(files.repro, files.folder)
+    except FileNotFoundError:  # somebody has deleted it
+        described = []
+    for path in described:
+        client.log_artifact(run_id, str(path), "repro")
     if not (run.inputs and run.inputs.dataset_inputs):
         client.log_inputs(run_id, datasets=[_dataset_input(data) for data in description["data"]])
 
@@ -408,10 +415,20 @@ def _dataset_input(data: dict[str, Any]) -> DatasetInput:
 
 def _read_image(folder: Path, name: str) -> Image.Image | None:
     try:
-        return open_picture(read_file(file_inside(folder, name), within=folder))
+        return open_picture(_twice(lambda: read_file(file_inside(folder, name), within=folder)))
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s), so MLflow does not get it", folder / name, error)
         return None
+
+
+def _twice(read: Callable[[], Result]) -> Result:
+    """What `read` returns. An error of the disk is worth another try: what is passed over is never sent again."""
+    try:
+        return read()
+    except OSError as error:
+        if error.errno not in (errno.EIO, errno.ESTALE):
+            raise
+    return read()
 
 
 def _artifact_folder(name: str) -> str | None:
