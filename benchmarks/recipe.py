@@ -11,6 +11,7 @@ that change. Then the paper's ablation of the block size. Runs that were made be
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from benchmarks.equal_compute import (
     OLD_BATCH,
@@ -247,10 +248,11 @@ def table_of_changes(comparison: Comparison, journal: Journal) -> str:
 def table_of_blocks(journal: Journal) -> str:
     """The paper's ablation."""
     published = {8: "4.06", 16: "3.47", 64: "3.13", 256: "2.99"}
-    lines = []
+    lines, means = [], {}
     for size in BLOCKS:
         found = [result for seed in SEEDS if (result := journal.find(blocks(seed)[size]))]
         if found:
+            means[size] = sum(result.raw_mean for result in found) / len(found)
             field = receptive_field(found[0].config.model)
             tflop = f"{found[0].flops / 1e12:.2f}"
             seen = f"{field.seen} of {field.past}" if field else "–"
@@ -258,7 +260,11 @@ def table_of_blocks(journal: Journal) -> str:
                 [f"{size}", seen, published[size], tflop, f"{len(found)}", spread([r.raw_mean for r in found])]
             )
     header = ["block and memory", "pixels seen", "CIFAR-10, table 4 of the paper", "TFLOP", "seeds", "bits/dim"]
-    return table(header, lines)
+    rising = [f"from {less} to {more}" for less, more in pairwise(means) if means[more] >= means[less]]
+    order = "Bits/dim fall with the block, as in the paper."
+    if rising:
+        order = f"Bits/dim fall with the block as in the paper, but not {' and '.join(rising)}."
+    return table(header, lines) + (f"\n\n{order}" if len(means) > 1 else "")
 
 
 def write(journal: Journal) -> None:
