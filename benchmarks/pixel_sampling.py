@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.attention import versions
 from benchmarks.report import table, write_section
+from data_pipeline.wording import counted
 from models.decoding import Decoding
 from models.model import Model
 from models.recompute_decoder import RecomputeDecoder
@@ -92,8 +93,8 @@ def main() -> None:
             ]
         )
     header = ["config", "steps", "ms a step", "by whole forward passes", "speed-up of ours", "seconds for whole images"]
-    text = f"{', '.join(versions())}; {count} images of 32 at once, fp32, {torch.get_num_threads()} threads. "
-    text += f"Medians of {TURNS} turns (lowest to highest).\n\n"
+    text = f"{', '.join(versions())}; {counted(count, 'image')} of 32 x 32 at once, fp32, "
+    text += f"{torch.get_num_threads()} threads. Medians of {TURNS} turns (lowest to highest).\n\n"
     command = f"python benchmarks/pixel_sampling.py --batch-images {count}"
     write_section("sampling pixel by pixel on a CPU", command, text + table(header, rows))
 
