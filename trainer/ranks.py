@@ -23,6 +23,9 @@ LONG_WAIT_SECONDS = 30.0
 """After so long at the start the terminal says who is missing."""
 GOODBYE_SECONDS = 3.0
 ASK_AGAIN_SECONDS = 0.2
+CONNECT_SECONDS = 0.75
+"""How long one try to reach rank 0 may take: a network may swallow packets instead of refusing them. With the pause
+before the next try it is shorter than what AwakeClock takes for a suspension."""
 MOST_NAMED = 16
 
 log = logging.getLogger(__name__)
@@ -87,15 +90,33 @@ def meeting(ranks: Ranks, patience_seconds: float) -> Iterator[str | None]:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=patience_seconds)
     try:
+        if ranks.rank != 0:
+            _wait_for_a_listener(address, port, patience_seconds)
         # The rendezvous of rank 0 shares this store's port (multi_tenant), so it must stay open during the block.
         store = torch.distributed.TCPStore(
             address, port, None, ranks.rank == 0, patience, wait_for_workers=False, multi_tenant=True
         )
         wait = _wait_for_all if ranks.rank == 0 else _arrive
         problem = wait(store, ranks, patience_seconds)
-    except RuntimeError:
+    except (RuntimeError, OSError):
         problem = f"rank 0 did not come to {address}, port {port}, in {patience_seconds:.0f} s, or is lost"
     yield problem
+
+
+def _wait_for_a_listener(address: str, port: int, patience_seconds: float) -> None:
+    """Return once somebody listens on the port; raises OSError if nobody does in time.
+
+    torch's own client waits longer and longer between its tries: told to give up after 6 s, it took up to 30 s.
+    """
+    clock = AwakeClock()
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=CONNECT_SECONDS).close()
+            return
+        except OSError:
+            if clock.since(0.0) > patience_seconds:
+                raise
+            time.sleep(ASK_AGAIN_SECONDS)
 
 
 def _wait_for_all(store: torch.distributed.TCPStore, ranks: Ranks, patience_seconds: float) -> str | None:

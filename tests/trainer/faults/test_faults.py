@@ -169,16 +169,17 @@ def listening(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("absent", [0, 1])
 def test_a_rank_that_never_starts_is_named_instead_of_waited_for(tmp_path: Path, splits: Path, absent: int) -> None:
-    ranks = start(endless(tmp_path / "run", splits, limits__startup_seconds=12), ranks=2)
+    ranks = start(endless(tmp_path / "run", splits, limits__startup_seconds=20), ranks=2)
     ranks[absent].kill()  # long before it could reach the others
     _, text = finish(ranks)
     assert ranks[1 - absent].returncode == 78, text
     assert "Traceback" not in text
     if absent == 1:
-        assert "error: rank 1 of 2 did not come in 6 s" in text
+        assert "error: rank 1 of 2 did not come in 10 s" in text
         assert (state_of(tmp_path / "run")["state"], state_of(tmp_path / "run")["code"]) == ("failed", 78)
     else:
         assert "error: rank 0 did not come to 127.0.0.1" in text
+        assert "socket has timed out" not in text  # torch's own words
 
 
 def test_points_that_could_not_be_written_until_the_end_are_kept_elsewhere_and_said(
