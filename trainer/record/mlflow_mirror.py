@@ -171,7 +171,10 @@ class Mirror:
             _describe(client, run, description, files)
             sent["attempt"] = description["attempt"]
             write_json(files.sent, sent)
-        files.write_state(mlflow_run_id=run_id, mlflow_uri=self._uri)
+        named = {"mlflow_run_id": run_id, "mlflow_uri": self._uri}
+        # Only if it is new: `tracking sync` may run while the job changes other entries, and no lock lies between them.
+        if not named.items() <= files.read_state().items():
+            files.write_state(**named)
         if STATUS.get(files.read_state().get("state", "")) == "RUNNING" and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
             sent.pop("status", None)
