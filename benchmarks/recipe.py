@@ -41,6 +41,8 @@ FULL, OLD_PART, PART = 1.0, 1 / 4, 1 / 8
 """In units of the first quickstart's compute. Of changes to it, and to the recipe, which needs fewer FLOPs a step."""
 
 BLOCKS, BLOCKS_STEPS = (8, 16, 64, 256), 1000
+LONGER_BLOCKS, LONGER_STEPS = (64, 256), 4000
+"""Trained for longer too: what reaches farther may take more images to learn where to look."""
 
 NARROW: Settings = {"width": 48, "heads": 2, "attention_width": 48, "ff_width": 144}
 WIDE: Settings = {name: OLD_MODEL[name] for name in NARROW}
@@ -131,7 +133,7 @@ def categorical() -> RunConfig:
     return settings_of(model, plain(recipe().optimizer), recipe().train.global_batch_images)
 
 
-def blocks(seed: int) -> dict[int, Wanted]:
+def blocks(seed: int, steps: int = BLOCKS_STEPS) -> dict[int, Wanted]:
     """The paper's ablation (configs/cifar10_block8.yaml and its like) at a small size, by block size in pixels. Without
     predictors and neighbours, so that attention alone brings what it reaches. On equally many images, as in the paper.
     """
@@ -143,7 +145,7 @@ def blocks(seed: int) -> dict[int, Wanted]:
                 model | {"attention": attention[size]},
                 plain(recipe().optimizer),
                 recipe().train.global_batch_images,
-                steps=BLOCKS_STEPS,
+                steps=steps,
                 seed=seed,
             ),
             SCORED_IMAGES,
@@ -182,6 +184,9 @@ def wanted_runs() -> Iterator[Wanted]:
             for change in comparison.changes:
                 yield wanted(change.applied_to(comparison.base), comparison.budget, seed)
         yield from blocks(seed).values()
+        if seed == SEEDS[0]:
+            longer = blocks(seed, LONGER_STEPS)
+            yield from (longer[size] for size in LONGER_BLOCKS)
         yield wanted(old(), FULL, seed)
         yield wanted(recipe(), 1 / 4, seed)
 
@@ -264,6 +269,13 @@ def table_of_blocks(journal: Journal) -> str:
     order = "Bits/dim fall with the block, as in the paper."
     if rising:
         order = f"Bits/dim fall with the block as in the paper, but not {' and '.join(rising)}."
+    longer = [
+        f"{result.raw_mean:.3f} with {size}"
+        for size in LONGER_BLOCKS
+        if (result := journal.find(blocks(SEEDS[0], LONGER_STEPS)[size]))
+    ]
+    if longer:
+        order += f" After {LONGER_STEPS} steps (one seed): {', '.join(longer)}."
     return table(header, lines) + (f"\n\n{order}" if len(means) > 1 else "")
 
 
