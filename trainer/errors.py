@@ -8,7 +8,7 @@ All exit codes of the project (trainer, data_pipeline, cluster):
   2  wrong option or config, or the wrong folder
  65  damaged data
  69  a service or a machine does not answer: storage, MLflow, Slurm, a node
- 70  a bug of ours; or the run was started again and again and got no further
+ 70  a bug of ours; a device's memory ran out; or the run was started again and again and got no further
  73  cannot write there: no space, no permission, a disk with errors, or another job holds the run's folder
  74  a checkpoint or an exported model cannot be read or written
  75  not done yet, run the same command again: stopped on request, or other tasks have not finished their share
@@ -69,6 +69,12 @@ class MlflowUnreachable(RuntimeError):
     """MLflow does not answer, and the command cannot do without it."""
 
     exit_code = UNAVAILABLE
+
+
+class OutOfMemory(RuntimeError):
+    """A device has no memory left. The text says what needs less of it."""
+
+    exit_code = BUG
 
 
 class NoProgress(RuntimeError):

@@ -23,6 +23,7 @@ from trainer.errors import (
     CheckpointError,
     LostRank,
     NoProgress,
+    OutOfMemory,
     RecordIncomplete,
     Superseded,
     code_of,
@@ -318,6 +319,12 @@ def draw_samples(
 def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
     """The error, or the failure of another rank that caused it. An error of this rank's own is told to the others."""
     error = worded(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        error = OutOfMemory(
+            f"the device's memory ran out ({one_line(error)}); a smaller train.micro_batch_images, "
+            "train.activation_checkpoint_every_layers: 1 or a higher train.zero_stage needs less, and "
+            "python -m trainer.plan says how much"
+        )
     code = code_of(error)
     # An unclassified RuntimeError usually means that a peer left a collective.
     collective = isinstance(error, RuntimeError) and not is_foreseen(error)

@@ -74,6 +74,19 @@ def a_call_never_gives_python_back() -> None:
     _after_updates(lambda weight: ctypes.PyDLL(None).sleep(600), lambda update: update == 5)
 
 
+def the_memory_of_the_device_runs_out() -> None:
+    """In the forward pass after the fifth update."""
+    forward, full = DeepSpeedEngine.forward, []
+    _after_updates(full.append, lambda update: update == 5)
+
+    def forward_or_fail(self: DeepSpeedEngine, *inputs: Tensor | None) -> Tensor:
+        if full:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, *inputs)  # type: ignore[arg-type]
+
+    DeepSpeedEngine.forward = forward_or_fail  # type: ignore[assignment, method-assign]
+
+
 def the_points_cannot_be_written() -> None:
     """From the fifth update on, every write to `metrics.jsonl` fails."""
     write, broken = Journal._write, []

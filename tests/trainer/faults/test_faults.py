@@ -201,6 +201,20 @@ def test_points_that_could_not_be_written_until_the_end_are_kept_elsewhere_and_s
     assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 9))
 
 
+def test_a_device_whose_memory_runs_out_ends_all_ranks_with_what_needs_less(tmp_path: Path, splits: Path) -> None:
+    """And so does any other error of one rank: the others say whose it was, and end with its code."""
+    arguments = endless(tmp_path / "run", splits, checkpoint__every_steps=4)
+    ranks = start(arguments, ranks=2, sabotage={1: sabotage.the_memory_of_the_device_runs_out})
+    code, text = finish(ranks)
+    assert [code, ranks[1].returncode] == [70, 70] and "Traceback" not in text, text
+    reason = "the device's memory ran out (CUDA out of memory. Tried to allocate 2.00 GiB.); a smaller "
+    assert f"error: {reason}train.micro_batch_images" in text
+    assert f"error: rank 1 on {os.uname().nodename}: {reason}" in text
+    state = state_of(tmp_path / "run")
+    assert (state["state"], state["code"]) == ("failed", 70) and reason in str(state["reason"])
+    assert read_weights(str(tmp_path / "run/checkpoints"), "raw").checkpoints[0].step == 4
+
+
 def test_a_rank_whose_threads_all_stand_still_is_named_by_the_others(tmp_path: Path, splits: Path) -> None:
     arguments = endless(tmp_path / "run", splits, limits__lost_rank_seconds=8)
     ranks = start(arguments, ranks=2, sabotage={1: sabotage.a_call_never_gives_python_back})
