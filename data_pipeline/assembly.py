@@ -8,6 +8,7 @@ import heapq
 import math
 import mmap
 import queue
+import shlex
 import sys
 import threading
 import time
@@ -217,7 +218,13 @@ class WindowReader:
     def _fill_slot(self, slot: int, number: int) -> int:
         """Read a block, or the next good one if it is damaged and may be replaced; returns the number of that block."""
         if self.damaged is None:
-            self._read_samples(slot, self.manifest.blocks[number])
+            try:
+                self._read_samples(slot, self.manifest.blocks[number])
+            except DataError as error:
+                if error.exit_code != EXIT_CORRUPT or self.stop.is_set():
+                    raise
+                advice = f"python -m data_pipeline.verify {shlex.quote(self.store.url)} says how to repair it"
+                raise DataError(f"{error}; {advice}", EXIT_CORRUPT) from error
             return number
         total = len(self.manifest.blocks)
         for candidate in ((number + further) % total for further in range(total)):

@@ -37,12 +37,12 @@ def damage(shards: Shards, number: int) -> None:
 
 
 def labels_of(
-    shards: Shards, damaged: DamagedBlocks, *, steps: int, batch: int = 6, ranks: int = 1, consumed: int = 0
+    shards: Shards, damaged: DamagedBlocks | None, *, steps: int, batch: int = 6, ranks: int = 1, consumed: int = 0
 ) -> list[int]:
     """The labels of so many global batches, which number the images; each rank has a memory of its own."""
     seen = [[0] * batch for _ in range(steps)]
     for rank in range(ranks):
-        mine = DamagedBlocks(damaged.most)
+        mine = None if damaged is None else DamagedBlocks(damaged.most)
         batches = train_batches(
             shards,
             seed=3,
@@ -61,7 +61,8 @@ def labels_of(
             assert labels is not None
             seen[step][rank::ranks] = labels.tolist()
         batches.close()
-        damaged.merge([mine.snapshot()])
+        if damaged is not None and mine is not None:
+            damaged.merge([mine.snapshot()])
     return [label for step in seen for label in step]
 
 
@@ -121,6 +122,19 @@ def test_more_damaged_blocks_than_allowed_end_the_stream(tmp_path: Path, most: i
     message = rf"{most + 1} blocks of the training data are damaged, .* allows {most}; .*train-000000.tar \(bytes "
     with pytest.raises(DataError, match=message) as caught:
         labels_of(shards, DamagedBlocks(most), steps=20)
+    assert caught.value.exit_code == 65
+
+
+def test_where_none_may_be_damaged_the_stream_ends_with_the_command_that_says_more(tmp_path: Path) -> None:
+    numbered(tmp_path, [20, 20, 20])
+    shards = open_shards(str(tmp_path), read_deadline_seconds=0.1)
+    damage(shards, 1)
+    block = shards.manifest.blocks[1]
+    where = re.escape(f"{shards.url}/train-000000.tar (bytes {block.begin}-{block.end})")
+    advice = f"python -m data_pipeline.verify {shards.url} says how to repair it"
+    says = f"^cannot read {where}: .* last: CorruptRead: the checksum is .* instead of .*; {advice}$"
+    with pytest.raises(DataError, match=says) as caught:
+        labels_of(shards, None, steps=20)
     assert caught.value.exit_code == 65
 
 
@@ -197,3 +211,4 @@ def test_a_run_goes_on_over_damaged_blocks_only_when_told_and_records_them(tmp_p
     arguments = launch.settings(tmp_path / "limited", splits, data__max_damaged_blocks=1, **changes)
     code, text = launch.finish(launch.start(arguments, ranks=1))
     assert code == 65 and "2 blocks of the training data are damaged, and data.max_damaged_blocks allows 1" in text
+    assert re.search(r"error: .* one of them: cannot read .*/train-000000.tar \(bytes \d+-\d+\): the checksum is", text)
