@@ -156,19 +156,22 @@ def prepare_run_folder(config: RunConfig, train_shards: Shards, ranks: Ranks) ->
     if config.checkpoint.url and lock:
         store = Store(config.checkpoint.url, OPENING_DEADLINE_SECONDS)
         if store.is_local:
-            Path(store.local_path).mkdir(parents=True, exist_ok=True)
+            try:
+                Path(store.local_path).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise cannot_write(Path(store.local_path), error, "checkpoint.url") from error
         elif missing := store.missing_part():
             raise UsageError(f"checkpoint.url: cannot write to {config.checkpoint.url}: {missing}")
     return lock
 
 
-def cannot_write(folder: Path, error: OSError) -> Exception:
-    """What is wrong with a run's folder that gave this error while a job started."""
+def cannot_write(folder: Path, error: OSError, option: str = "run.dir") -> Exception:
+    """What is wrong with a run's folder, or that of its checkpoints, which gave this error while a job started."""
     if isinstance(error, UnsafeFile):
-        return UsageError(f"run.dir: {error}")
+        return UsageError(f"{option}: {error}")
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return RunFolderFull(f"run.dir: no space is left in {folder}; free some, or choose another run.dir")
-    text = f"run.dir: cannot write to {folder} ({error.strerror or error})"
+        return RunFolderFull(f"{option}: no space is left in {folder}; free some, or choose another {option}")
+    text = f"{option}: cannot write to {folder} ({error.strerror or error})"
     if error.errno in (errno.EIO, errno.ESTALE):
         return UnfitDisk(f"{text}; the same command goes on when the disk can be used")
     return UsageError(text)

@@ -295,6 +295,8 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert f"{tmp_path}/shards holds images without labels, and model.num_classes is 12; set it to 0" in text
     (tmp_path / "file").write_text("")
     assert f"cannot write to {tmp_path}/file/run" in fail(run__dir=tmp_path / "file/run")
+    text = fail(run__dir=tmp_path / "other", checkpoint__url=tmp_path / "file/checkpoints")
+    assert f"checkpoint.url: cannot write to {tmp_path}/file/checkpoints (Not a directory)" in text
 
 
 def test_bf16_on_a_gpu_without_it_is_refused_before_anything_starts(
