@@ -8,11 +8,12 @@ import ctypes
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from data_pipeline.storage import DataError, Store
 from trainer.deepspeed_engine import DeepSpeedEngine
 from trainer.engine import Update
 from trainer.record.run_folder import Journal
@@ -98,6 +99,19 @@ def the_points_cannot_be_written() -> None:
         write(self, data)
 
     Journal._write = write_or_fail  # type: ignore[method-assign]
+
+
+def checkpoints_after_the_fifth_update_cannot_be_written() -> None:
+    """The store says that it is full."""
+    write, full = Store.write_pieces, []
+    _after_updates(full.append, lambda update: update == 5)
+
+    def write_or_fail(self: Store, name: str, pieces: Callable[[], Iterable[memoryview]]) -> int:
+        if full and name.startswith("step-"):
+            raise DataError("the disk is full")
+        return write(self, name, pieces)
+
+    Store.write_pieces = write_or_fail  # type: ignore[method-assign]
 
 
 def the_clock_is_two_hours_behind() -> None:

@@ -295,7 +295,7 @@ def test_damaged_checkpoints_that_are_newer_do_not_push_good_ones_out(
 
 
 def test_a_flipped_bit_anywhere_in_a_manifest_sends_the_run_to_the_older_checkpoint(
-    tmp_path: Path, engine: TorchEngine, config: RunConfig
+    tmp_path: Path, engine: TorchEngine, config: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):
         save(checkpoints_in(tmp_path), engine, config, step)
@@ -308,7 +308,9 @@ def test_a_flipped_bit_anywhere_in_a_manifest_sends_the_run_to_the_older_checkpo
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
         path.write_bytes(flipped)
+        caplog.clear()
         assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1], (place, bit)
+        assert caplog.messages == [f"{path.parent} has a damaged manifest and is passed over"]
     path.write_bytes(content)
     assert [found.step for found in list_complete(Store(url_in(tmp_path), 1.0))] == [1, 2]
 

@@ -17,7 +17,7 @@ from trainer import loop
 from trainer.checkpoint import Checkpoint, read_weights
 from trainer.config import RunConfig
 from trainer.engine import TorchEngine
-from trainer.errors import CheckpointError, Diverged, Superseded
+from trainer.errors import CheckpointError, Diverged, Superseded, code_of
 from trainer.loop import TrainingState, train
 
 # Bits per dimension and gradient norm at each of the twenty steps of `config_of`, and the two evaluations.
@@ -169,8 +169,10 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_with_the_step_tha
     tried = no_space(monkeypatch, "step-000000004", 100)
     changes = {"train__steps": 4, "checkpoint__every_steps": 3, "checkpoint__background": background}
     job, _ = job_of(config_of(tmp_path, **changes))
-    with pytest.raises(CheckpointError, match="step 4 cannot be written: the disk is full; .* from step 3, which is"):
+    says = "^all steps are done, but .* step 4 cannot be written: the disk is full; .* from step 3, which is safe$"
+    with pytest.raises(CheckpointError, match=says) as caught:
         train(job, TrainingState())
+    assert code_of(caught.value) == 74
     assert len(tried) > 1 and checkpoint_steps(tmp_path) == [3]
 
 

@@ -299,6 +299,19 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert f"checkpoint.url: cannot write to {tmp_path}/file/checkpoints (Not a directory)" in text
 
 
+def test_ctrl_c_before_training_ends_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
+) -> None:
+    def ask_and_be_interrupted(config: object, ranks: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(run, "check_machine", ask_and_be_interrupted)
+    arguments = settings(tmp_path / "run", splits)
+    monkeypatch.setattr(sys, "argv", ["trainer/run.py", "--config", str(SMALL_JOB), *arguments])
+    assert run.main() == 130
+    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_bf16_on_a_gpu_without_it_is_refused_before_anything_starts(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
 ) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from data_pipeline.loader import open_shards
 from tests.support.launch import finish, settings, start, train
-from tests.support.training_job import config_of
+from tests.support.training_job import ALONE, config_of
 from trainer.checkpoint import Checkpoint
-from trainer.errors import UsageError, code_of
+from trainer.errors import UnfitDisk, UsageError, code_of
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.startup import cannot_write, check_fits, count_start, why_not_anew
+from trainer.startup import cannot_write, check_fits, count_start, prepare_run_folder, why_not_anew
 from trainer.typed_values import plain
 
 
@@ -43,7 +43,32 @@ def test_a_start_notes_a_checkpoint_of_which_a_killed_attempt_had_no_time_to_tel
     assert count_start(files, config, 4) is None and files.read_state()["checkpoint_step"] == 4
 
 
-def test_a_broken_disk_is_no_wrong_option(tmp_path: Path) -> None:
+def test_a_disk_that_gives_errors_at_the_start_is_no_wrong_option(
+    tmp_path: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    config, shards = config_of(tmp_path), open_shards(str(packed))
+    (tmp_path / "run_state.json").write_text('{"step": 4}')
+    monkeypatch.setattr(os, "fsync", broken)
+    says = r"run.dir: cannot write to .* \(Input/output error\); the same command goes on when the disk can be used"
+    with pytest.raises(UnfitDisk, match=says) as caught:
+        prepare_run_folder(config, shards, ALONE)
+    assert code_of(caught.value) == 73 and (tmp_path / "run_state.json").read_text() == '{"step": 4}'
+
+
+def test_a_start_removes_what_killed_writers_left(tmp_path: Path, packed: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    torn = [tmp_path / f"{name}.unfinished-0123456789abcdef" for name in ("run_state.json", "samples/x.png")]
+    for path in torn:
+        path.write_text("half")
+        os.utime(path, (1.0, 1.0))
+    assert prepare_run_folder(config_of(tmp_path), open_shards(str(packed)), ALONE)
+    assert not any(path.exists() for path in torn) and (tmp_path / "run_state.json").exists()
+
+
+def test_a_broken_disk_is_told_from_a_wrong_folder(tmp_path: Path) -> None:
     def worded(number: int) -> tuple[int, str]:
         error = cannot_write(tmp_path, OSError(number, os.strerror(number)))
         return code_of(error), str(error)

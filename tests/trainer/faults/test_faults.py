@@ -54,8 +54,8 @@ def endless(run_dir: Path, splits: Path, **changes: object) -> list[str]:
 
 
 def test_a_killed_rank_ends_the_others_with_its_name(tmp_path: Path, splits: Path) -> None:
-    ranks = start(endless(tmp_path / "run", splits), ranks=2)
-    wait_for_step(tmp_path / "run", 3, ranks)
+    ranks = start(endless(tmp_path / "run", splits, checkpoint__every_steps=2), ranks=2)
+    wait_for_step(tmp_path / "run", 6, ranks)
     killed = time.monotonic()
     ranks[1].kill()
     code, text = finish(ranks)
@@ -63,6 +63,7 @@ def test_a_killed_rank_ends_the_others_with_its_name(tmp_path: Path, splits: Pat
     assert time.monotonic() - killed < 60
     assert "error: rank 1 on " in text and "gave no sign of life" in text
     assert "Traceback" not in text
+    assert read_weights(str(tmp_path / "run/checkpoints"), "raw").checkpoints[0].step >= 2
     assert (state_of(tmp_path / "run")["state"], state_of(tmp_path / "run")["code"]) == ("failed", 78)
 
 
@@ -235,15 +236,19 @@ def test_a_rank_that_hangs_is_named_with_its_phase(tmp_path: Path, splits: Path,
     arguments = endless(
         tmp_path / "run", splits, data__train_url=url, data__read_deadline_seconds=600, limits__step_seconds=5
     )
-    ranks = start(arguments, ranks=1, environment=s3_server.environment)
+    ranks = start(arguments, ranks=2, environment=s3_server.environment)
     wait_for_step(tmp_path / "run", 1, ranks)
     s3_server.pause()
     try:
         code, text = finish(ranks)
     finally:
         s3_server.resume()
-    assert code == 78, text
-    assert "made no progress for 5 s (limits.step_seconds)" in text
+    assert [code, ranks[1].returncode] == [78, 78], text
+    assert "made no progress for 5 s (limits.step_seconds); this rank's stacks are in " in text
+    assert "run the same command to go on" in text
+    for rank in range(2):
+        (stacks,) = (tmp_path / "run/stacks").glob(f"rank-{rank:05d}-*.txt")
+        assert str(stacks) in text and "loop.py" in stacks.read_text()
     assert state_of(tmp_path / "run")["code"] == 78
 
 
@@ -318,7 +323,7 @@ def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path
     )
     code, text = finish(start(arguments, ranks=2))
     assert code == 76, text
-    assert "3 updates in a row" in text and "the last checkpoint is untouched" in text
+    assert "3 updates in a row" in text and "the last checkpoint is untouched. Try a smaller optimizer.peak_lr" in text
     assert "back to the weights of step-000000004 after 3 skipped updates" in text
     assert state_of(run_dir)["code"] == 76
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
@@ -383,13 +388,15 @@ def test_a_checkpoint_that_is_damaged_on_one_of_two_ranks_is_passed_over_by_both
 
 def test_clocks_that_differ_by_hours_change_nothing(tmp_path: Path, splits: Path) -> None:
     """Rank 1 is behind at first, and then rank 0, whose files seem to come from the future."""
-    arguments = settings(tmp_path / "run", splits)
+    arguments, begun = settings(tmp_path / "run", splits), time.monotonic()
     for wrong, steps in ((1, 4), (0, 8)):
         behind = {wrong: sabotage.the_clock_is_two_hours_behind}
         code, text = finish(start([*arguments, "--set", f"train.steps={steps}"], ranks=2, sabotage=behind))
         assert code == 0, text
     assert "going on from step-000000004" in text
     assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 9))
+    ((_, hours),) = curve(tmp_path / "run", "final/gpu_hours")[-1:]
+    assert 0 < hours < 2 * (time.monotonic() - begun) / 3600
 
 
 def test_the_lock_of_a_build_that_was_killed_is_not_waited_for(tmp_path: Path, splits: Path) -> None:
@@ -474,7 +481,9 @@ def test_a_launcher_that_is_killed_stops_its_ranks_with_a_checkpoint(tmp_path: P
     while state_of(tmp_path / "run")["state"] == "running":
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    assert state_of(tmp_path / "run")["reason"] == "the launcher died"
+    state = state_of(tmp_path / "run")
+    assert [state[name] for name in ("state", "code", "reason")] == ["stopped", 75, "the launcher died"]
+    assert read_weights(str(tmp_path / "run/checkpoints"), "raw").checkpoints[0].step == state["step"]
     process.communicate(timeout=60)
 
 

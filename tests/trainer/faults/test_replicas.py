@@ -32,8 +32,9 @@ def test_one_flipped_bit_of_one_rank_ends_the_run_with_its_name_before_the_next_
     assert [step for step, _ in curve(tmp_path / "run")] == list(range(1, 13))
 
 
-def test_a_stuck_bit_is_found_although_every_update_writes_over_it(tmp_path: Path, splits: Path) -> None:
-    arguments = settings(tmp_path / "run", splits, train__steps=12, train__precision="bf16", train__zero_stage=2)
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stuck_bit_is_found_although_every_update_writes_over_it(tmp_path: Path, splits: Path, stage: int) -> None:
+    arguments = settings(tmp_path / "run", splits, train__steps=12, train__precision="bf16", train__zero_stage=stage)
     code, text = finish(start(arguments, ranks=2, sabotage={1: sabotage.one_bit_is_stuck}))
     assert code == 79, text
     assert f"error: rank 0 on {HOST} and rank 1 on {HOST} hold different values of {sabotage.TENSOR}" in text
