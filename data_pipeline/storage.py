@@ -286,15 +286,6 @@ class Store:
 
         return with_retries(attempt, f"list {self.url}", self.deadline_seconds, None)
 
-    def files(self) -> dict[str, int]:
-        """As ``walk``, but raises DataError when there is no such folder, or nothing in it."""
-        found = self.walk()
-        if "" in found:
-            raise DataError(f"{self.url} is a file, and a folder is expected")
-        if not found:
-            raise DataError(f"nothing at {self.url}: {self.missing_part() or 'there is no file in it'}")
-        return found
-
     def remove(self, name: str) -> None:
         """Remove an object, or a folder with everything in it; content that is gone already is fine.
 

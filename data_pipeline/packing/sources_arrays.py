@@ -20,6 +20,7 @@ from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range, tar_member
 from data_pipeline.decode import decode_image
 from data_pipeline.packing.archive_groups import open_zip, read_member, tar_groups
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
+from data_pipeline.packing.input_files import input_files
 from data_pipeline.packing.source import GROUP_IMAGES, Group, Item, Source, listing_digest
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, split_url
 from data_pipeline.wording import counted
@@ -102,7 +103,7 @@ class NpyRows:
 def chrabaszcz(url: str, split: str, size: int) -> Source:
     """``train_data_batch_1..10`` or ``val_data`` below a folder, pickled or npz; labels 1 to 1000 in devkit order."""
     url = normalised(url)
-    found = Store(url, READ_DEADLINE_SECONDS).files()
+    found = input_files(url)
     prefix = {"train": "train_data_batch_", "validation": "val_data"}.get(split)
     if prefix is None:
         raise DataError(f"--split {split}: the Imagenet32/64 batches are train and validation")
@@ -132,7 +133,7 @@ def cifar10(url: str, split: str, size: int) -> Source:
         folder, name = split_url(url)
         listing = [(name, Store(folder, READ_DEADLINE_SECONDS).size(name))]
     else:
-        found = Store(url, READ_DEADLINE_SECONDS).files()
+        found = input_files(url)
         missing = [name for name in wanted if name not in found]
         if missing:
             raise DataError(f"{url} holds no {missing[0]}: give cifar-10-python.tar.gz or the folder in it")

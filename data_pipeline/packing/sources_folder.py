@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from data_pipeline.archives import READ_DEADLINE_SECONDS
+from data_pipeline.packing.input_files import input_files
 from data_pipeline.packing.source import GROUP_IMAGES, LARGEST_IMAGE_BYTES, Group, Item, Source, listing_digest
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
 
@@ -52,7 +53,7 @@ def file_groups(url: str, names: list[str], labels: list[int]) -> list[Group]:
 
 def image_names(url: str) -> dict[str, int]:
     """Size in bytes of every image below a folder by its name; DataError when there is none."""
-    found = Store(url, READ_DEADLINE_SECONDS).files()
+    found = input_files(url)
     images = {name: size for name, size in found.items() if name.lower().endswith(IMAGE_SUFFIXES)}
     if not images:
         raise DataError(f"no images at {url}: none of its files ends in {', '.join(IMAGE_SUFFIXES)}")

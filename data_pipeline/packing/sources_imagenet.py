@@ -160,6 +160,8 @@ def validation_label(name: str, wnids: Mapping[str, str], labels_url: str) -> in
     """The class index of a validation image."""
     if name not in wnids:
         expected = "" if VALIDATION_NAME.fullmatch(name) else "; names like ILSVRC2012_val_00000001.JPEG are expected"
+        if WNID.fullmatch(name.partition("/")[0]):
+            expected = "; for images in a folder per class use --source imagenet-folder"
         raise DataError(f"{labels_url} has no label for {name}{expected}")
     if wnids[name] not in CLASS_INDEX:
         raise DataError(f"{labels_url} gives {name} the class {wnids[name]!r}, which is none of ILSVRC2012")

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range
+from data_pipeline.archives import open_range
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
+from data_pipeline.packing.input_files import input_files
 from data_pipeline.packing.source import Item, Source, listing_digest
-from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised
+from data_pipeline.storage import EXIT_CORRUPT, DataError, normalised
 
 COLUMNS = ["image", "label"]
 
@@ -43,7 +44,7 @@ class RowGroup:
 def imagenet_parquet(url: str, split: str) -> Source:
     """Files like ``train-00000-of-00294.parquet`` below a folder; their labels are sorted class indices."""
     url = normalised(url)
-    found = Store(url, READ_DEADLINE_SECONDS).files()
+    found = input_files(url)
     names = sorted(n for n in found if n.endswith(".parquet") and n.rpartition("/")[2].startswith(f"{split}-"))
     if not names:
         raise DataError(f"{url} holds no files {split}-*.parquet")

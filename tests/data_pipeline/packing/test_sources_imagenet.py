@@ -105,6 +105,12 @@ def test_tables_that_do_not_fit_are_explained(tmp_path: Path, table: str, messag
     assert caught.value.exit_code == 2
 
 
+def test_validation_images_in_folders_of_classes_are_explained(tmp_path: Path) -> None:
+    put(tmp_path / "val/n01440764/ILSVRC2012_val_00000001.JPEG", VALIDATION["ILSVRC2012_val_00000001.JPEG"])
+    with pytest.raises(DataError, match="no label for n01440764/.*; .* use --source imagenet-folder"):
+        imagenet_validation(str(tmp_path / "val"), str(put(tmp_path / "truth.txt", b"1\n")))
+
+
 def test_the_wrong_archive_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds ILSVRC2012_val_00000001.JPEG where a tar file per class"):
         imagenet_train_tar(str(put(tmp_path / "val.tar", tar_bytes(VALIDATION))))

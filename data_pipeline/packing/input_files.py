@@ -1,0 +1,104 @@
+"""Which files are below the folder that is to be packed, so that none is lost without a word?
+
+Links are followed, and a folder that cannot be listed ends the packing. What programs leave beside images is not input.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Sequence
+
+from data_pipeline.archives import READ_DEADLINE_SECONDS
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, with_retries
+from data_pipeline.wording import counted
+
+log = logging.getLogger(__name__)
+
+# Folders of thumbnails (Synology, QNAP), of archives made by macOS, and of removed files (Samba, Windows). Those of
+# Jupyter, git, Linux and macOS begin with a dot.
+FOLDERS_OF_PROGRAMS = (
+    *("@eaDir", "@Recycle", "@Recently-Snapshot", "__MACOSX", "#recycle", "#snapshot", "$RECYCLE.BIN"),
+    *("System Volume Information", "lost+found"),  # of a whole disk; only its administrator reads them
+)
+FORK_OF_MACOS = "._"  # begins the name of a file that holds what other systems cannot store of the file beside it
+
+
+def input_files(url: str) -> dict[str, int]:
+    """Size in bytes of every file below a folder, at any depth, by its name relative to the folder.
+
+    Raises DataError when there is no such folder, nothing in it, or a part of it that cannot be listed.
+    """
+    store = Store(url, READ_DEADLINE_SECONDS)
+    if store.is_local:
+        path = store.local_path or "/"
+        found = with_retries(lambda: local_files(path), f"list {url}", READ_DEADLINE_SECONDS, None)
+    else:
+        found = store.walk()
+    if "" in found:
+        raise DataError(f"{url} is a file, and a folder is expected")
+    if not found:
+        raise DataError(f"nothing at {url}: {store.missing_part() or 'there is no file in it'}")
+    left_out = [name for name in found if is_of_programs(name)]
+    if left_out:
+        log.warning(
+            "%s: left out %s, as programs leave them beside images: %s",
+            url,
+            counted(len(left_out), "hidden file or folder", "hidden files or folders"),
+            ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else ""),
+        )
+    return {name: size for name, size in found.items() if not is_of_programs(name)}
+
+
+def is_of_programs(name: str) -> bool:
+    """Whether a file is one of those that programs leave between others: in a hidden folder, or a fork of macOS."""
+    *folders, base = name.split("/")
+    return base.startswith(FORK_OF_MACOS) or any(
+        folder.startswith(".") or folder in FOLDERS_OF_PROGRAMS for folder in folders
+    )
+
+
+def local_files(path: str) -> dict[str, int]:
+    """Size of every file below a local folder by its relative name; "" is the name of the path when it is a file.
+
+    A link to a folder that holds the link is not followed. Of a folder that a program left there is the name alone,
+    with a slash. Raises OSError for what cannot be listed, and DataError
+    (exit code 65) for a link that leads nowhere.
+    """
+    if os.path.isfile(path):
+        return {"": os.path.getsize(path)}
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found: dict[str, int] = {}
+    add_files(path, "", (os.path.realpath(path),), found)
+    return dict(sorted(found.items()))
+
+
+def add_files(path: str, prefix: str, opened: Sequence[str], found: dict[str, int]) -> None:
+    """Add the files below one folder; ``opened``: where the folders on the way to it, and it, really are."""
+    with os.scandir(path) as entries:
+        listing = sorted(entries, key=lambda entry: entry.name)
+    for entry in listing:
+        name = f"{prefix}{entry.name}"
+        try:
+            is_folder = entry.is_dir()
+            size = 0 if is_folder else entry.stat().st_size
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            if is_of_programs(f"{name}/") or not entry.is_symlink():  # what is no link was removed a moment ago
+                continue
+            raise DataError(
+                f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there: bring it back, or remove "
+                "the link",
+                EXIT_CORRUPT,
+            ) from error
+        if not is_folder:
+            found[name] = size
+        elif is_of_programs(f"{name}/"):
+            found[f"{name}/"] = 0
+        else:
+            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(opened[-1], entry.name)
+            if not any(os.path.commonpath([real, folder]) == real for folder in opened):
+                add_files(entry.path, f"{name}/", (*opened, real), found)
