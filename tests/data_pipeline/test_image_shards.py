@@ -44,6 +44,19 @@ def test_shards_written_by_webdataset_are_read() -> None:
     assert labels.tolist() == [0, 1, 2, 3]
 
 
+def test_long_names_other_alphabets_and_joined_shards_lose_no_sample() -> None:
+    shards = []
+    for first in (0, 2):
+        stream = io.BytesIO()
+        with webdataset.TarWriter(stream) as writer:
+            for number, key in ((first, f"{'long' * 30}/{first}"), (first + 1, "猫犬"[first // 2])):
+                writer.write({"__key__": key, "png": random_pixels(8, 8, number), "cls": number})
+        shards.append(stream.getvalue())
+    images, labels = images_in(b"".join(shards), 8, "x")
+    assert (images == np.stack([random_pixels(8, 8, number) for number in range(4)])).all()
+    assert labels.tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
