@@ -11,7 +11,7 @@ import hashlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import xxhash
@@ -19,7 +19,19 @@ import xxhash
 from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range
 from data_pipeline.decode import decode_image
 from data_pipeline.image_shards import ImageSample, class_number_of, image_of, samples_in
-from data_pipeline.manifest import MANIFEST_NAME, Block, Manifest, Shard, open_store, read_manifest, write_manifest
+from data_pipeline.manifest import (
+    LARGEST_BLOCK_BYTES,
+    MANIFEST_NAME,
+    SHARD_NAME,
+    Block,
+    Manifest,
+    Shard,
+    check,
+    open_store,
+    read_manifest,
+    write_manifest,
+)
+from data_pipeline.packing.input_files import is_of_programs, refuse_gaps
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.packing.tasks import Staged
 from data_pipeline.packing.workers import count_progress, run_all
@@ -46,8 +58,7 @@ class IndexTask:
         statistics = Staged([], [0, 0, 0], [0, 0, 0], {}, [])
         labelled, ignored, whole, blocks = 0, Counter[str](), hashlib.sha256(), []
         begin = 0
-        for first in range(0, len(samples), BLOCK_IMAGES):
-            run = samples[first : first + BLOCK_IMAGES]
+        for run in runs_of(samples):
             data = self.store.read(self.name, begin, run[-1].end)
             whole.update(data)
             blocks.append((begin, run[-1].end, len(run), xxhash.xxh3_64_hexdigest(data)))
@@ -66,6 +77,17 @@ class IndexTask:
             without = samples[statistics.labels.index(-1)].key
             raise DataError(f"{where}: sample {without!r} has no .cls, unlike others", EXIT_CORRUPT)
         return IndexedShard(Shard(self.name, size, len(samples), whole.hexdigest()), blocks, statistics, dict(ignored))
+
+
+def runs_of(samples: Sequence[ImageSample]) -> Iterator[Sequence[ImageSample]]:
+    """The samples of each block: as many as in a packed one, or fewer where these have too many bytes."""
+    first = 0
+    for number in range(1, len(samples) + 1):
+        begin = samples[first - 1].end if first else 0
+        full = number - first == BLOCK_IMAGES or number == len(samples)
+        if full or samples[number].end - begin > LARGEST_BLOCK_BYTES:
+            yield samples[first:number]
+            first = number
 
 
 @dataclass(frozen=True)
@@ -107,9 +129,15 @@ def index(store: Store, split: str, workers: int) -> Manifest:
         return read_manifest(store)[0]
     if store.url.endswith(".tar"):
         raise DataError(f"{store.url} names a shard: give the folder of the shards")
-    names = [name for name in store.names() if name.endswith(".tar")]
+    names = [name for name in store.names() if name.endswith(".tar") and not is_of_programs(name)]
     if not names:
         raise DataError(f"no tar files at {store.url}: {store.missing_part() or 'nothing there ends in .tar'}")
+    if strange := [name for name in names if not SHARD_NAME.fullmatch(name)]:
+        raise DataError(
+            f"{store.url_of(strange[0])}: a manifest cannot name this shard; rename it, to letters, digits, and _ . - "
+            "inside of the name"
+        )
+    refuse_gaps(names, store.url)
     size = size_of_first(store, names)
     tasks = [IndexTask(store, name, size) for name in names]
     found: dict[int, IndexedShard] = {}
@@ -120,6 +148,10 @@ def index(store: Store, split: str, workers: int) -> Manifest:
     if not indexed_shards:
         raise DataError(f"the tar files at {store.url} hold no samples")
     manifest = manifest_of_indexed(store, split, size, indexed_shards)
+    try:
+        check(manifest)
+    except ValueError as error:
+        raise DataError(f"the shards at {store.url} cannot be streamed: {error}", EXIT_CORRUPT) from error
     write_manifest(store, manifest)
     return manifest
 

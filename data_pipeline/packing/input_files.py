@@ -6,7 +6,8 @@ Links are followed, and a folder that cannot be listed ends the packing. What pr
 import errno
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from data_pipeline.archives import READ_DEADLINE_SECONDS
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, with_retries
@@ -20,6 +21,7 @@ FOLDERS_OF_PROGRAMS = (
     *("@eaDir", "@Recycle", "@Recently-Snapshot", "__MACOSX", "#recycle", "#snapshot", "$RECYCLE.BIN"),
     *("System Volume Information", "lost+found"),  # of a whole disk; only its administrator reads them
 )
+PART_OF_A_SET = re.compile(r"(?<!\d)(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?!\d)")
 FORK_OF_MACOS = "._"  # begins the name of a file that holds what other systems cannot store of the file beside it
 
 
@@ -47,6 +49,26 @@ def input_files(url: str) -> dict[str, int]:
             ", ".join(left_out[:3]) + (", ..." if len(left_out) > 3 else ""),
         )
     return {name: size for name, size in found.items() if not is_of_programs(name)}
+
+
+def refuse_gaps(names: Iterable[str], url: str) -> None:
+    """DataError where names like ``train-00000-of-00294.parquet`` say that files of their set are missing.
+
+    Of each number one file is expected, and all names have to speak of one set.
+    """
+    parts = [(name, match) for name in names if (match := PART_OF_A_SET.search(name.rpartition("/")[2]))]
+    numbers: dict[int, str] = {}
+    for name, match in parts:
+        if match["total"] != parts[0][1]["total"]:
+            raise DataError(f"{url} holds files of two sets, {parts[0][0]} and {name}: keep one of them there")
+        if (twin := numbers.setdefault(int(match["number"]), name)) != name:
+            raise DataError(f"{url} holds a file twice: {twin} and {name}")
+    total = int(parts[0][1]["total"]) if parts else 0
+    if missing := [number for number in range(total) if number not in numbers]:
+        width = len(parts[0][1]["number"])
+        first = f"{missing[0]:0{width}d}-of-{parts[0][1]['total']}"
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise DataError(f"{url} lacks file {first}{others}, as the name {parts[0][0]} says: get the whole set")
 
 
 def is_of_programs(name: str) -> bool:

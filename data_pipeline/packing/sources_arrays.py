@@ -29,6 +29,7 @@ CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog
 CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
 LARGEST_BATCH_BYTES = 4 << 30
 ROWS_AT_ONCE = 1024
+CHRABASZCZ_BATCHES = 10  # of the training set
 CHRABASZCZ_NAME = re.compile(r"(train_data_batch_\d+|val_data)(\.npz)?")
 
 
@@ -113,6 +114,12 @@ def chrabaszcz(url: str, split: str, size: int) -> Source:
         raise DataError(f"{url} holds no {prefix}... batches (pickled or .npz; unpack the zip files first)")
     if len({base(name).removesuffix(".npz") for name in names}) != len(names):
         raise DataError(f"{url} holds a batch twice: {', '.join(names)}")
+    wanted = [f"{prefix}{number}" for number in range(1, CHRABASZCZ_BATCHES + 1)] if split == "train" else [prefix]
+    if missing := [batch for batch in wanted if batch not in {base(name).removesuffix(".npz") for name in names}]:
+        raise DataError(
+            f"{url} lacks {' and '.join(missing[:2])}{' and others' if missing[2:] else ''}: the training set has "
+            f"{CHRABASZCZ_BATCHES} batches"
+        )
     rank = {wnid: index for index, wnid in enumerate(IMAGENET_CLASSES)}
     labels = tuple(rank[wnid] for wnid in WNIDS_IN_DEVKIT_ORDER)
     groups = [PlanarBatch(f"{url}/{name}", None, size, labels, 1) for name in names]

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.archives import open_range
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
-from data_pipeline.packing.input_files import input_files
+from data_pipeline.packing.input_files import input_files, refuse_gaps
 from data_pipeline.packing.source import Item, Source, listing_digest
 from data_pipeline.storage import EXIT_CORRUPT, DataError, normalised
 
@@ -48,6 +48,7 @@ def imagenet_parquet(url: str, split: str) -> Source:
     names = sorted(n for n in found if n.endswith(".parquet") and n.rpartition("/")[2].startswith(f"{split}-"))
     if not names:
         raise DataError(f"{url} holds no files {split}-*.parquet")
+    refuse_gaps(names, url)
     groups, count = [], 0
     for name in names:
         metadata = open_parquet(f"{url}/{name}").metadata

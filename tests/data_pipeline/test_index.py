@@ -120,6 +120,9 @@ def test_indexing_again_says_the_same_at_once(tmp_path: Path, capsys: pytest.Cap
     ("files", "message", "code"),
     [
         ({}, "no tar files at", 2),
+        ({"shard (1).tar": tar_bytes({})}, "shard (1).tar: a manifest cannot name this shard; rename it", 2),
+        ({"part=0.tar": tar_bytes({})}, "part=0.tar: a manifest cannot name this shard; rename it", 2),
+        ({"x-00000-of-00002.tar": tar_bytes({})}, "lacks file 00001-of-00002", 2),
         ({"a.tar": tar_bytes({})}, "hold no samples", 2),
         (
             {"a.tar": tar_bytes({"0.png": image_bytes(random_pixels(8, 8, 0)), "0.cls": b"99999999"})},
@@ -167,6 +170,29 @@ def test_what_cannot_be_indexed_is_one_sentence(
     *progress, error = capsys.readouterr().err.splitlines()
     assert message in error and all(line.startswith("indexing: ") for line in progress)
     assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_blocks_never_have_more_bytes_than_a_manifest_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = foreign(tmp_path / "d", count=10)
+    monkeypatch.setattr("data_pipeline.index.LARGEST_BLOCK_BYTES", 13_000)
+    monkeypatch.setattr("data_pipeline.manifest.LARGEST_BLOCK_BYTES", 13_000)
+    assert main([str(tmp_path / "d"), "--workers", "1"]) == 0
+    shards = open_shards(str(tmp_path / "d"))
+    assert [block.count for block in shards.manifest.blocks] == [3, 3, 3, 1]
+    (batch,) = evaluation_batches(shards, rank=0, world_size=1, batch_images=10, limit=None)
+    assert [image.tobytes() for image in batch.images.numpy()] == [image for image, _ in expected]
+    (tmp_path / "d" / "manifest.json").unlink()
+    monkeypatch.setattr("data_pipeline.index.LARGEST_BLOCK_BYTES", 4000)
+    monkeypatch.setattr("data_pipeline.manifest.LARGEST_BLOCK_BYTES", 4000)
+    assert main([str(tmp_path / "d"), "--workers", "1"]) == 65, "what no program reads is not written"
+    assert not (tmp_path / "d" / "manifest.json").exists()
+
+
+def test_what_macos_leaves_beside_a_shard_is_passed_over(tmp_path: Path) -> None:
+    foreign(tmp_path / "d", count=3)
+    put(tmp_path / "d" / "._part-000.tar", b"\0\5\x16\7")
+    assert main([str(tmp_path / "d"), "--workers", "1"]) == 0
+    assert open_shards(str(tmp_path / "d")).count == 3
 
 
 def test_a_shard_instead_of_the_folder_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.packing import input_files as module
-from data_pipeline.packing.input_files import input_files
+from data_pipeline.packing.input_files import input_files, refuse_gaps
 from data_pipeline.storage import DataError, Store
 from tests.support.imagenet_forms import put
 
@@ -92,3 +92,24 @@ def test_a_link_of_a_program_that_leads_nowhere_is_passed_over(tmp_path: Path) -
 def test_an_input_below_a_hidden_folder_is_an_input(tmp_path: Path) -> None:
     put(tmp_path / ".cache/set/1.png", b"")
     assert input_files(str(tmp_path / ".cache/set")) == {"1.png": 0}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a/train-00000-of-00003.parquet", "a/train-00002-of-00003.parquet"], "lacks file 00001-of-00003, as"),
+        (["train-00001-of-00004-0a1b.parquet"], "lacks file 00000-of-00004 and 2 more, as"),
+        (["x-0-of-2.tar"], "lacks file 1-of-2"),
+        (["x-0-of-2.tar", "x-1-of-2.tar", "x-0-of-3.tar"], "files of two sets, x-0-of-2.tar and x-0-of-3.tar"),
+        (["a/x-0-of-1.tar", "b/x-0-of-1.tar"], "a file twice: a/x-0-of-1.tar and b/x-0-of-1.tar"),
+    ],
+)
+def test_a_numbered_set_with_a_gap_is_refused(names: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        refuse_gaps(names, "s3://b")
+    assert caught.value.exit_code == 2
+
+
+def test_a_numbered_set_without_gaps_is_taken() -> None:
+    for names in ([], ["train-0.parquet", "train-7.parquet"], [f"x-{number:05d}-of-00012.tar" for number in range(12)]):
+        refuse_gaps(names, "s3://b")

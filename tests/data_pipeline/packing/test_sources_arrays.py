@@ -34,14 +34,16 @@ def put_batch(folder: Path, name: str, rows: np.ndarray, labels: list[int], prot
 
 @pytest.mark.parametrize(("suffix", "protocol"), [("", 2), ("", 3), ("", 4), (".npz", 0)])
 def test_batches_become_images_with_the_sorted_class_index(tmp_path: Path, suffix: str, protocol: int) -> None:
-    put_batch(tmp_path, f"train_data_batch_2{suffix}", PLANAR[2:5], LABELS[2:5], protocol)
-    put_batch(tmp_path, f"train_data_batch_10{suffix}", PLANAR[5:], LABELS[5:], protocol)
-    put_batch(tmp_path, f"train_data_batch_1{suffix}", PLANAR[:2], LABELS[:2], protocol)
+    parts = {1: slice(0, 2), 2: slice(2, 5), 10: slice(5, 6)} | {number: slice(4, 5) for number in range(3, 10)}
+    for number, part in parts.items():
+        put_batch(tmp_path, f"train_data_batch_{number}{suffix}", PLANAR[part], LABELS[part], protocol)
     put_batch(tmp_path, f"val_data{suffix}", PLANAR[3:4], LABELS[3:4], protocol)
     source = chrabaszcz(str(tmp_path), "train", 8)
     items = items_of(source)
-    assert (np.stack([item.image for item in items]) == IMAGES).all(), "batch 10 comes after batch 2"
-    assert [source.classes[item.label] for item in items] == [WNIDS_IN_DEVKIT_ORDER[label - 1] for label in LABELS]
+    order = [0, 1, 2, 3, 4, *7 * [4], 5]
+    assert (np.stack([item.image for item in items]) == IMAGES[order]).all(), "batch 10 comes after batch 9"
+    labels = [LABELS[row] for row in order]
+    assert [source.classes[item.label] for item in items] == [WNIDS_IN_DEVKIT_ORDER[label - 1] for label in labels]
     assert source.classes == IMAGENET_CLASSES and source.protocol == "chrabaszcz"
     (only,) = items_of(chrabaszcz(str(tmp_path), "validation", 8))
     assert (only.image == IMAGES[3]).all()
@@ -64,6 +66,18 @@ def test_batches_that_do_not_fit_are_refused(
     put_batch(tmp_path, f"val_data{suffix}", rows, labels)
     with pytest.raises(DataError, match=message):
         items_of(chrabaszcz(str(tmp_path), "validation", size))
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [((7,), "lacks train_data_batch_7: the training set has 10"), ((9, 10), "9 and train_data_batch_10:")],
+)
+def test_a_batch_that_is_missing_is_named(tmp_path: Path, missing: tuple[int, ...], message: str) -> None:
+    for number in set(range(1, 11)) - set(missing):
+        put(tmp_path / f"train_data_batch_{number}", b"")
+    with pytest.raises(DataError, match=message) as caught:
+        chrabaszcz(str(tmp_path), "train", 8)
+    assert caught.value.exit_code == 2
 
 
 class Attack:

@@ -31,6 +31,9 @@ def test_rows_become_images_in_order(tmp_path: Path) -> None:
     items = [item for group in source.groups for item in group.read()]
     assert [item.image for item in items] == FILES and [item.label for item in items] == LABELS
     assert imagenet_parquet(str(tmp_path), "validation").count == 2
+    (tmp_path / "data" / "train-00000-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match="lacks file 00000-of-00002"):
+        imagenet_parquet(str(tmp_path), "train")
 
 
 def test_what_cannot_be_packed_is_explained(tmp_path: Path) -> None:
