@@ -228,14 +228,14 @@ def test_what_the_files_of_a_data_set_say_is_data(mine: tuple[Path, Forks], tmp_
         for name in ("manifest.json", "validation-000000.tar"):
             stranger = Stranger("data", *mine, tmp_path / f"{number}-{name}")
             stranger.spoil(name, how)
-            stranger.check()
+            assert re.search("^# ended with (2|65|77)$", stranger.check(), re.MULTILINE), (name, how)
 
 
 def test_a_compressed_picture_of_a_stranger_is_data(mine: tuple[Path, Forks], tmp_path: Path) -> None:
     for how in OTHERWISE:
         stranger = Stranger("compressed", *mine, tmp_path / how)
         stranger.spoil(SENT, how)
-        stranger.check()
+        assert f"# ended with {65 if how == 'odd' else 2}" in stranger.check()
 
 
 @pytest.mark.parametrize("kind", ["run", "exported"])
