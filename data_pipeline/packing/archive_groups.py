@@ -1,7 +1,10 @@
 """Which groups of images are inside a tar or zip archive, read in place?"""
 
 import io
+import lzma
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -9,6 +12,11 @@ from typing import IO
 from data_pipeline.archives import Member, open_range, tar_members
 from data_pipeline.packing.source import GROUP_IMAGES, LARGEST_IMAGE_BYTES, Item
 from data_pipeline.storage import EXIT_CORRUPT, DataError
+
+# What the standard library raises for a damaged zip or tar.gz: zlib and LZMA have errors of their own, and a damaged
+# header may ask for a password (RuntimeError) or for a method that nobody uses (NotImplementedError).
+DAMAGE_OF_ZIPS = (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error, lzma.LZMAError)
+DAMAGE_OF_TARS = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class ZipMembers:
                 try:
                     with archive.open(name) as file:
                         data = read_member(file, archive.getinfo(name).file_size, where)
-                except (zipfile.BadZipFile, EOFError) as error:
+                except DAMAGE_OF_ZIPS as error:
                     raise DataError(f"{where} is damaged: {error}", EXIT_CORRUPT) from error
                 yield Item(where, label, data)
 

@@ -9,7 +9,6 @@ import math
 import pickle
 import re
 import tarfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 
 from data_pipeline.archives import READ_DEADLINE_SECONDS, open_range, tar_members
 from data_pipeline.decode import decode_image
-from data_pipeline.packing.archive_groups import open_zip, read_member, tar_groups
+from data_pipeline.packing.archive_groups import DAMAGE_OF_TARS, DAMAGE_OF_ZIPS, open_zip, read_member, tar_groups
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 from data_pipeline.packing.input_files import input_files
 from data_pipeline.packing.source import GROUP_IMAGES, Group, Item, Source, listing_digest
@@ -197,7 +196,7 @@ def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]
             labels = np.lib.format.read_array(io.BytesIO(file.read(1 << 26)), allow_pickle=False)
         data = archive.open("data.npy")
         shape, _ = npy_shape(data, url)
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, *DAMAGE_OF_ZIPS) as error:
         raise DataError(f"{url} is not a batch with the arrays data and labels: {error}", EXIT_CORRUPT) from error
     if shape[1:] != (3 * size**2,):
         raise DataError(f"{url} holds rows of {shape[1:]} values, not images of --size {size}")
@@ -208,7 +207,7 @@ def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]
                 wanted = min(ROWS_AT_ONCE, shape[0] - first) * shape[1]
                 try:
                     chunk = data.read(wanted)
-                except (zipfile.BadZipFile, EOFError, OSError) as error:
+                except DAMAGE_OF_ZIPS as error:
                     raise DataError(f"{url} is damaged: {error}", EXIT_CORRUPT) from error
                 if len(chunk) != wanted:
                     raise DataError(f"{url} is cut off", EXIT_CORRUPT)
@@ -260,7 +259,7 @@ def gzipped_member(data: bytes, member: str, url: str) -> bytes:
                     file = archive.extractfile(info)
                     assert file is not None
                     return file.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except DAMAGE_OF_TARS as error:
         raise DataError(f"{url} is not a tar.gz file, or is cut off: {error}", EXIT_CORRUPT) from error
     raise DataError(f"{url} holds no {member}; give cifar-10-python.tar.gz")
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from data_pipeline.archives import open_range, tar_members
-from data_pipeline.packing.archive_groups import InnerTar, ZipMembers, open_zip, tar_groups
+from data_pipeline.packing.archive_groups import DAMAGE_OF_TARS, InnerTar, ZipMembers, open_zip, tar_groups
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 from data_pipeline.packing.source import GROUP_IMAGES, Group, Source, listing_digest
 from data_pipeline.packing.sources_folder import file_groups, folder, image_names
@@ -151,7 +151,7 @@ def ground_truth_in_devkit(data: bytes, url: str) -> bytes:
                     file = archive.extractfile(member)
                     assert file is not None
                     return file.read(LARGEST_TABLE_BYTES)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except DAMAGE_OF_TARS as error:
         raise DataError(f"{url} is not a tar.gz file, or is cut off: {error}", EXIT_CORRUPT) from error
     raise DataError(f"{url} holds no ILSVRC2012_validation_ground_truth.txt; give ILSVRC2012_devkit_t12.tar.gz")
 

@@ -29,7 +29,13 @@ class RowGroup:
         return f"row group {self.number} of {self.url}"
 
     def read(self) -> Iterator[Item]:
-        table = open_parquet(self.url).read_row_group(self.number, columns=COLUMNS)
+        file = open_parquet(self.url)
+        try:
+            table = file.read_row_group(self.number, columns=COLUMNS)
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001  # pyarrow has OSError, ArrowInvalid and others for damage
+            raise DataError(f"{self.name} is damaged: {error}", EXIT_CORRUPT) from error
         for row, (image, label) in enumerate(zip(table["image"], table["label"], strict=True)):
             where = f"{self.url} row group {self.number} row {row}"
             number, fields = label.as_py(), image.as_py() or {}
@@ -67,7 +73,7 @@ def open_parquet(url: str) -> Any:
     arrow = importlib.import_module("pyarrow")
     try:
         file = parquet.ParquetFile(open_range(url))
-    except arrow.ArrowInvalid as error:
+    except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{url} is not a parquet file, or is cut off: {error}", EXIT_CORRUPT) from error
     missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
     if missing:

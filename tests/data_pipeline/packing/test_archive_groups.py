@@ -1,5 +1,7 @@
 """Are the images inside tar and zip archives read in place, and damaged archives recognised?"""
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,21 @@ def test_a_broken_zip_is_recognised(tmp_path: Path) -> None:
     data[60] ^= 1
     with pytest.raises(DataError, match="a.bin is damaged"):
         list(ZipMembers(str(put(tmp_path / "bad.zip", bytes(data))), ("a.bin",), (0,)).read())
+
+
+def test_damage_inside_of_compressed_data_is_damage(tmp_path: Path) -> None:
+    """Of which zlib and LZMA say so by errors of their own."""
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", method) as archive:
+            archive.writestr("a.bin", FILES["folder/0030.bin"])
+        data = stream.getvalue()
+        for place in range(48, len(data) - 100, 97):
+            bad = bytearray(data)
+            bad[place : place + 4] = bytes(byte ^ 0xFF for byte in bad[place : place + 4])
+            with pytest.raises(DataError, match="a.bin is damaged") as caught:
+                list(ZipMembers(str(put(tmp_path / "bad.zip", bytes(bad))), ("a.bin",), (0,)).read())
+            assert caught.value.exit_code == 65
 
 
 def test_a_member_that_is_too_large_for_an_image_is_refused_before_reading(tmp_path: Path) -> None:

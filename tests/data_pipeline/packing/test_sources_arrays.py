@@ -137,6 +137,25 @@ def test_damaged_batches_are_named(tmp_path: Path, data: bytes) -> None:
             items_of(chrabaszcz(str(folder), "validation", 8))
 
 
+def test_a_hole_in_compressed_batches_is_named(tmp_path: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 4, (400, 192), dtype=np.uint8)
+    np.savez_compressed(tmp_path / "val_data.npz", data=rows, labels=np.arange(1, 401))
+    packed = pickle.dumps({b"data": rows, b"labels": [0] * 400}, 2)
+    put(tmp_path / "cifar.tar.gz", tar_bytes({"test_batch": packed}, "w:gz"))
+    for name in ("val_data.npz", "cifar.tar.gz"):
+        whole = (tmp_path / name).read_bytes()
+        for place in range(1000, len(whole) - 3000, 1500):
+            put(tmp_path / name, whole[:place] + bytes(512) + whole[place + 512 :])
+            with pytest.raises(DataError, match=name) as caught:
+                npz = name.endswith(".npz")
+                items_of(
+                    chrabaszcz(str(tmp_path), "validation", 8)
+                    if npz
+                    else cifar10(str(tmp_path / name), "validation", 32)
+                )
+            assert caught.value.exit_code == 65
+
+
 def test_a_npz_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "val_data.npz", data=PLANAR, labels=np.array([{"an": "object"}], dtype=object))
     with pytest.raises(DataError, match="is not a batch"):

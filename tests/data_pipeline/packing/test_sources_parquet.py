@@ -63,3 +63,18 @@ def test_what_cannot_be_packed_is_explained(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match="has no column 'image', only text"):
         imagenet_parquet(str(tmp_path), "train")
+
+
+def test_a_damaged_page_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "train-0.parquet"
+    put_parquet(path, slice(0, 3))
+    whole = path.read_bytes()
+    failed = 0
+    for place in range(4, 80, 5):
+        put(path, whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+        try:
+            list(imagenet_parquet(str(tmp_path), "train").groups[0].read())
+        except DataError as error:
+            assert error.exit_code == 65 and f"row group 0 of {path} is damaged" in str(error)
+            failed += 1
+    assert failed
