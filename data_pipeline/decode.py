@@ -23,6 +23,21 @@ UNUSUAL_MODES = {
     "PA": "palette",
 }
 SUFFIXES = {"JPEG": ("jpg", "jpeg"), "PNG": ("png",), "WEBP": ("webp",), "BMP": ("bmp",), "TIFF": ("tif", "tiff")}
+# What comes in the place of images: where in the file which bytes are, and what it is then.
+OTHER_FILES = (
+    (0, b"GIF8", "a GIF"),
+    *((4, b"ftyp" + brand, "an AVIF") for brand in (b"avif", b"avis")),
+    *((4, b"ftyp" + brand, "a HEIC") for brand in (b"heic", b"heix", b"mif1", b"msf1")),
+    (4, b"ftyp", "a film"),
+    (4, b"JXL ", "a JPEG XL"),
+    (0, b"\xff\x0a", "a JPEG XL"),
+    (4, b"jP  ", "a JPEG 2000"),
+    (0, b"<", "a web page or SVG"),
+    (0, b"%PDF", "a PDF"),
+    (0, b"8BPS", "a Photoshop file"),
+    (0, b"\x00\x05\x16\x07", "what macOS leaves beside a file"),
+    (0, b"version https://git-lfs", "a pointer of Git LFS"),
+)
 
 
 def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image.Image, tuple[str, ...]]:
@@ -47,17 +62,27 @@ def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image
         raise
     # Pillow's decoders raise nearly anything for damaged files (struct.error, SyntaxError, IndexError, ...).
     except Exception as error:  # noqa: BLE001
-        kind = "is not an image" if isinstance(error, UnidentifiedImageError) else "is damaged"
-        raise DataError(
-            f"{name} {kind} ({type(error).__name__}: {error}); replace or remove it", EXIT_CORRUPT
-        ) from error
+        what = f"is damaged ({type(error).__name__}: {error})"
+        if isinstance(error, UnidentifiedImageError):
+            what = f"is not an image (it is {kind_of(data)}, and {', '.join(SUFFIXES)} are read)"
+        raise DataError(f"{name} {what}; replace or remove it", EXIT_CORRUPT) from error
+
+
+def kind_of(data: bytes) -> str:
+    """What a file seems to be that is none of the images that are read, for a message."""
+    for place, begin, kind in OTHER_FILES:
+        if data[place:].startswith(begin):
+            return kind
+    return f"something that begins with {data[:12]!r}" if data else "empty"
 
 
 def oddities(image: Image.Image, name: str) -> list[str]:
     """What is worth counting about an opened file; raises DataError for one that has no obvious 8-bit RGB."""
     # Pillow would clip 16-bit gray and cut off the lower half of other 16-bit values, both without a warning.
-    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
-    if image.mode.startswith(("I", "F")) or any("16" in mode for mode in raw_modes):
+    # Their raw mode is like RGB;16B, the first of the decoder's arguments. BGR;16 has 16 bits for a pixel.
+    arguments = [tile[3] for tile in getattr(image, "tile", ())]
+    raw_modes = [str(given[0]) if isinstance(given, tuple) and given else str(given) for given in arguments]
+    if image.mode.startswith(("I", "F")) or any("16" in mode and mode != "BGR;16" for mode in raw_modes):
         raise DataError(
             f"{name} has {image.mode} pixels of more than 8 bits a channel: convert it to 8 bits first", EXIT_CORRUPT
         )
@@ -65,10 +90,15 @@ def oddities(image: Image.Image, name: str) -> list[str]:
     if image.mode in UNUSUAL_MODES:
         notes.append(UNUSUAL_MODES[image.mode])
     suffix = name.lower().rpartition(".")[2]
-    if suffix in sum(SUFFIXES.values(), ()) and suffix not in SUFFIXES[str(image.format)]:
-        notes.append(f"{str(image.format).lower()}_named_{suffix}")
-    if "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-        notes.append("exif_rotation_ignored")
+    kind = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG with another one behind it
+    if suffix in sum(SUFFIXES.values(), ()) and suffix not in SUFFIXES[kind]:
+        notes.append(f"{kind.lower()}_named_{suffix}")
+    try:
+        if "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+            notes.append("exif_rotation_ignored")
+    # Its parser raises nearly anything, too, and the pixels do not depend on it.
+    except Exception:  # noqa: BLE001
+        notes.append("exif_damaged")
     if getattr(image, "n_frames", 1) > 1:
         notes.append("first_frame_of_several")
     return notes

@@ -44,6 +44,57 @@ def test_odd_files_are_converted_as_pillow_does_and_noted(data: bytes, name: str
     assert image.size == (7, 9), "not rotated"
 
 
+def jpeg_of_two() -> bytes:
+    """As many cameras write them: MPO to Pillow."""
+    stream = io.BytesIO()
+    first, second = (Image.fromarray(random_pixels(9, 7, seed)) for seed in (0, 1))
+    first.save(stream, "MPO", save_all=True, append_images=[second])
+    return stream.getvalue()
+
+
+def test_a_jpeg_with_another_behind_it_is_a_jpeg() -> None:
+    image, notes = decode_image(jpeg_of_two(), "a.jpg")
+    assert image.size == (7, 9) and notes == ("first_frame_of_several",)
+    assert decode_image(jpeg_of_two(), "a.png")[1] == ("jpeg_named_png", "first_frame_of_several")
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0Exif\0\0II*\0\x08\0\0\0\0\0", b"Exif\0\0" + bytes(range(40))])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_exif_that_does_not_parse_costs_no_image(kind: str, exif: bytes) -> None:
+    data = image_bytes(PIXELS, kind, exif=exif)
+    image, notes = decode_image(data, f"a.{kind.lower()}")
+    assert image.size == (7, 9) and notes in ((), ("exif_damaged",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("BMP", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("PNG", {})]
+)
+def test_no_width_makes_eight_bits_sixteen(kind: str, options: dict[str, str]) -> None:
+    for width in (5, 16, 54, 72, 116, 160):  # rows of 16, 48, 164, 216, 348 and 480 bytes, and other offsets
+        for height in range(1, 9):
+            pixels = random_pixels(height, width, 0)
+            image, _ = decode_image(image_bytes(pixels, kind, **options), "a")
+            assert (np.asarray(image) == pixels).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (image_bytes(PIXELS, "GIF"), "a GIF"),
+        (b"\0\0\0\x1cftypavif\0\0", "an AVIF"),
+        (b"\0\0\0\x18ftypheic\0\0", "a HEIC"),
+        (b"<!doctype html>", "a web page or SVG"),
+        (b"", "empty"),
+        (b"hello world, hello", "something that begins with b'hello world,"),
+    ],
+)
+def test_a_message_says_what_the_file_is_instead(data: bytes, kind: str) -> None:
+    with pytest.raises(
+        DataError, match=f"^a.jpg is not an image .it is {kind}.*, and JPEG, PNG, .* are read.; replace"
+    ):
+        decode_image(data, "a.jpg")
+
+
 def test_an_animation_gives_its_first_frame() -> None:
     stream = io.BytesIO()
     frames = [Image.fromarray(random_pixels(9, 7, seed)) for seed in range(3)]
