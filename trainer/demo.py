@@ -9,6 +9,7 @@ drawn at a time; the browser gets its pixels as they are drawn, as one JSON obje
 import argparse
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -20,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import uvicorn
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -334,15 +337,33 @@ def _picture(upload: bytes, size: int) -> Tensor | None:
         picture = open_picture(upload, LARGEST_PICTURE)
     except ValueError as error:
         raise BadRequest(f"The file {error}; choose a PNG, JPEG or WebP image.") from None
-    ImageOps.exif_transpose(picture, in_place=True)
+    with contextlib.suppress(Exception):  # damaged EXIF fails in many ways, and the pixels are good
+        ImageOps.exif_transpose(picture, in_place=True)
+    return to_tensor(_middle(picture, size))
+
+
+def _middle(picture: Image.Image, size: int) -> Image.Image:
+    """The square in the middle, at this size, as RGB."""
+    if picture.mode.startswith(("I", "F")):  # grey of more than 8 bits
+        square = ImageOps.fit(picture.convert(picture.mode[0]), (size, size), Image.Resampling.BOX)
+        return _in_8_bits(np.asarray(square, np.float64)).convert("RGB")
     transparent = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
     mode = "RGBA" if transparent else "RGB"
     if picture.mode != mode:
         picture = picture.convert(mode)
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.BOX)
+    square = ImageOps.fit(picture, (size, size), Image.Resampling.BOX)
     if transparent:  # when it is small: each copy of a large picture is hundreds of megabytes
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return to_tensor(picture)
+        square = Image.alpha_composite(Image.new("RGBA", square.size, "white"), square).convert("RGB")
+    return square
+
+
+def _in_8_bits(values: NDArray[np.float64]) -> Image.Image:
+    """Grey values of 16 bits, or of any other range, which is stretched. Pillow would make all above 255 white."""
+    lowest, highest = 0.0, 65535.0
+    values = np.nan_to_num(values)
+    if values.min() < lowest or values.max() > highest or values.max() <= 1:
+        lowest, highest = values.min(), max(values.max(), values.min() + 1e-9)
+    return Image.fromarray(np.uint8((values - lowest) / (highest - lowest) * 255 + 0.5))
 
 
 def _base64(pixels: Tensor) -> str:

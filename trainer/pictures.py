@@ -59,25 +59,32 @@ def open_picture(content: bytes, max_pixels: int = 1 << 26, *, exactly: bool = F
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = Image.open(io.BytesIO(content), formats=EXACT_FORMATS if exactly else FORMATS)
             if picture.width * picture.height > max_pixels:
-                raise ValueError(f"has {picture.width} x {picture.height} pixels; more than {max_pixels} are not read")
+                raise Unsuitable(f"has {picture.width} x {picture.height} pixels; more than {max_pixels} are not read")
             if exactly:
                 _refuse_more_than_pillow_gives(picture)
             picture.load()
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"has more than the {max_pixels} pixels that are read") from None
-    except (OSError, SyntaxError) as error:  # what Pillow raises for files that are no images, or damaged
+    except Unsuitable as error:
+        raise ValueError(str(error)) from None
+    # Each of Pillow's decoders has errors of its own for files that are no images, or damaged.
+    except Exception as error:  # noqa: BLE001
         raise ValueError(f"is not an image that can be read ({type(error).__name__})") from None
     return picture
 
 
+class Unsuitable(Exception):
+    """Why an image is not read that could be."""
+
+
 def _refuse_more_than_pillow_gives(picture: ImageFile.ImageFile) -> None:
     if getattr(picture, "n_frames", 1) > 1:
-        raise ValueError("holds several pictures; save the one that you want as a file of its own")
+        raise Unsuitable("holds several pictures; save the one that you want as a file of its own")
     for tile in picture.tile:  # how the file's values are laid out
         layout, *numbers = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         is_deep = re.search(";1[26][BLNS]?$", str(layout)) and str(layout) != "BGR;16"
         if is_deep or picture.mode.startswith(("I", "F")) or (tile.codec_name == "ppm" and max(numbers) > 255):
-            raise ValueError("has more than 8 bits for each value, and the model reads 8; convert it")
+            raise Unsuitable("has more than 8 bits for each value, and the model reads 8; convert it")
 
 
 def read_pictures(path: Path, size: int) -> list[Tensor]:

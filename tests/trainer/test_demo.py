@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import numpy as np
 import pytest
 import torch
 import uvicorn
@@ -196,6 +197,30 @@ def test_pictures_of_every_kind_are_read(tmp_path: Path, data: Path, serve: Any)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(nothing, "PNG")
     given = decoded(server.draw(nothing.getvalue(), mode="complete", keep=1)[0])
     assert (given == 255).all()  # what is transparent is white
+
+
+def test_grey_of_many_bits_goes_from_black_to_white() -> None:
+    ramp = np.tile(np.linspace(0, 1, 8), (8, 1))
+    whites = {"I;16": 65535, "I;16B": 65535, "I": 1 << 30, "F": 1.0}
+    for (mode, white), kind in zip(whites.items(), ("PNG", "TIFF", "TIFF", "TIFF"), strict=True):
+        values = (ramp * white).astype({"I;16": "<u2", "I;16B": ">u2", "I": np.int32, "F": np.float32}[mode])
+        file = io.BytesIO()
+        Image.fromarray(values).save(file, kind)
+        pixels = demo._picture(file.getvalue(), 8)
+        assert pixels is not None
+        assert pixels[3, :, 1].tolist() == [0, 36, 73, 109, 146, 182, 219, 255], mode
+
+
+def test_a_picture_with_damaged_exif_or_odd_colours_is_drawn() -> None:
+    whole = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(whole, "JPEG")
+    exif = b"Exif\0\0" + bytes(range(40))  # no table of EXIF begins like that
+    head = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big")
+    damaged = whole.getvalue()[:2] + head + exif + whole.getvalue()[2:]
+    assert demo._picture(damaged, 8) is not None
+    colours = io.BytesIO()
+    Image.new("LAB", (8, 8)).save(colours, "TIFF")
+    assert demo._picture(colours.getvalue(), 8) is not None
 
 
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(

@@ -1,11 +1,13 @@
 """Do the pictures that people look at show what was drawn?"""
 
 import io
+import struct
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.AvifImagePlugin import AvifImageFile
 
 from tests.support.tiny_model import random_images
 from trainer.pictures import FORMATS, GAP, enlarged, grid, interleave, open_picture, to_picture, to_tensor
@@ -49,6 +51,19 @@ def test_a_picture_of_too_many_pixels_is_not_decoded() -> None:
     Image.new("1", (3000, 3000)).save(file, "PNG")
     with pytest.raises(ValueError, match="has 3000 x 3000 pixels; more than 1000000 are not read"):
         open_picture(file.getvalue(), max_pixels=1_000_000)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode image"), struct.error(), IndexError(), ValueError()])
+def test_whatever_a_decoder_raises_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    to_picture(random_images(1, 16)[0]).save(file, "AVIF")
+
+    def damaged(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr(AvifImageFile, "load", damaged)
+    with pytest.raises(ValueError, match=rf"^is not an image that can be read \({type(error).__name__}\)"):
+        open_picture(file.getvalue())
 
 
 def test_all_formats_that_are_read_are_known() -> None:
