@@ -24,7 +24,7 @@ MAX_SLOTS = 64
 """More GPUs than any machine has: a larger number is a typing error that starts that many processes."""
 FORWARDED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Beginnings of the names of variables that DeepSpeed 0.19 sends to other machines (NCCL: with CUDA)."""
-_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9-]{1,63}(?<!-))*")
+_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)(\.(?!-)[A-Za-z0-9_-]{1,63}(?<!-))*")
 _LINE = re.compile(r"(\S+)[ \t]+slots=(\d+)[ \t]*")
 _SECRET = re.compile(r"PASSWORD|PASSWD|TOKEN|SECRET|CREDENTIAL|PRIVATE|(?:^|_)KEY(?:$|_)", re.IGNORECASE)
 _URL_WITH_PASSWORD = re.compile(r"[a-z][a-z0-9+.-]*://[^/@\s]*:[^/@\s]*@", re.IGNORECASE)
@@ -158,7 +158,8 @@ def check(path: Path, world_size: int | None, environment: Mapping[str, str]) ->
         listed = ", ".join(f"{host} {slots}" for host, slots in hosts.items())
         problems.append(Problem(str(path), f"gives {total} slots ({listed}), and --world-size is {world_size}"))
     problems += environment_problems(environment)
-    folders = [Path(environment.get("HOME", "~")).expanduser(), Path()]
+    # Unlike Path's, this expanduser raises nothing for a user without a home.
+    folders = [Path(os.path.expanduser(environment.get("HOME", "~"))), Path()]
     problems += environment_file_problems(folders, environment.get("DS_ENV_FILE", ".deepspeed_env"))
     return hosts, problems
 

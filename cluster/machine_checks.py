@@ -20,6 +20,7 @@ from typing import Any
 
 import fsspec.core
 import torch
+from fsspec.implementations.local import LocalFileSystem
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("trainer", "models", "data_pipeline", "cluster")
@@ -157,8 +158,8 @@ def check_disks(report: Report, folders: list[Path], least_gib: float) -> None:
 
 def check_locks(report: Report) -> None:
     """When the build of a torch extension is killed, it leaves a lock, and every later start silently waits for it."""
-    home = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    for lock in home.rglob("lock"):
+    home = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    for lock in Path(home).rglob("lock"):
         try:
             age = time.time() - lock.stat().st_mtime
         except OSError:
@@ -222,7 +223,8 @@ def check_shards(report: Report, url: str) -> None:
 def check_writing(report: Report, url: str) -> None:
     """Write a small file beside the checkpoints, read it back and remove it."""
     filesystem, path = open_store(url)
-    filesystem.makedirs(path, exist_ok=True)
+    if isinstance(filesystem, LocalFileSystem):  # elsewhere it would make a bucket of a mistyped name
+        filesystem.makedirs(path, exist_ok=True)
     name = f"{path}/.preflight-{report.node}-{os.getpid()}"
     content = os.urandom(1024)
     filesystem.pipe_file(name, content)

@@ -154,7 +154,15 @@ def workspace_of(store: Store, digest: str, workforce: Workforce) -> Path:
         return Path(store.local_path) / JOURNAL / "scratch"
     if workforce.task_count > 1:
         raise DataError("tasks that share the work need a --scratch folder that all machines see")
-    return Path(tempfile.gettempdir()) / f"pack-{getpass.getuser()}-{digest[:16]}"
+    return Path(tempfile.gettempdir()) / f"pack-{_user()}-{digest[:16]}"
+
+
+def _user() -> str:
+    """A name that no other user of this machine has."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return str(os.getuid())
 
 
 def prepare_scratch(workspace: Path) -> None:

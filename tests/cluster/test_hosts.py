@@ -1,5 +1,6 @@
 """Is every hostfile and environment refused that DeepSpeed's launcher would misread, print or run?"""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def check(folder: Path, content: str | bytes, **environment: str) -> tuple[int, 
     ("content", "code", "words"),
     [
         ("node1 slots=8\n\n# spare\nnode-2.cluster.example\tslots=8  \n10.0.0.3 slots=4\n", 0, ""),
+        ("worker_1 slots=2\nmy_app-worker_2.lan slots=2\n", 0, ""),
         ("-oProxyCommand=touch${IFS}owned slots=2\n", 77, ":1: '-oProxyCommand=touch${IFS}owned' would be an option"),
         ("node1 slots=1\n  -F/tmp/x slots=1\n", 77, ":2: '-F/tmp/x' would be an option of ssh"),
         ("node1;reboot slots=2\n", 77, "'node1;reboot' is not a host's name"),
@@ -138,3 +140,10 @@ def test_a_file_of_variables_is_checked_line_by_line(line: str, code: int, words
 
 def test_the_hostfile_of_the_project_passes() -> None:
     assert hosts.read_hosts(ROOT / "cluster/hosts") == ({"localhost": 1}, [])
+
+
+def test_a_user_without_a_home_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1_000_930_000)  # a container's, which has no name
+    (tmp_path / "hosts").write_text("node1 slots=8\n")
+    assert hosts.check(tmp_path / "hosts", None, {}) == ({"node1": 8}, [])

@@ -102,12 +102,15 @@ def test_shards_are_read_and_checkpoints_written_on_disk(packed: Path, tmp_path:
         machine_checks.check_shards(report, str(tmp_path / "new"))
 
 
-def test_checkpoints_are_written_on_s3_and_a_wrong_key_is_a_problem(
+def test_checkpoints_are_written_on_s3_and_a_wrong_bucket_or_key_is_a_problem(
     s3_server: S3Server, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = Report("n1", 0)
     machine_checks.check_writing(report, f"s3://{s3_bucket}/run")
     assert s3_server.filesystem().find(s3_bucket) == []
+    with pytest.raises(FileNotFoundError):
+        machine_checks.check_writing(report, "s3://mistyped-bucket/run")
+    assert not s3_server.filesystem().exists("mistyped-bucket")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     machine_checks.with_patience(
         report, "writing", 60, lambda: machine_checks.check_writing(report, f"s3://{s3_bucket}/run")

@@ -142,7 +142,7 @@ def _secrets_in_files() -> set[str]:
     for name in CREDENTIAL_FILES:
         parser = configparser.RawConfigParser()
         with contextlib.suppress(OSError, configparser.Error, UnicodeDecodeError):
-            parser.read_string(Path(name).expanduser().read_text())
+            parser.read_string(Path(os.path.expanduser(name)).read_text())
         for section in parser.sections():
             found |= {
                 value

@@ -1,6 +1,7 @@
 """Do sources of every kind become verified shards, shared, restarted, limited and refused as documented?"""
 
 import hashlib
+import os
 import pickle
 import re
 import subprocess
@@ -21,7 +22,7 @@ from data_pipeline.pack import main
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
 from data_pipeline.packing.resize import to_pixels
 from data_pipeline.packing.sources_arrays import CIFAR10_FILES
-from data_pipeline.packing.steps import shard_bounds
+from data_pipeline.packing.steps import Workforce, shard_bounds, workspace_of
 from data_pipeline.storage import Store
 from data_pipeline.verify import main as verify_main
 from data_pipeline.verify import verify
@@ -381,3 +382,12 @@ def test_shards_are_whole_blocks_of_about_equal_number(count: int, limit: int) -
 
 def test_classes_of_all_of_imagenet_are_its_thousand() -> None:
     assert set(WNIDS) <= set(IMAGENET_CLASSES)
+
+
+def test_a_container_s_user_without_a_name_can_pack_to_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1_000_930_000)
+    workforce = Workforce(workers=1, scratch=None, task_index=0, task_count=1, max_skipped=0)
+    folder = workspace_of(Store("memory://bucket/set", 1.0), "0" * 64, workforce)
+    assert folder.name == "pack-1000930000-0000000000000000"
