@@ -130,13 +130,13 @@ def submit_training(options: argparse.Namespace) -> int:
     run_dir = settings["run"]["dir"]
     logs = make_logs(options, f"{run_dir}/logs")
     urls = [settings["data"][key] for key in ("train_url", "validation_url")]
-    preflight = [*(f"--data-url {url}" for url in urls), f"--mlflow-uri {settings['tracking']['uri']}"]
+    preflight = [*(word for url in urls for word in ("--data-url", url)), "--mlflow-uri", settings["tracking"]["uri"]]
     if url := settings["checkpoint"]["url"]:
-        preflight.append(f"--checkpoint-url {url}")
+        preflight += ["--checkpoint-url", url]
     variables = {
         "RUN_DIR": run_dir,
         "WARN_SECONDS": str(options.warn_seconds),
-        "PREFLIGHT": "no" if options.preflight == "no" else " ".join([*preflight, options.preflight]).strip(),
+        "PREFLIGHT": "no" if options.preflight == "no" else f"{shlex.join(preflight)} {options.preflight}".strip(),
         "MIN_NODES": str(least),
         "TASKS_PER_NODE": str(per_node),
         "CPUS_PER_TASK": str(options.cpus_per_task),

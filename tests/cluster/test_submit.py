@@ -91,6 +91,21 @@ def test_the_site_comes_from_the_environment_and_options_win(
     assert "export CONTAINER='apptainer exec --nv train.sif'" in script
 
 
+@pytest.mark.skipif(shutil.which("xargs") is None, reason="needs xargs, as a node of a cluster has it")
+def test_names_with_spaces_and_quotes_reach_preflight_and_the_container_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CONTAINER", "apptainer exec --bind '/my data' train.sif")
+    options = ["--set", "data.train_url=/my images/Ümit's", "--set", f"run.dir={tmp_path}"]
+    script = dry_run(capsys, *CONFIG, *options, "--nodes", "2", "--time", "60", "--preflight", '--disk "/a b"')
+    job = "".join(line for line in script.splitlines(keepends=True) if not line.startswith("#SBATCH"))
+    job = job.replace('exec "$python"', "printf '%s\\n'")
+    result = subprocess.run(["bash", "-c", job], capture_output=True, text=True, check=True)
+    words = result.stdout.splitlines()
+    for name, value in (("--data-url", "/my images/Ümit's"), ("--disk", "/a b"), ("--bind", "/my data")):
+        assert (name, value) in zip(words, words[1:], strict=False)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
