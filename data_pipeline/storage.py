@@ -64,7 +64,7 @@ PASSING_S3_CODES = (
     "ThrottlingException",
     "XAmzContentSHA256Mismatch",
 )
-PRECONDITION_FAILED, NOT_IMPLEMENTED, INSUFFICIENT_STORAGE = 412, 501, 507
+PRECONDITION_FAILED, RANGE_NOT_SATISFIABLE, NOT_IMPLEMENTED, INSUFFICIENT_STORAGE = 412, 416, 501, 507
 FULL_S3_CODES = ("QuotaExceeded", "XMinioStorageFull")
 # Errors that botocore raises before it asks anybody.
 SETTINGS_ERRORS = ("NoRegionError", "ParamValidationError", "PartialCredentialsError", "ProfileNotFound")
@@ -255,8 +255,14 @@ class Store:
     def size(self, name: str) -> int:
         """Bytes of an object."""
         filesystem, path = open_filesystem(self.url), self._path(name)
-        what = f"look for {self.url_of(name)}"
-        return with_retries(lambda: int(filesystem.info(path)["size"]), what, self.deadline_seconds, None)
+
+        def attempt() -> int:
+            size = filesystem.info(path)["size"]
+            if size is None:
+                raise DataError(f"{self.url_of(name)}: the server does not say how large it is, so it cannot be read")
+            return int(size)
+
+        return with_retries(attempt, f"look for {self.url_of(name)}", self.deadline_seconds, None)
 
     def names(self, below: str = "") -> list[str]:
         """Names of the objects directly in the folder (or one below it), sorted; empty when there is none."""
@@ -340,6 +346,10 @@ class Store:
 
 class CorruptRead(Exception):
     """A read returned the wrong bytes. That is worth another try; if it stays so, the data is damaged."""
+
+
+class RangeIgnored(Exception):
+    """A server sent more than the part of an object that it was asked for."""
 
 
 def scheme_of(url: str) -> str:
@@ -461,11 +471,14 @@ def bytes_of(filesystem: Any, path: str, begin: int | None, end: int | None) -> 
         # A dying server may send a byte now and then, which a socket's read timeout never ends; this limit does.
         read = filesystem._cat_file
         try:
-            return bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
-        except OSError as error:
-            if s3_code(error) == "InvalidRange":  # the object ends before the range begins
-                return b""
+            data = bytes(sync(filesystem.loop, read, path, start=begin, end=end, timeout=REQUEST_SECONDS))
+        except Exception as error:
+            if s3_code(error) == "InvalidRange" or status_of(error) == RANGE_NOT_SATISFIABLE:
+                return b""  # the object ends before the range begins
             raise
+        if begin is not None and end is not None and len(data) > end - begin:
+            raise RangeIgnored(f"{len(data)} bytes came instead of {end - begin}")
+        return data
     if type(filesystem) is LocalFileSystem:  # what its cat_file does, in a third of the time
         with open(path, "rb") as file:
             file.seek(begin or 0)
@@ -614,6 +627,10 @@ def classify(error: Exception) -> tuple[str, int] | None:
         return f"the store refuses it ({reason_of(error)})", EXIT_USAGE
     if type(error).__name__ in SETTINGS_ERRORS or (isinstance(error, ValueError) and "nvalid endpoint" in str(error)):
         return f"the settings for the store are wrong ({reason_of(error)})", EXIT_USAGE
+    if isinstance(error, RangeIgnored):
+        return f"the server ignores byte ranges, which reading parts of a file needs ({error})", EXIT_USAGE
+    if isinstance(error, NotImplementedError):
+        return "this kind of storage can only be read", EXIT_USAGE
     if type(error).__name__ == "NoCredentialsError":
         return "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY", EXIT_USAGE
     return None

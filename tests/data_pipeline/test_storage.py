@@ -1,5 +1,6 @@
 """Do reads and writes survive what storage does, and do failures name the URL, the range and the reason?"""
 
+import contextlib
 import errno
 import gc
 import itertools
@@ -11,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -545,3 +548,50 @@ def test_what_a_store_keeps_half_of_is_created_again(monkeypatch: pytest.MonkeyP
     assert store.create("plan.json", b"the whole plan") and store.read("plan.json") == b"the whole plan"
     assert not store.create("plan.json", b"another plan") and store.read("plan.json") == b"the whole plan"
     store.remove("plan.json")
+
+
+class _PlainServer(SimpleHTTPRequestHandler):
+    """Python's own web server, which sends whole files whatever part is asked for."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _SizelessServer(_PlainServer):
+    def send_header(self, keyword: str, value: str) -> None:
+        if keyword != "Content-Length":
+            super().send_header(keyword, value)
+
+
+def test_a_web_server_without_byte_ranges_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(bytes(100))
+    with serving(partial(_PlainServer, directory=str(tmp_path))) as url:
+        store = Store(url, 30.0)
+        assert store.read_whole("shard.tar", 100) == bytes(100)
+        for read in (
+            lambda: store.read("shard.tar", 10, 20),
+            lambda: store.read_block("shard.tar", 10, memoryview(bytearray(10)), "0" * 16, threading.Event()),
+        ):
+            with pytest.raises(DataError, match="the server ignores byte ranges") as caught:
+                read()
+            assert caught.value.exit_code == 2
+        with pytest.raises(DataError, match="this kind of storage can only be read"):
+            store.remove("shard.tar")
+    with (
+        serving(partial(_SizelessServer, directory=str(tmp_path))) as url,
+        pytest.raises(DataError, match="the server does not say how large it is"),
+    ):
+        Store(url, 30.0).size("shard.tar")
+
+
+@contextlib.contextmanager
+def serving(handler: Callable[..., SimpleHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
