@@ -25,7 +25,10 @@ class Clock:
     """A server that tells everybody who connects what time it is here."""
 
     def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0), backlog=1024)
+        if socket.has_dualstack_ipv6():
+            self._socket = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        else:
+            self._socket = socket.create_server(("", 0), backlog=1024)
         self.port = int(self._socket.getsockname()[1])
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -43,10 +46,16 @@ class Clock:
 
 
 def address_towards(host: str, port: int) -> str:
-    """The address under which another machine reaches this one."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, port))
-        return str(probe.getsockname()[0])
+    """The address under which another machine reaches this one, of IPv4 or IPv6; raises OSError if there is none."""
+    unreached = OSError(f"{host} has no address")
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(place)
+                return str(probe.getsockname()[0])
+        except OSError as error:
+            unreached = error
+    raise unreached
 
 
 def clock_offset(address: str, port: int) -> float:

@@ -1,5 +1,7 @@
 """Do machines meet in pairs once each, and is it the slow machine that is named, not its partners?"""
 
+import socket
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,9 +43,17 @@ def test_one_slow_pair_of_good_machines_names_nobody() -> None:
     assert slow_nodes({("a", "b"): 0.1, ("a", "c"): 10.0, ("b", "c"): 10.0}, 0.25) == {}
 
 
-def test_the_clock_of_this_machine_agrees_with_itself() -> None:
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        pytest.param("::1", marks=pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")),
+    ],
+)
+def test_the_clock_of_this_machine_agrees_with_itself(address: str) -> None:
     clock = Clock()
-    assert abs(clock_offset(address_towards("127.0.0.1", clock.port), clock.port)) < 5
+    assert address_towards(address, clock.port) == address
+    assert abs(clock_offset(address, clock.port)) < 5
     clock.close()
     with pytest.raises(OSError, match="refused"):
-        clock_offset("127.0.0.1", clock.port)
+        clock_offset(address, clock.port)
