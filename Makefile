@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make quickstart` does the main job, `make test` runs the tests. A third, as root on
 # Debian: `make test-cluster` launches over several machines by ssh and by Slurm, and breaks them; `make test-browser`
-# looks at the pages in Chromium; `make test-faults` lets each call on a file fail once, in each way, which takes hours.
+# looks at the pages in Chromium; `make test-faults` lets each call on a file fail once, in each way, which takes an hour.
 # Needed before: Linux, Python 3.11 or 3.12 with venv, g++. A GPU is used if there is one.
 
 PYTHON ?= python3
