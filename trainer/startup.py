@@ -82,17 +82,40 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[Shards, Shards]:
                 f"{option}: {shards.url} holds images without labels, and model.num_classes is "
                 f"{config.model.num_classes}; set it to 0, or train on labelled images"
             )
-        if config.model.num_classes and len(shards.classes) != config.model.num_classes:
+        # Indexed shards have numbers for names, up to the largest label; the last classes may have no validation image.
+        fewer = shards is validation_shards and has_numbers(shards)
+        if config.model.num_classes and not (
+            len(shards.classes) == config.model.num_classes or fewer and len(shards.classes) < config.model.num_classes
+        ):
             raise UsageError(
                 f"{option}: {shards.url} has {counted(len(shards.classes), 'class', 'classes')}, "
                 f"and model.num_classes is {config.model.num_classes}"
             )
+    if config.model.num_classes:
+        check_same_classes(*opened)
     if opened[0].count < config.train.global_batch_images:
         raise UsageError(
             f"data.train_url: {opened[0].url} holds {counted(opened[0].count, 'image')}, too few for a batch of "
             f"{config.train.global_batch_images} (train.global_batch_images)"
         )
     return opened
+
+
+def check_same_classes(trained: Shards, validation: Shards) -> None:
+    """UsageError where a label has another name in the validation set than in the training set."""
+    if has_numbers(trained) or has_numbers(validation):
+        return
+    for label, (name, other) in enumerate(zip(trained.classes, validation.classes, strict=True)):
+        if name != other:
+            raise UsageError(
+                f"data.validation_url: label {label} is {other!r} in {validation.url} and {name!r} in {trained.url}, "
+                "the training set; pack both with the same classes, or set model.num_classes to 0"
+            )
+
+
+def has_numbers(shards: Shards) -> bool:
+    """Whether nobody named the classes: names of indexed shards are their labels."""
+    return shards.classes == tuple(map(str, range(len(shards.classes))))
 
 
 def origin_of(config: RunConfig, source: Path | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ from tests.support.training_job import ALONE, config_of
 from trainer.checkpoint import Checkpoint
 from trainer.errors import UnfitDisk, UsageError, code_of
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.startup import cannot_write, check_fits, count_start, prepare_run_folder, why_not_anew
+from trainer.startup import cannot_write, check_fits, check_same_classes, count_start, prepare_run_folder, why_not_anew
 from trainer.typed_values import plain
 
 
@@ -138,3 +138,16 @@ def test_other_lanes_in_the_middle_of_an_epoch_are_refused(tmp_path: Path, packe
     check_fits(in_the_middle, other, shards, "url")
     check_fits(replace(in_the_middle, samples=2 * shards.count), config, shards, "url")
     check_fits(replace(in_the_middle, step=500), config, shards, "url")
+
+
+def test_a_label_that_means_something_else_in_the_validation_set_is_refused(packed: Path) -> None:
+    shards = open_shards(str(packed))
+    trained, other, numbers = (
+        replace(shards, manifest=replace(shards.manifest, classes=classes))
+        for classes in (("ant", "bee", "cat"), ("ant", "cat", "dog"), ("0", "1", "2"))
+    )
+    with pytest.raises(UsageError, match="data.validation_url: label 1 is 'cat' in .* and 'bee' in ") as caught:
+        check_same_classes(trained, other)
+    assert code_of(caught.value) == 2
+    for validation in (trained, numbers):  # nobody named the classes of shards that were indexed
+        check_same_classes(trained, validation)
