@@ -213,7 +213,7 @@ def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]
                     raise DataError(f"{url} is cut off", EXIT_CORRUPT)
                 yield np.frombuffer(chunk, np.uint8).reshape(-1, shape[1])
 
-    return rows(), labels.ravel().tolist()
+    return rows(), whole_numbers(labels.ravel(), url)
 
 
 def npy_shape(file: Any, url: str) -> tuple[tuple[int, ...], int]:
@@ -247,7 +247,19 @@ def pickled_batch(url: str, member: str | None, size: int) -> tuple[Iterator[np.
         raise DataError(f"{where} does not hold the array data and the list labels", EXIT_CORRUPT)
     if rows.shape[1] != 3 * size**2:
         raise DataError(f"{where} holds rows of {rows.shape[1]} values, not images of --size {size}")
-    return iter([rows]), [int(label) for label in labels]
+    return iter([rows]), whole_numbers(labels, where)
+
+
+def whole_numbers(labels: Any, where: str) -> list[int]:
+    """Labels as integers, which some programs write as 5.0. Raises DataError (exit code 65) for anything else."""
+    try:
+        values = np.asarray(labels)
+    except ValueError:  # lists of several lengths
+        values = np.array(None)
+    with np.errstate(invalid="ignore"):
+        if values.ndim == 1 and (values.dtype.kind in "iu" or values.dtype.kind == "f" and (values % 1 == 0).all()):
+            return [int(value) for value in values]
+    raise DataError(f"{where} has labels that are no whole numbers", EXIT_CORRUPT)
 
 
 def gzipped_member(data: bytes, member: str, url: str) -> bytes:

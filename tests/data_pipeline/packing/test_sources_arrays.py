@@ -162,6 +162,22 @@ def test_a_npz_with_pickled_objects_is_refused(tmp_path: Path) -> None:
         items_of(chrabaszcz(str(tmp_path), "validation", 8))
 
 
+@pytest.mark.parametrize("suffix", ["", ".npz"])
+def test_labels_may_be_whole_numbers_of_any_type_and_nothing_else(tmp_path: Path, suffix: str) -> None:
+    good: tuple[list[Any], ...] = ([5], [5.0])
+    for labels in good:
+        put_batch(tmp_path, f"val_data{suffix}", PLANAR[:1], labels, 2)
+        assert [item.label for item in items_of(chrabaszcz(str(tmp_path), "validation", 8))] == [
+            IMAGENET_CLASSES.index(WNIDS_IN_DEVKIT_ORDER[4])
+        ]
+    odd: tuple[list[Any], ...] = ([5.5], [float("nan")], [float("inf")], ["cat"], [True], [[5], [5, 6]])
+    for labels in odd[: 5 if suffix else None]:  # numpy makes no array of the last one
+        put_batch(tmp_path, f"val_data{suffix}", PLANAR[:1], labels, 2)
+        with pytest.raises(DataError, match="has labels that are no whole numbers") as caught:
+            items_of(chrabaszcz(str(tmp_path), "validation", 8))
+        assert caught.value.exit_code == 65
+
+
 @pytest.mark.parametrize("form", ["cifar-10-python.tar.gz", "cifar-10-batches-py"])
 def test_cifar_batches_of_python_2_are_read(tmp_path: Path, form: str) -> None:
     images = np.stack([random_pixels(32, 32, seed) for seed in range(12)])
