@@ -211,4 +211,6 @@ def test_a_run_goes_on_over_damaged_blocks_only_when_told_and_records_them(tmp_p
     arguments = launch.settings(tmp_path / "limited", splits, data__max_damaged_blocks=1, **changes)
     code, text = launch.finish(launch.start(arguments, ranks=1))
     assert code == 65 and "2 blocks of the training data are damaged, and data.max_damaged_blocks allows 1" in text
-    assert re.search(r"error: .* one of them: cannot read .*/train-000000.tar \(bytes \d+-\d+\): the checksum is", text)
+    # How often it was tried depends on the machine.
+    where = r"cannot read .*/train-000000.tar \(bytes \d+-\d+\): (gave up after .*)?the checksum is"
+    assert re.search(f"error: .* one of them: {where}", text)

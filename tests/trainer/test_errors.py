@@ -28,7 +28,10 @@ OTHER_NAMES = {
 }
 COPYING = sorted([*(ROOT / "data_pipeline").rglob("*.py"), *(ROOT / "cluster").rglob("*.py")])
 # Caught where they are raised for: they end no command.
-CAUGHT = {"trainer.loop.Interrupted", "trainer.demo.BadRequest", "trainer.record.mlflow_mirror.MirrorInUse"}
+CAUGHT = {
+    *("trainer.loop.Interrupted", "trainer.demo.BadRequest", "trainer.pictures.Unsuitable"),
+    "trainer.record.mlflow_mirror.MirrorInUse",
+}
 
 
 def constants(path: Path) -> dict[str, int]:

@@ -304,11 +304,16 @@ def test_ctrl_c_before_training_ends_at_once(
 ) -> None:
     def ask_and_be_interrupted(config: object, ranks: object) -> None:
         signal.raise_signal(signal.SIGINT)
+        raise AssertionError("not interrupted")
 
     monkeypatch.setattr(run, "check_machine", ask_and_be_interrupted)
     arguments = settings(tmp_path / "run", splits)
     monkeypatch.setattr(sys, "argv", ["trainer/run.py", "--config", str(SMALL_JOB), *arguments])
-    assert run.main() == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process of its own
+    try:
+        assert run.main() == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
