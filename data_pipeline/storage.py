@@ -523,9 +523,10 @@ def atomic_file(path: str, *, durable: bool = True) -> Iterator[BinaryIO]:
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException:  # what has this name after the replacement is somebody else's
+        with contextlib.suppress(OSError):  # gone already, or on a disk of which the error tells
             os.unlink(temporary)
+        raise
 
 
 def create_local(path: str, data: bytes) -> bool:

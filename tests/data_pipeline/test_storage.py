@@ -298,6 +298,32 @@ def pieces_that_fail(first: bytes) -> Iterator[memoryview]:
     raise DataError("no more")
 
 
+def test_what_has_the_name_of_an_unfinished_file_later_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, later = os.replace, []
+
+    def replace_and_begin_another(source: str, target: str) -> None:
+        replace(source, target)
+        later.append(Path(source))
+        later[0].write_bytes(b"of another writer")
+
+    monkeypatch.setattr(os, "replace", replace_and_begin_another)
+    with storage.atomic_file(str(tmp_path / "a")) as file:
+        file.write(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole" and later[0].read_bytes() == b"of another writer"
+
+
+def test_a_file_that_cannot_be_removed_either_hides_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(call: str, *_: object) -> None:
+        raise OSError(errno.EIO, call)
+
+    monkeypatch.setattr(os, "replace", partial(fail, "of the replacement"))
+    monkeypatch.setattr(os, "unlink", partial(fail, "of the removal"))
+    with pytest.raises(OSError, match="of the replacement"), storage.atomic_file(str(tmp_path / "a")) as file:
+        file.write(b"x")
+
+
 def test_pieces_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     store = Store(f"{tmp_path}/new", 0.0)
     assert store.write_pieces("deep/x", lambda: map(memoryview, (b"123", b"", b"45"))) == 5
