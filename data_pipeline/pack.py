@@ -74,7 +74,10 @@ SOURCES: dict[str, tuple[str, Callable[[argparse.Namespace], Source]]] = {
         lambda o: imagenet_validation(o.input, o.labels),
     ),
     "imagenet-kaggle": ("the folder with LOC_synset_mapping.txt", lambda o: imagenet_kaggle(o.input, o.split)),
-    "imagenet-parquet": ("Hugging Face's parquet files", lambda o: imagenet_parquet(o.input, o.split)),
+    "imagenet-parquet": (
+        "Hugging Face's parquet files, of ImageNet or others",
+        lambda o: imagenet_parquet(o.input, o.split),
+    ),
     "imagenet-chrabaszcz": (
         "the folder with the Imagenet32/64 batches, pickled or npz",
         lambda o: chrabaszcz(o.input, o.split, o.size),

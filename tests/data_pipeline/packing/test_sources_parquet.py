@@ -1,5 +1,6 @@
 """Do Hugging Face's parquet files give their images and labels, and say what is wrong with them?"""
 
+import json
 from pathlib import Path
 
 import pyarrow
@@ -15,10 +16,12 @@ FILES = [image_bytes(random_pixels(9, 7, seed)) for seed in range(10)]
 LABELS = [0, 999, 5, 5, 1, 2, 3, 4, 500, 10]
 
 
-def put_parquet(path: Path, rows: slice, labels: list[int] = LABELS) -> None:
+def put_parquet(path: Path, rows: slice, labels: list[int] = LABELS, metadata: str | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": data, "path": "x.JPEG"} for data in FILES[rows]]
     table = pyarrow.table({"image": images, "label": labels[rows]})
+    if metadata is not None:
+        table = table.replace_schema_metadata({"huggingface": metadata})
     pyarrow.parquet.write_table(table, path, row_group_size=3)
 
 
@@ -63,6 +66,61 @@ def test_what_cannot_be_packed_is_explained(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "train-0.parquet")
     with pytest.raises(DataError, match="has no column 'image', only text"):
         imagenet_parquet(str(tmp_path), "train")
+
+
+def labels_called(names: object) -> str:
+    """What the library of Hugging Face writes into the schema of a parquet file."""
+    label = {"names": names, "_type": "ClassLabel"} if names else {"dtype": "int64", "_type": "Value"}
+    return json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": label}}})
+
+
+WORDS = [f"thing {number}" for number in range(1000)]
+IMAGENET_WORDS = ["tench, Tinca tinca", "goldfish, Carassius auratus", *WORDS[2:999], "toilet tissue, toilet paper"]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "form", "classes"),
+    [
+        (labels_called(["cat", "dog", "\u72d0"]), "parquet", ("cat", "dog", "\u72d0")),
+        (labels_called(["n01443537", "n01629819", "n01641577"]), "imagenet", ("n01443537", "n01629819", "n01641577")),
+        (labels_called(WORDS), "parquet", tuple(WORDS)),
+        (labels_called(IMAGENET_WORDS), "imagenet", IMAGENET_CLASSES),
+        (labels_called(None), "imagenet", IMAGENET_CLASSES),
+        ("{}", "imagenet", IMAGENET_CLASSES),
+    ],
+)
+def test_classes_are_what_the_file_calls_its_labels(
+    metadata: str, form: str, classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    put_parquet(tmp_path / "train-0.parquet", slice(0, 3), [0, 2, 3], metadata)
+    source = imagenet_parquet(str(tmp_path), "train")
+    assert (source.form, source.classes) == (form, classes)
+    items = source.groups[0].read()
+    assert [next(items).label, next(items).label] == [0, 2]
+    if len(classes) == 3:
+        with pytest.raises(DataError, match="row 2 has the label 3"):
+            next(items)
+
+
+@pytest.mark.parametrize("other", [labels_called(["dog", "cat"]), labels_called(["cat", "dog", "fox"]), None])
+def test_files_whose_labels_have_other_names_are_refused(other: str | None, tmp_path: Path) -> None:
+    put_parquet(tmp_path / "train-0.parquet", slice(0, 2), [0, 1], labels_called(["cat", "dog"]))
+    put_parquet(tmp_path / "train-1.parquet", slice(2, 4), [0, 0, 0, 1], other)
+    with pytest.raises(
+        DataError, match="of two sets, train-0.parquet and train-1.parquet, whose labels have"
+    ) as caught:
+        imagenet_parquet(str(tmp_path), "train")
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "metadata", ["{", "[]", "[" * 100_000, '{"info": 1}', *map(labels_called, (["a", "a"], ["a", 1], {"0": "a"}, "ab"))]
+)
+def test_odd_names_of_labels_are_damage(metadata: str, tmp_path: Path) -> None:
+    put_parquet(tmp_path / "train-0.parquet", slice(0, 2), [0, 1], metadata)
+    with pytest.raises(DataError, match="train-0.parquet is damaged: .*labels") as caught:
+        imagenet_parquet(str(tmp_path), "train")
+    assert caught.value.exit_code == 65
 
 
 def test_a_damaged_page_is_damage(tmp_path: Path) -> None:
