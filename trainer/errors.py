@@ -71,6 +71,14 @@ class MlflowUnreachable(RuntimeError):
     exit_code = UNAVAILABLE
 
 
+class FilesUnsent(RuntimeError):
+    """MLflow has the numbers of a run, but not its files. The exit code is that of the cause, where it has one."""
+
+    def __init__(self, reason: str, exit_code: int = UNAVAILABLE) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 class OutOfMemory(RuntimeError):
     """A device has no memory left. The text says what needs less of it."""
 

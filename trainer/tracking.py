@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.wording import counted
 from trainer.command_line import run_tool
-from trainer.errors import MlflowUnreachable, RefusedStore, UnsafeFile, UsageError
+from trainer.errors import FilesUnsent, MlflowUnreachable, RefusedStore, UnsafeFile, UsageError
 from trainer.record.mlflow_mirror import SQLITE, Mirror, MirrorInUse, catch_up
 from trainer.record.own_runs import is_store, own_store, store_of_environment
 from trainer.record.redaction import one_line
@@ -33,7 +33,8 @@ def main() -> int:
 def _sync(files: RunFiles, to: str | None) -> None:
     """Send what is left and say how much it was.
 
-    Raises UsageError for a folder without a run or a store that nobody named, RefusedStore, MlflowUnreachable.
+    Raises UsageError for a folder without a run or a store that nobody named, RefusedStore, MlflowUnreachable,
+    FilesUnsent.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     if not (description := files.read_description()):
@@ -55,7 +56,7 @@ def _sync(files: RunFiles, to: str | None) -> None:
     except MirrorInUse as error:
         print(f"{error}; nothing to do here")
         return
-    except (RefusedStore, UnsafeFile):
+    except (FilesUnsent, RefusedStore, UnsafeFile):
         raise
     except Exception as error:
         waiting = f"{counted(unsent, 'point')} {'waits' if unsent == 1 else 'wait'}"

@@ -6,6 +6,9 @@ harm: a point has the time at which it was recorded, and MLflow stores equal poi
 
 MLflow forgets nothing. Points that it has and that a newer attempt supersedes stay there. Of two values at one step it
 counts the later one, and the tags `attempt.N.step` and `attempt.N.started` tell a reader which points stand.
+
+What goes to the store itself (points, parameters, tags, data sets, how the run ended) is sent first, and files last:
+they may go to another place, a bucket or a disk, which may be away or closed to us while the store answers.
 """
 
 import contextlib
@@ -32,8 +35,9 @@ from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 from mlflow.utils.mlflow_tags import MLFLOW_RUN_NAME
 from PIL import Image
 
-from trainer.errors import RefusedStore
+from trainer.errors import UNAVAILABLE, FilesUnsent, RefusedStore, code_of, is_foreseen
 from trainer.pictures import open_picture
+from trainer.record.redaction import one_line
 from trainer.record.run_folder import RunFiles, is_superseded, write_json
 from trainer.safe_files import file_inside, files_inside, read_file
 
@@ -90,17 +94,20 @@ class Mirror:
         self._metrics, self._events = files.points(), files.happenings()
         self._lock: FileLock | None = None
         self._client: mlflow.MlflowClient | None = None
-        self._run_id = ""
+        self._run: Run | None = None
         self._attempt: int | None = None
         self._begun: dict[int, int] = {}
+        self._at_files = False
         self._may_be_there = True
         """Whether an image may have arrived although its answer was lost."""
 
     def catch_up(self, *, end: bool) -> None:
         """Open the run unless it is open, and send what is new. With `end`, send also how the last attempt ended.
 
-        Raises MirrorInUse, or any error of MLflow, its store or its network. The next call goes on from there.
+        Raises MirrorInUse, FilesUnsent if all but the files has arrived, or any error of MLflow, its store or its
+        network. The next call goes on from there.
         """
+        self._at_files = False
         self._take_lock()
         description = self._files.read_description()
         if not description:
@@ -115,21 +122,36 @@ class Mirror:
             self._send_events(sent)
             if end:
                 self._send_end(sent)
+            self._at_files = True
+            self._send_files(description, sent)
         except Exception as error:
             if _is_gone(error):
                 self._attempt = None  # the run was deleted meanwhile: open another
+            if not self._at_files:
+                raise
             self._may_be_there = True
-            raise
+            if isinstance(error, RefusedStore):
+                raise FilesUnsent(f"{error}; the numbers of the run have arrived", error.exit_code) from error
+            raise FilesUnsent(
+                f"MLflow at {self._uri} does not get files of the run ({one_line(error)}); its numbers have arrived",
+                code_of(error) if is_foreseen(error) else UNAVAILABLE,
+            ) from error
+        self._at_files = False
 
     @property
     def run_id(self) -> str:
         """MLflow's id of the run; empty until it is open."""
-        return self._run_id
+        return str(self._run.info.run_id) if self._run else ""
 
     def unsent_points(self) -> int:
         """Values of metrics that have not arrived."""
         sent = self._files.read_sent()
         return sum(len(record["metrics"]) for record in self._metrics.records(sent.get("metrics", 0)))
+
+    @property
+    def lacks_only_files(self) -> bool:
+        """Whether `catch_up`, which has failed or is still at work, has sent all but files."""
+        return self._at_files
 
     def close(self) -> None:
         """Let another process send."""
@@ -163,12 +185,13 @@ class Mirror:
             began = int(description["attempts"][0]["started"] * 1000)
             run = client.create_run(_experiment_id(client, description, self._uri), start_time=began, tags=tags)
         run_id = run.info.run_id
-        _pin_artifacts(run, self._uri)
         if sent.get("run_id") != run_id:
             sent.clear()
-            sent |= {"run_id": run_id, "metrics": 0, "events": 0}
+            sent |= {"run_id": run_id, "metrics": 0, "events": 0, "files": 0}
+        if "files" not in sent:  # an older version sent files together with the rest
+            sent |= {"files": sent["events"], "files_attempt": sent.get("attempt")}
         if sent.get("attempt") != description["attempt"]:
-            _describe(client, run, description, files)
+            _describe(client, run, description)
             sent["attempt"] = description["attempt"]
             write_json(files.sent, sent)
         named = {"mlflow_run_id": run_id, "mlflow_uri": self._uri}
@@ -178,7 +201,7 @@ class Mirror:
         if STATUS.get(files.read_state().get("state", "")) == "RUNNING" and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
             sent.pop("status", None)
-        self._run_id, self._attempt = run_id, description["attempt"]
+        self._run, self._attempt = run, description["attempt"]
         self._begun = files.attempts_begun()
 
     def _send_metrics(self, sent: dict[str, Any]) -> None:
@@ -201,7 +224,7 @@ class Mirror:
         """Send points. This warns of each point that MLflow refuses as invalid, and leaves it out."""
         assert self._client is not None
         try:
-            self._client.log_batch(self._run_id, metrics=points)
+            self._client.log_batch(self.run_id, metrics=points)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE" or _is_gone(error):
                 raise
@@ -213,29 +236,64 @@ class Mirror:
             self._send_points(points[middle:])
 
     def _send_events(self, sent: dict[str, Any]) -> None:
+        """Send what happened, but pictures and files."""
         assert self._client is not None
-        told = False
         while True:
-            records, position = self._events.read(sent["events"], 1)
+            records, position = self._events.read(sent["events"], LINES_A_REQUEST)
             if position == sent["events"]:
-                break
-            if told:
-                write_json(self._files.sent, sent)
+                return
             for record in records:
-                self._send_event(record)
-            told = True
-            self._may_be_there = False
+                if record["event"] not in ("image", "file"):
+                    text = f"step {record['step']}: {record.get('text', '')}"
+                    name = re.sub(r"[^\w.-]", "_", record["event"])[:LARGEST_NAME_CHARACTERS]
+                    self._client.set_tag(self.run_id, f"event.{name}", text[:LARGEST_TAG_CHARACTERS])
             sent["events"] = position
-        if told:  # the last event is known to be there once the file has arrived, too
-            self._client.log_artifact(self._run_id, str(file_inside(self._files.folder, self._files.events.name)))
             write_json(self._files.sent, sent)
 
-    def _send_event(self, record: dict[str, Any]) -> None:
+    def _send_files(self, description: dict[str, Any], sent: dict[str, Any]) -> None:
+        """Send what describes the attempt, the pictures and files of events, and `events.jsonl` itself.
+
+        Raises RefusedStore for a place where the store must not write.
+        """
+        assert self._client is not None and self._run is not None
+        files, described = self._files, sent.get("files_attempt") == description["attempt"]
+        if described and self._events.read(sent["files"], 1)[1] == sent["files"]:
+            return
+        # A store names the place of files by itself, and this process would write wherever it says: so no call about
+        # files comes before the place is judged. All else goes to the address that the user named, whatever that place
+        # is. It may be sent before, and also where the place is refused.
+        _pin_artifacts(self._run, self._uri)
+        if not described:
+            self._client.log_artifact(self.run_id, str(file_inside(files.folder, files.config.name)))
+            try:
+                texts = files_inside(files.repro, files.folder)
+            except FileNotFoundError:  # somebody has deleted it
+                texts = []
+            for path in texts:
+                self._client.log_artifact(self.run_id, str(path), "repro")
+            sent["files_attempt"] = description["attempt"]
+            write_json(files.sent, sent)
+        told = False
+        while True:
+            records, position = self._events.read(sent["files"], 1)
+            if position == sent["files"]:
+                break
+            if told:
+                write_json(files.sent, sent)
+            for record in records:
+                self._send_file_of(record)
+            told = True
+            self._may_be_there = False
+            sent["files"] = position
+        if told:  # the last event is known to be there once the file has arrived, too
+            self._client.log_artifact(self.run_id, str(file_inside(files.folder, files.events.name)))
+            write_json(files.sent, sent)
+
+    def _send_file_of(self, record: dict[str, Any]) -> None:
+        """Send the picture or file of an event, if it has one."""
         assert self._client is not None
-        client, run_id = self._client, self._run_id
-        if record["event"] == "image" and is_superseded(record, self._begun):
-            pass
-        elif record["event"] == "image":
+        client, run_id = self._client, self.run_id
+        if record["event"] == "image" and not is_superseded(record, self._begun):
             image = _read_image(self._files.folder, record.get("file", ""))
             when = int(record["time"] * 1000)
             if image is not None and not (self._may_be_there and self._has_image(record["step"], when)):
@@ -250,14 +308,10 @@ class Mirror:
                 log.warning("MLflow does not get %s (%s)", self._files.folder / name, error)
             else:
                 client.log_artifact(run_id, str(path), _artifact_folder(record.get("folder", "")))
-        else:
-            text = f"step {record['step']}: {record.get('text', '')}"
-            name = re.sub(r"[^\w.-]", "_", record["event"])[:LARGEST_NAME_CHARACTERS]
-            client.set_tag(run_id, f"event.{name}", text[:LARGEST_TAG_CHARACTERS])
 
     def _has_image(self, step: int, when: int) -> bool:
         assert self._client is not None
-        names = (artifact.path for artifact in self._client.list_artifacts(self._run_id, "images"))
+        names = (artifact.path for artifact in self._client.list_artifacts(self.run_id, "images"))
         # MLflow writes two files for an image, the small one last.
         return any(f"+step+{step}+timestamp+{when}+" in name and name.endswith(".webp") for name in names)
 
@@ -269,7 +323,7 @@ class Mirror:
         if sent.get("status") == status:
             return
         ended = state.get("ended")
-        self._client.set_terminated(self._run_id, status, end_time=int(ended * 1000) if ended else None)
+        self._client.set_terminated(self.run_id, status, end_time=int(ended * 1000) if ended else None)
         sent["status"] = status
         write_json(self._files.sent, sent)
 
@@ -386,8 +440,8 @@ def _experiment_id(client: mlflow.MlflowClient, description: dict[str, Any], uri
     raise OSError(f"the experiment {name} can neither be found nor created in MLflow")
 
 
-def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any], files: RunFiles) -> None:
-    """Parameters, tags, artifacts and data sets of the attempt that begins."""
+def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any]) -> None:
+    """Parameters, tags and data sets of the attempt that begins."""
     run_id, recorded = run.info.run_id, run.data.params
     values = description["params"]
     # MLflow refuses to change a parameter, so a tag says what a restart has changed.
@@ -396,13 +450,6 @@ def _describe(client: mlflow.MlflowClient, run: Run, description: dict[str, Any]
     tags = [RunTag(key, value[:LARGEST_TAG_CHARACTERS]) for key, value in (description["tags"] | changed).items()]
     for begin in range(0, max(len(params), len(tags)), 100):
         client.log_batch(run_id, params=params[begin : begin + 100], tags=tags[begin : begin + 100])
-    client.log_artifact(run_id, str(file_inside(files.folder, files.config.name)))
-    try:
-        described = files_inside(files.repro, files.folder)
-    except FileNotFoundError:  # somebody has deleted it
-        described = []
-    for path in described:
-        client.log_artifact(run_id, str(path), "repro")
     if not (run.inputs and run.inputs.dataset_inputs):
         client.log_inputs(run_id, datasets=[_dataset_input(data) for data in description["data"]])
 
@@ -456,8 +503,8 @@ def _pin_artifacts(run: Run, uri: str) -> None:
         allowed = scheme in ("", "file") and uri.startswith(SQLITE) and local.is_absolute()
         if not (allowed and local.resolve().is_relative_to(_local_artifacts(uri).resolve())):
             raise RefusedStore(
-                f"MLflow at {uri} keeps the files of run {run_id} in {place!r}, a place on this machine that is not "
-                "the folder mlruns beside a sqlite store; nothing is written there"
+                f"MLflow at {uri} keeps the files of run {run_id} in {place[:200]!r}, a place on this machine that is "
+                "not the folder mlruns beside a sqlite store; nothing is written there"
             )
     # MLflow would ask the store again for the place, and keeps it here by itself.
     _artifact_repos_cache[run_id] = get_artifact_repository(place, tracking_uri=uri)

@@ -145,7 +145,12 @@ class Sent:
     run_id: str = ""
     metrics: Count = 0
     events: Count = 0
+    files: Count | None = None
+    """Of `events.jsonl`, how much has arrived of its pictures and files; None: as much as of the events themselves."""
     attempt: Count | None = None
+    """Which attempt is described there."""
+    files_attempt: Count | None = None
+    """Whose files of description are there: its config and `repro/`."""
     checkpoint_step: Count | None = None
     status: str | None = None
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from trainer.errors import FilesUnsent
 from trainer.record.own_runs import own_store, store_of_environment
 from trainer.record.redaction import one_line
 from trainer.record.run_folder import Clock, RunFiles, metric_name, place_in_run, sync_command
@@ -47,6 +48,8 @@ def record_results(
         catch_up(files, uri, end=False)
     except MirrorInUse:
         pass  # the training job sends it
+    except FilesUnsent as error:
+        log.warning("%s; once that is mended, %s sends the files", error, sync_command(files))
     except Exception as error:  # noqa: BLE001 (the results are in the files, whatever MLflow says)
         log.warning(
             "MLflow does not answer (%s); the results are in %s, and %s sends them",

@@ -21,7 +21,7 @@ from PIL import Image
 
 from data_pipeline.wording import counted
 from trainer.config import RunConfig, as_yaml, flat
-from trainer.errors import CANNOT_WRITE, MlflowUnreachable
+from trainer.errors import CANNOT_WRITE, FilesUnsent, MlflowUnreachable
 from trainer.pictures import png
 from trainer.ranks import Ranks, from_rank_0
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse
@@ -161,12 +161,8 @@ class Tracker:
             lacking.append(unwritten)
         elif unwritten:
             log.warning("%s", unwritten)
-        unsent, problem = self._uploader.close(CLOSE_SECONDS[state])
-        if problem is not None:
-            log.warning(
-                "%s and the end of the run not sent to MLflow (%s); run: %s",
-                counted(unsent, "point"), problem, sync_command(self._files),
-            )  # fmt: skip
+        if (unsent := self._uploader.close(CLOSE_SECONDS[state])) is not None:
+            log.warning("%s", unsent)
         return "; ".join(lacking) or None
 
     def _write_end(self, end: dict[str, Any], seconds: float) -> str | None:
@@ -252,17 +248,25 @@ class Uploader(threading.Thread):
         self._opened = threading.Event()
         self._problem: str | None = "no answer yet"
         self._failures = 0
+        self._lacks: Literal["", "files", "all"] = ""
+        """What the last try could not send."""
 
     def wait_until_open(self, seconds: float) -> str | None:
         """None once MLflow has the run. After so many seconds without an answer, the reason."""
         return None if self._opened.wait(seconds) else self._problem
 
-    def close(self, seconds: float) -> tuple[int, str | None]:
-        """Send the rest and how the run ended, within so many seconds. Returns how many points are left, and why."""
+    def close(self, seconds: float) -> str | None:
+        """Send the rest and how the run ended, within so many seconds. Returns a sentence about what is left."""
         self._closing.set()
         self.join(timeout=seconds)
         problem = f"no answer in {seconds:.0f} seconds" if self.is_alive() else self._problem
-        return (self._mirror.unsent_points() if problem else 0), problem
+        if problem is None:
+            return None
+        command = sync_command(self._files)
+        if self._mirror.lacks_only_files:
+            return f"files of the run not sent to MLflow ({problem}); run: {command}"
+        points = counted(self._mirror.unsent_points(), "point")
+        return f"{points} and the end of the run not sent to MLflow ({problem}); run: {command}"
 
     def run(self) -> None:
         pause = 0.0
@@ -276,15 +280,20 @@ class Uploader(threading.Thread):
         self._mirror.close()
 
     def _send(self, *, end: bool) -> None:
+        lacked, self._lacks = self._lacks, ""
         try:
             self._mirror.catch_up(end=end)
         except MirrorInUse as error:
             self._failures, self._problem = 1, str(error)
+        except FilesUnsent as error:
+            self._opened.set()
+            self._failures, self._problem, self._lacks = self._failures + 1, one_line(error.__cause__ or error), "files"
+            if lacked != "files":
+                log.warning("%s; once that is mended, %s sends the files", error, sync_command(self._files))
         # Whatever goes wrong with MLflow, its store or the network, training must not stop.
         except Exception as error:  # noqa: BLE001
-            self._failures += 1
-            self._problem = one_line(error)
-            if self._failures == 1:
+            self._failures, self._problem, self._lacks = self._failures + 1, one_line(error), "all"
+            if lacked != "all":
                 log.warning(
                     "MLflow does not answer (%s); the run goes on and keeps %s", self._problem, self._files.metrics
                 )  # noqa: E501

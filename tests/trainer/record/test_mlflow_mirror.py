@@ -10,12 +10,13 @@ import mlflow
 import pytest
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
+from PIL import Image
 
 from tests.support.launch import mlflow_store
-from tests.trainer.record.test_tracker import BITS, history, runs_in, tracker_in
+from tests.trainer.record.test_tracker import BITS, history, runs_in, sync, tracker_in
 from trainer.record import mlflow_mirror
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse, on_network_disk, open_client
-from trainer.record.run_folder import RunFiles
+from trainer.record.run_folder import RunFiles, write_json
 
 MOUNTS = """\
 /dev/root / ext4 rw 0 0
@@ -117,6 +118,50 @@ def test_a_run_that_is_deleted_while_it_is_sent_is_made_anew(tmp_path: Path) -> 
     tracker.close("finished", code=0, reason="", step=2)
     assert history(tmp_path) == [(1, 1.0), (2, 2.0)]
     assert runs_in(tmp_path)[0].info.status == "FINISHED"
+
+
+def test_files_that_cannot_be_stored_hold_nothing_else_up_and_are_sent_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mlruns").write_text("in the way of the folder for artifacts")
+    with caplog.at_level(logging.WARNING):
+        tracker = tracker_in(tmp_path, "tracking.required=true")
+        tracker.log_image(1, "samples", Image.new("RGB", (4, 4)))
+        tracker.log(1, {BITS: 7.0})
+        tracker.event(1, "spike", "the loss jumped")
+        tracker.close("finished", code=0, reason="", step=1)
+    (run,) = runs_in(tmp_path)
+    assert (run.info.status, run.data.params["model.layers"]) == ("FINISHED", "3")
+    assert run.data.tags["event.spike"] == "step 1: the loss jumped"
+    assert run.inputs.dataset_inputs and history(tmp_path) == [(1, 7.0)]
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("trainer")]
+    command = f"python -m trainer.tracking sync {tmp_path}/run"
+    first, last = ours
+    assert "does not get files of the run" in first and f"once that is mended, {command} sends the files" in first
+    assert last.startswith("files of the run not sent to MLflow (") and last.endswith(f"run: {command}")
+    capsys.readouterr()
+    assert sync(tmp_path) == 69
+    assert capsys.readouterr().err.count("\n") == 1
+
+    (tmp_path / "mlruns").unlink()
+    assert sync(tmp_path) == 0
+    client = mlflow.MlflowClient(mlflow_store(tmp_path))
+    assert len(client.list_artifacts(run.info.run_id, "images")) == 2  # the picture and its small copy
+    sent = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"config.yaml", "events.jsonl", "repro", "images"} <= sent
+
+
+def test_what_an_older_version_has_sent_is_not_sent_again(tmp_path: Path) -> None:
+    tracker = tracker_in(tmp_path)
+    tracker.log_image(1, "samples", Image.new("RGB", (4, 4)))
+    tracker.close("finished", code=0, reason="", step=1)
+    files = RunFiles(tmp_path / "run")
+    new = ("files", "files_attempt")
+    write_json(files.sent, {name: value for name, value in files.read_sent().items() if name not in new})
+    arrived = {path: path.stat().st_mtime_ns for path in (tmp_path / "mlruns").rglob("*") if path.is_file()}
+    assert sync(tmp_path) == 0
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "mlruns").rglob("*") if path.is_file()}
+    assert again == arrived and any(path.suffix == ".png" for path in arrived)
 
 
 class _Refusing(BaseHTTPRequestHandler):

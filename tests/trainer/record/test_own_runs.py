@@ -11,8 +11,8 @@ import pytest
 
 from tests.support.launch import mlflow_store
 from tests.support.recorded_runs import make_run
-from tests.trainer.record.test_tracker import runs_in, sync, tracker_in
-from trainer.errors import RefusedStore
+from tests.trainer.record.test_tracker import BITS, history, runs_in, sync, tracker_in
+from trainer.errors import FilesUnsent, RefusedStore
 from trainer.record import mlflow_mirror, tracker
 from trainer.record.mlflow_mirror import Mirror, open_client
 from trainer.record.own_runs import is_own_url, own_store, remember_store, remember_urls, store_of_environment
@@ -169,13 +169,16 @@ def test_a_store_does_not_choose_where_files_are_written(tmp_path: Path, place: 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         database.execute("update runs set artifact_uri = ?", (place.format(tmp_path),))
     files = RunFiles(tmp_path / "run")
+    Journal(files.metrics).append({"step": 1, "time": 1.0, "attempt": 1, "metrics": {BITS: 7.0}})
     Journal(files.events).append(
         {"step": 1, "time": 1.0, "event": "file", "text": "", "file": "config.yaml", "folder": ""}
     )
     mirror = Mirror(files, mlflow_store(tmp_path))
-    with pytest.raises(RefusedStore, match="nothing is written there"):
+    with pytest.raises(FilesUnsent, match="nothing is written there; the numbers of the run have arrived") as caught:
         mirror.catch_up(end=True)
     mirror.close()
+    assert caught.value.exit_code == 77
+    assert history(tmp_path) == [(1, 7.0)]
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
