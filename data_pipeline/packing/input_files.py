@@ -7,7 +7,9 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from data_pipeline.archives import READ_DEADLINE_SECONDS
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, with_retries
@@ -82,9 +84,10 @@ def is_of_programs(name: str) -> bool:
 def local_files(path: str) -> dict[str, int]:
     """Size of every file below a local folder by its relative name; "" is the name of the path when it is a file.
 
-    A link to a folder that holds the link is not followed. Of a folder that a program left there is the name alone,
-    with a slash. Raises OSError for what cannot be listed, and DataError
-    (exit code 65) for a link that leads nowhere.
+    Below each entry of the folder, which may be a class, a folder is read once, however many links lead to it; one that
+    holds the link is not read. A warning names what is passed over. Of a folder that a program left there is
+    the name alone, with a slash. Raises OSError for what cannot be listed, and DataError (exit code 65) for a link that
+    leads nowhere.
     """
     if os.path.isfile(path):
         return {"": os.path.getsize(path)}
@@ -92,17 +95,51 @@ def local_files(path: str) -> dict[str, int]:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    root = Folder(path, "", (os.path.realpath(path),))
     found: dict[str, int] = {}
-    add_files(path, "", (os.path.realpath(path),), found)
+    passed_over: list[str] = []
+    for entry in add_files(root, found):
+        seen: set[str] = set()
+        pending = deque([entry])
+        while pending:
+            folder = pending.popleft()
+            *holders, real = folder.opened
+            if real in seen or any(os.path.commonpath([real, holder]) == real for holder in holders):
+                passed_over.append(folder.prefix.removesuffix("/"))
+                continue
+            seen.add(real)
+            for below in add_files(folder, found):
+                # Links come last, so that names do not depend on where a link leads.
+                (pending.append if below.is_link else pending.appendleft)(below)
+    if passed_over:
+        log.warning(
+            "%s: passed over %s that links lead to, as they are read already or hold the link: %s",
+            path,
+            counted(len(passed_over), "folder"),
+            ", ".join(sorted(passed_over)[:3]) + (", ..." if len(passed_over) > 3 else ""),
+        )
     return dict(sorted(found.items()))
 
 
-def add_files(path: str, prefix: str, opened: Sequence[str], found: dict[str, int]) -> None:
-    """Add the files below one folder; ``opened``: where the folders on the way to it, and it, really are."""
-    with os.scandir(path) as entries:
+@dataclass(frozen=True)
+class Folder:
+    """A folder on a way from the input, which may lead through links."""
+
+    path: str
+    prefix: str
+    """Of the names of its files."""
+    opened: tuple[str, ...]
+    """Where the folders on the way to it, and it, really are."""
+    is_link: bool = False
+
+
+def add_files(folder: Folder, found: dict[str, int]) -> list[Folder]:
+    """Add the files that are in a folder itself; returns its folders, sorted by name."""
+    with os.scandir(folder.path) as entries:
         listing = sorted(entries, key=lambda entry: entry.name)
+    folders = []
     for entry in listing:
-        name = f"{prefix}{entry.name}"
+        name = f"{folder.prefix}{entry.name}"
         try:
             is_folder = entry.is_dir()
             size = 0 if is_folder else entry.stat().st_size
@@ -121,6 +158,7 @@ def add_files(path: str, prefix: str, opened: Sequence[str], found: dict[str, in
         elif is_of_programs(f"{name}/"):
             found[f"{name}/"] = 0
         else:
-            real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(opened[-1], entry.name)
-            if not any(os.path.commonpath([real, folder]) == real for folder in opened):
-                add_files(entry.path, f"{name}/", (*opened, real), found)
+            is_link = entry.is_symlink()
+            real = os.path.realpath(entry.path) if is_link else os.path.join(folder.opened[-1], entry.name)
+            folders.append(Folder(entry.path, f"{name}/", (*folder.opened, real), is_link))
+    return folders

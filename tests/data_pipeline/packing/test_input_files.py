@@ -41,6 +41,36 @@ def test_links_in_a_circle_are_not_followed_for_ever(tmp_path: Path, target: str
     assert found == {"cats/1.png": 3, "dogs/cats/1.png": 3}
 
 
+def test_folders_that_link_to_each_other_are_read_once_a_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = [f"part{number}" for number in range(7)]
+    for part in parts:
+        put(tmp_path / f"in/cats/{part}/1.png", b"cat")
+        for other in parts:
+            (tmp_path / f"in/cats/{part}/to_{other}").symlink_to(f"../{other}")
+    (tmp_path / "in/all").symlink_to("cats")  # another class
+    (tmp_path / "in/dogs").mkdir()
+    (tmp_path / "in/dogs/some").symlink_to("../cats/part1/to_part2")
+    scandir, opened = os.scandir, []
+    monkeypatch.setattr(os, "scandir", lambda path: opened.append(path) or scandir(path))
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        found = input_files(str(tmp_path / "in"))
+    names = [f"{name}/{part}/1.png" for name in ("all", "cats") for part in parts]
+    names += ["dogs/some/1.png", *(f"dogs/some/to_{part}/1.png" for part in parts if part != "part2")]
+    assert sorted(found) == sorted(names)
+    assert len(opened) == 1 + 2 * 8 + 1 + 7
+    assert "passed over 141 folders that links lead to, as they are read already or hold the link: all/" in caplog.text
+
+
+def test_a_folder_is_named_by_where_it_is_and_not_by_a_link_to_it(tmp_path: Path) -> None:
+    put(tmp_path / "in/cats/z/deep/1.png", b"cat")
+    (tmp_path / "in/cats/a").mkdir()
+    for name, target in (("b", "z"), ("a/z", "../z/deep"), ("z/c", "deep"), ("y", "../../in/cats/z")):
+        (tmp_path / "in/cats" / name).symlink_to(target)
+    assert input_files(str(tmp_path / "in")) == {"cats/z/deep/1.png": 3}
+
+
 @pytest.mark.parametrize("name", ["2.png", "dogs"])
 @pytest.mark.parametrize("target", ["/nowhere/2.png", "1.png/2", "2.png", "dogs"])
 def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, name: str, target: str) -> None:
