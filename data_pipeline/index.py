@@ -31,7 +31,7 @@ from data_pipeline.manifest import (
     read_manifest,
     write_manifest,
 )
-from data_pipeline.packing.input_files import is_of_programs, refuse_gaps
+from data_pipeline.packing.input_files import is_of_programs, refuse_gaps, warn_of_gaps
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.packing.tasks import Staged
 from data_pipeline.packing.workers import count_progress, run_all
@@ -138,6 +138,7 @@ def index(store: Store, split: str, workers: int) -> Manifest:
             "inside of the name"
         )
     refuse_gaps(names, store.url)
+    warn_of_gaps(names, store.url)
     size = size_of_first(store, names)
     tasks = [IndexTask(store, name, size) for name in names]
     found: dict[int, IndexedShard] = {}

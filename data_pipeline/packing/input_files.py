@@ -10,6 +10,7 @@ import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from data_pipeline.archives import READ_DEADLINE_SECONDS
 from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, with_retries
@@ -24,6 +25,7 @@ FOLDERS_OF_PROGRAMS = (
     *("System Volume Information", "lost+found"),  # of a whole disk; only its administrator reads them
 )
 PART_OF_A_SET = re.compile(r"(?<!\d)(?P<number>\d{1,9})-of-(?P<total>\d{1,9})(?!\d)")
+LAST_NUMBER = re.compile(r"\d{1,9}(?=\D*$)")  # of a name
 FORK_OF_MACOS = "._"  # begins the name of a file that holds what other systems cannot store of the file beside it
 
 
@@ -71,6 +73,28 @@ def refuse_gaps(names: Iterable[str], url: str) -> None:
         first = f"{missing[0]:0{width}d}-of-{parts[0][1]['total']}"
         others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{url} lacks file {first}{others}, as the name {parts[0][0]} says: get the whole set")
+
+
+def warn_of_gaps(names: Iterable[str], url: str) -> None:
+    """A warning where numbered names, such as ``data-0000.tar`` and ``data-0002.tar``, leave out a number.
+
+    No more than that, as a part of a set may have been chosen. Names that say how many they are have ``refuse_gaps``.
+    """
+    series: dict[tuple[str, str], dict[int, str]] = {}
+    for name in names:
+        match = LAST_NUMBER.search(name)
+        if match and not PART_OF_A_SET.search(name.rpartition("/")[2]):
+            series.setdefault((name[: match.start()], name[match.end() :]), {})[int(match[0])] = name
+    lacking, first = 0, ""
+    for (before, behind), found in series.items():
+        numbers = sorted(found)
+        for number, following in pairwise(numbers):
+            lacking += following - number - 1
+            if following > number + 1 and not first:
+                width = len(found[number]) - len(before) - len(behind)
+                first = f"{before}{number + 1:0{width}d}{behind}, between {found[number]} and {found[following]}"
+    if lacking:
+        log.warning("%s has no %s%s", url, first, f", and lacks {lacking - 1:,} more" if lacking > 1 else "")
 
 
 def is_of_programs(name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_pipeline.archives import open_range
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
-from data_pipeline.packing.input_files import input_files, refuse_gaps
+from data_pipeline.packing.input_files import input_files, refuse_gaps, warn_of_gaps
 from data_pipeline.packing.source import Item, Source, listing_digest
 from data_pipeline.packing.sources_imagenet import WNID
 from data_pipeline.storage import EXIT_CORRUPT, DataError, normalised
@@ -64,6 +64,7 @@ def imagenet_parquet(url: str, split: str) -> Source:
     if not names:
         raise DataError(f"{url} holds no files {split}-*.parquet")
     refuse_gaps(names, url)
+    warn_of_gaps(names, url)
     named, row_groups, count = {}, [], 0
     for name in names:
         file = open_parquet(f"{url}/{name}")

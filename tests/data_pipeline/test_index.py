@@ -116,6 +116,14 @@ def test_indexing_again_says_the_same_at_once(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().out == first and (tmp_path / "d" / "manifest.json").stat().st_mtime_ns == stamp
 
 
+def test_a_shard_that_is_left_out_between_others_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (0, 2):
+        image = image_bytes(random_pixels(8, 8, number))
+        put(tmp_path / f"data-000{number}.tar", tar_bytes({f"{number}.png": image}))
+    assert main([str(tmp_path)]) == 0
+    assert f"{tmp_path} has no data-0001.tar, between data-0000.tar and data-0002.tar" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("files", "message", "code"),
     [

@@ -2,12 +2,13 @@
 
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.packing import input_files as module
-from data_pipeline.packing.input_files import input_files, refuse_gaps
+from data_pipeline.packing.input_files import input_files, refuse_gaps, warn_of_gaps
 from data_pipeline.storage import DataError, Store
 from tests.support.imagenet_forms import put
 
@@ -143,3 +144,24 @@ def test_a_numbered_set_with_a_gap_is_refused(names: list[str], message: str) ->
 def test_a_numbered_set_without_gaps_is_taken() -> None:
     for names in ([], ["train-0.parquet", "train-7.parquet"], [f"x-{number:05d}-of-00012.tar" for number in range(12)]):
         refuse_gaps(names, "s3://b")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["data-0000.tar", "data-0002.tar"], "has no data-0001.tar, between data-0000.tar and data-0002.tar"),
+        (["a/8.tar", "a/9.tar", "a/13.tar", "b-1.tar", "b-4.tar"], "has no a/10.tar, .* and lacks 4 more"),
+        (["x-1-000.tar", "x-2-000.tar", "x-2-000000009.tar"], "has no x-2-001.tar, .* and lacks 7 more"),
+        (["train-0.tar", "validation-2.tar", "train-2.png"], None),
+        (["x-0-of-9.tar", "x-7-of-9.tar"], None),  # refused
+        (["data-1.tar", "data-2.tar", "data.tar"], None),
+        ([], None),
+    ],
+)
+def test_numbers_that_are_left_out_are_a_warning(
+    names: list[str], message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        warn_of_gaps(names, "s3://b")
+    assert len(caplog.records) == (message is not None)
+    assert message is None or re.search(f"s3://b {message}$", caplog.records[0].getMessage())

@@ -1,5 +1,6 @@
 """Does a folder deliver its images, and say why it cannot be packed?"""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.packing.sources_folder import folder
-from data_pipeline.storage import DataError
+from data_pipeline.storage import DataError, Store
 
 
 @pytest.fixture
@@ -31,6 +32,29 @@ def test_the_origin_changes_with_names_and_sizes(picture: Path) -> None:
     assert before != both
     (picture.parent / "second.png").write_bytes(picture.read_bytes() + b"\0")
     assert folder(str(picture.parent)).origin != both
+
+
+@pytest.mark.parametrize("url", ["file", "memory"])
+def test_a_folder_without_an_image_is_no_class_and_is_named(
+    picture: Path, url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder_url = str(picture.parent / "in") if url == "file" else f"memory://{picture.parent.name}"
+    store = Store(folder_url, 1.0)
+    for name in ("ant/1.png", "bee/1.png", "texts/a.txt", "about.txt", "@eaDir/1.png"):
+        store.write(name, picture.read_bytes())
+    if url == "file":
+        (picture.parent / "in/cat/deep").mkdir(parents=True)
+        (picture.parent / "in/dog").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert folder(folder_url).classes == ("ant", "bee")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # the other one is of @eaDir
+    left_out = "3 folders without an image, as classes have some: cat, dog, texts"
+    assert (left_out if url == "file" else "1 folder without an image, as classes have some: texts") in caplog.text
+    caplog.clear()
+    store.remove("ant")
+    store.remove("bee")
+    store.write("1.png", picture.read_bytes())
+    assert folder(folder_url).classes == () and "without an image" not in caplog.text
 
 
 def test_folders_that_cannot_be_packed_are_explained(picture: Path, tmp_path: Path) -> None:

@@ -39,6 +39,13 @@ def test_rows_become_images_in_order(tmp_path: Path) -> None:
         imagenet_parquet(str(tmp_path), "train")
 
 
+def test_a_file_that_is_left_out_between_others_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in (3, 5):
+        put_parquet(tmp_path / f"train-{number}.parquet", slice(0, 2))
+    assert imagenet_parquet(str(tmp_path), "train").count == 4
+    assert "has no train-4.parquet, between" in caplog.text
+
+
 def test_what_cannot_be_packed_is_explained(tmp_path: Path) -> None:
     put(tmp_path / "readme", b"")
     with pytest.raises(DataError, match=r"holds no files train-\*.parquet"):
