@@ -40,7 +40,7 @@ from trainer.ranks import COLLECTIVE_TIMEOUT, Ranks, from_rank, from_rank_0, mee
 from trainer.record.redaction import one_line
 from trainer.record.run_folder import RunFiles
 from trainer.record.tracker import NoTracker, Tracker, open_tracker
-from trainer.safe_files import worded
+from trainer.safe_files import tried_twice, worded
 from trainer.scoring import score
 from trainer.startup import Start, cannot_write, check_fits, count_start, why_not_anew
 from trainer.training_samples import draw_grid
@@ -96,10 +96,8 @@ def open_checkpoints(start: Start, files: RunFiles, device: torch.device) -> Che
 
     def remember(step: int) -> None:
         try:
-            try:
-                files.write_state(checkpoint_step=step)
-            except OSError:  # perhaps only once: after the last step nobody would write it again
-                files.write_state(checkpoint_step=step)
+            # After the last step nobody would write it again.
+            tried_twice(lambda: files.write_state(checkpoint_step=step))
         except OSError as error:
             log.warning("%s: cannot be written (%s)", files.state, error)
 

@@ -13,12 +13,15 @@ import random
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import TypeVar
 
 from data_pipeline.storage import TORN_FILE
 from trainer.errors import UnfitDisk, UnsafeFile, is_foreseen
+
+Result = TypeVar("Result")
 
 _OF_DISKS = frozenset({errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EACCES, errno.EPERM})
 
@@ -39,6 +42,17 @@ def worded(error: Exception) -> Exception:
     unfit = UnfitDisk(f"{place}the disk cannot be used ({error.strerror}); the same command goes on when it can")
     unfit.__cause__ = error
     return unfit
+
+
+def tried_twice(call: Callable[[], Result]) -> Result:
+    """What a call on files returns; after an OSError it is made once more, at once.
+
+    For calls that no later one makes up for. What a second try meets, too, is no error of a moment, and is raised.
+    """
+    try:
+        return call()
+    except OSError:
+        return call()
 
 
 def read_file(path: Path, *, within: Path | None = None, largest: int = LARGEST_READ) -> bytes:

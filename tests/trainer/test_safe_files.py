@@ -15,7 +15,15 @@ from trainer.errors import ConfigError, UnsafeFile, UsageError
 from trainer.faults.run_lock import RunLock
 from trainer.pictures import save_picture
 from trainer.record.run_folder import Journal, RunFiles
-from trainer.safe_files import file_inside, files_inside, read_file, refuse_links, remove_torn_files, write_file
+from trainer.safe_files import (
+    file_inside,
+    files_inside,
+    read_file,
+    refuse_links,
+    remove_torn_files,
+    tried_twice,
+    write_file,
+)
 
 MINE = "what only I may read and write"
 
@@ -196,3 +204,20 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match=f"{tmp_path}/x"):
         write_file(tmp_path / "x", b"content")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_is_tried_twice_and_no_more() -> None:
+    errors: list[Exception] = [OSError("of a moment")]
+
+    def call() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "done"
+
+    assert tried_twice(call) == "done"
+    errors += [OSError("once"), OSError("twice"), OSError("and again")]
+    with pytest.raises(OSError, match="^twice$"):
+        tried_twice(call)
+    errors[:] = [ValueError("of the content"), OSError("not reached")]
+    with pytest.raises(ValueError, match="of the content"):
+        tried_twice(call)

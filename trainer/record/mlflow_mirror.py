@@ -12,7 +12,6 @@ they may go to another place, a bucket or a disk, which may be away or closed to
 """
 
 import contextlib
-import errno
 import logging
 import os
 import re
@@ -20,9 +19,9 @@ import sqlite3
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import mlflow
 from filelock import FileLock, Timeout
@@ -39,10 +38,9 @@ from trainer.errors import UNAVAILABLE, FilesUnsent, RefusedStore, code_of, is_f
 from trainer.pictures import open_picture
 from trainer.record.redaction import one_line
 from trainer.record.run_folder import RunFiles, is_superseded, write_json
-from trainer.safe_files import file_inside, files_inside, read_file
+from trainer.safe_files import file_inside, files_inside, read_file, tried_twice
 
 log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 LINES_A_REQUEST = 50
 LARGEST_REQUEST = 1000
@@ -303,7 +301,7 @@ class Mirror:
         elif record["event"] == "file":
             name = record.get("file", "")
             try:
-                path = _twice(lambda: file_inside(self._files.folder, name))
+                path = tried_twice(lambda: file_inside(self._files.folder, name))  # what is passed over is never sent
             except OSError as error:
                 log.warning("MLflow does not get %s (%s)", self._files.folder / name, error)
             else:
@@ -465,20 +463,10 @@ def _dataset_input(data: dict[str, Any]) -> DatasetInput:
 
 def _read_image(folder: Path, name: str) -> Image.Image | None:
     try:
-        return open_picture(_twice(lambda: read_file(file_inside(folder, name), within=folder)))
+        return open_picture(tried_twice(lambda: read_file(file_inside(folder, name), within=folder)))
     except (OSError, ValueError) as error:
         log.warning("%s cannot be read (%s), so MLflow does not get it", folder / name, error)
         return None
-
-
-def _twice(read: Callable[[], Result]) -> Result:
-    """What `read` returns. An error of the disk is worth another try: what is passed over is never sent again."""
-    try:
-        return read()
-    except OSError as error:
-        if error.errno not in (errno.EIO, errno.ESTALE):
-            raise
-    return read()
 
 
 def _artifact_folder(name: str) -> str | None:

@@ -166,7 +166,10 @@ class Tracker:
         return "; ".join(lacking) or None
 
     def _write_end(self, end: dict[str, Any], seconds: float) -> str | None:
-        """Say in `run_state.json` how the run ended, and try for so long; a sentence if that cannot be."""
+        """Say in `run_state.json` how the run ended, and try for so long; a sentence if that cannot be.
+
+        Not only twice, as what can be done without: scripts decide by it, and a full disk may have room again soon.
+        """
         deadline = time.monotonic() + seconds
         while True:
             try:
