@@ -1,6 +1,7 @@
 """What do many tests need: a small packed data set of real photographs, a real S3 server, a process group of one."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
@@ -26,6 +27,15 @@ def pack_photographs(dest: str, *, images: int, size: int = 8, split: str = "tra
     """Pack crops of photographs to a URL through the command line; small and real."""
     arguments = ["--source", "photographs", "--dest", dest, "--size", str(size), "--split", split]
     assert pack_main([*arguments, "--images", str(images), "--seed", str(seed), "--workers", "1"]) == 0
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals() -> Iterator[None]:
+    """A job that a test runs in this process leaves none of its own behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

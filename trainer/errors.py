@@ -79,6 +79,14 @@ class FilesUnsent(RuntimeError):
         self.exit_code = exit_code
 
 
+class StoppedEarly(BaseException):
+    """A signal asked a job to stop before it trains. No Exception: libraries catch those and go on."""
+
+    def __init__(self, reason: str, exit_code: int = STOPPED) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
+
+
 class OutOfMemory(RuntimeError):
     """A device has no memory left. The text says what needs less of it."""
 

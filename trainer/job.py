@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed
@@ -19,12 +20,14 @@ from trainer.deepspeed_engine import DeepSpeedEngine, deepspeed_config, init_dis
 from trainer.errors import (
     FINISHED,
     HANG,
+    INTERRUPTED,
     STOPPED,
     CheckpointError,
     LostRank,
     NoProgress,
     OutOfMemory,
     RecordIncomplete,
+    StoppedEarly,
     Superseded,
     code_of,
     is_foreseen,
@@ -64,7 +67,8 @@ def join_ranks(start: Start, files: RunFiles) -> tuple[Watchdog, torch.device]:
     """
 
     def record_hang(verdict: Verdict) -> None:
-        files.write_state(state="failed", code=verdict.code, reason=verdict.reason, ended=time.time())
+        state = ended_as(verdict.code)
+        files.write_state(state=state, code=verdict.code, reason=verdict.reason, ended=time.time())
 
     ranks, limits = start.ranks, start.config.limits
     stacks = files.folder / "stacks" / f"rank-{ranks.rank:05d}-{int(time.time())}.txt"
@@ -333,17 +337,29 @@ def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
     return error
 
 
+def tell_of_stop(stop: StoppedEarly, watchdog: Watchdog) -> None:
+    """Tell the other ranks that this one was asked to stop, so that they do not wait for it."""
+    watchdog.failed(str(stop), stop.exit_code)
+    watchdog.close()
+
+
+def ended_as(code: int) -> Literal["stopped", "failed"]:
+    """The state of a run that has ended with an exit code before it was finished."""
+    return "stopped" if code in (STOPPED, INTERRUPTED) else "failed"
+
+
 def record_failure(
-    error: Exception, start: Start, files: RunFiles, tracker: Tracker | NoTracker | None, state: TrainingState
+    error: BaseException, start: Start, files: RunFiles, tracker: Tracker | NoTracker | None, state: TrainingState
 ) -> None:
     """Record why the attempt failed. If it was superseded, write nothing: the folder belongs to the newer attempt."""
     if isinstance(error, Superseded):
         return
     if tracker is not None:
-        tracker.close("failed", code=code_of(error), reason=str(error), step=state.step)
+        tracker.close(ended_as(code_of(error)), code=code_of(error), reason=str(error), step=state.step)
     elif start.lock is not None:
         try:
-            files.write_state(state="failed", code=code_of(error), reason=str(error), ended=time.time())
+            code = code_of(error)
+            files.write_state(state=ended_as(code), code=code, reason=str(error), ended=time.time())
         except OSError as other:  # the first error is the one to be told
             log.warning("%s: cannot be written (%s)", files.state, other)
 

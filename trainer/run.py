@@ -24,9 +24,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import argparse  # noqa: E402
 import logging  # noqa: E402
 
+from trainer.faults.early_stop import end_when_asked, raise_when_asked  # noqa: E402
+
+if __name__ == "__main__":
+    end_when_asked()  # loading the libraries takes seconds
+
 from trainer.command_line import report  # noqa: E402
 from trainer.config import load_config  # noqa: E402
-from trainer.errors import BUG, FINISHED, INTERRUPTED, LostRank, code_of  # noqa: E402
+from trainer.errors import BUG, FINISHED, LostRank, StoppedEarly, code_of  # noqa: E402
 from trainer.job import (  # noqa: E402
     announce_new_run,
     begin_from,
@@ -43,6 +48,7 @@ from trainer.job import (  # noqa: E402
     resume,
     share_cores,
     start_tracker,
+    tell_of_stop,
 )
 from trainer.loop import TrainingState, train  # noqa: E402
 from trainer.profiler import parse_window  # noqa: E402
@@ -60,6 +66,7 @@ def main() -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     ranks = ranks_from_environment()
     try:
+        raise_when_asked()
         config = load_config(arguments.config, arguments.overrides)
         profile = parse_window(arguments.profile) if arguments.profile else None
         train_shards, validation_shards = open_data(config, ranks)
@@ -80,8 +87,10 @@ def main() -> int:
             origin=origin,
         )
         return run(start)
-    except KeyboardInterrupt:  # before training, which has its own way to stop: nothing to save yet
-        return INTERRUPTED
+    except StoppedEarly as stop:
+        if ranks.local_rank == 0:
+            print(stop, file=sys.stderr)
+        return stop.exit_code
     except Exception as error:  # noqa: BLE001 (the end of the program: everything is reported here)
         error = worded(error)
         code = code_of(error)
@@ -115,6 +124,10 @@ def run(start: Start) -> int:
             state = resume(start, newest, engine, progress)
         job = build_job(start, state, engine, checkpoints, files, tracker, progress, watchdog)
         finished = is_finished(newest, config) or train(job, state)
+    except StoppedEarly as stop:
+        tell_of_stop(stop, watchdog)
+        record_failure(stop, start, files, tracker, state)
+        raise
     except Exception as error:
         error = explained(error, watchdog, ranks)
         record_failure(error, start, files, tracker, state)

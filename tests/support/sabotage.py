@@ -7,6 +7,7 @@ it. Damage to memory changes the weights that the rank computes with, in place, 
 import ctypes
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable
 
@@ -112,6 +113,17 @@ def checkpoints_after_the_fifth_update_cannot_be_written() -> None:
         return write(self, name, pieces)
 
     Store.write_pieces = write_or_fail  # type: ignore[method-assign]
+
+
+def it_is_asked_to_stop_before_training() -> None:
+    """SIGTERM, while it looks for a checkpoint to go on from."""
+    from trainer import run
+
+    def asked(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # an exception ends this
+
+    run.newest_checkpoint = asked
 
 
 def the_clock_is_two_hours_behind() -> None:

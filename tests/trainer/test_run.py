@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 
 from data_pipeline.pack import main as pack_main
+from tests.support import sabotage
 from tests.support.launch import ROOT, SMALL_JOB, curve, finish, free_port, settings, start, train, wait_for_step
 from tests.support.s3_server import S3Server
 from tests.support.small_disk import on_small_disk
@@ -299,22 +301,63 @@ def test_mistakes_of_a_first_run_end_in_one_sentence(
     assert f"checkpoint.url: cannot write to {tmp_path}/file/checkpoints (Not a directory)" in text
 
 
-def test_ctrl_c_before_training_ends_at_once(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, splits: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_before_training_ends_at_once(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    splits: Path,
+    number: signal.Signals,
+    code: int,
 ) -> None:
     def ask_and_be_interrupted(config: object, ranks: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         raise AssertionError("not interrupted")
 
     monkeypatch.setattr(run, "check_machine", ask_and_be_interrupted)
     arguments = settings(tmp_path / "run", splits)
     monkeypatch.setattr(sys, "argv", ["trainer/run.py", "--config", str(SMALL_JOB), *arguments])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process of its own
-    try:
-        assert run.main() == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "run").exists()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a process of its own
+    assert run.main() == code
+    sentence = f"stopped on request ({number.name}) before training began; the same command starts it again\n"
+    assert capsys.readouterr().err == sentence and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_while_libraries_are_loaded_ends_at_once(number: signal.Signals, code: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "trainer/run.py", "--config", str(SMALL_JOB)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may have it ignored
+    )
+    deadline = time.monotonic() + 60
+    while not handles(process.pid, signal.SIGTERM):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == code, text
+    assert text == f"stopped on request ({number.name}) before training began; the same command starts it again\n"
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_a_rank_that_is_asked_to_stop_before_training_stops_the_others(tmp_path: Path, splits: Path) -> None:
+    arguments = settings(tmp_path / "run", splits)
+    ranks = start(arguments, ranks=2, sabotage={1: sabotage.it_is_asked_to_stop_before_training})
+    code, text = finish(ranks)
+    assert (code, ranks[1].returncode) == (75, 75), text
+    assert "stopped on request (SIGTERM) before training began" in text and "Traceback" not in text
+    state = json.loads((tmp_path / "run/run_state.json").read_text())
+    assert (state["state"], state["code"]) == ("stopped", 75)
+    assert state["reason"].startswith("rank 1 on ")
 
 
 def test_bf16_on_a_gpu_without_it_is_refused_before_anything_starts(

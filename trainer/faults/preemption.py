@@ -16,11 +16,10 @@ from types import FrameType
 import torch
 import torch.distributed
 
+from trainer.faults.early_stop import SAME_REQUEST_SECONDS
 from trainer.ranks import COLLECTIVE_TIMEOUT
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_REQUEST_SECONDS = 3.0
-"""Signals within this time are one request: Ctrl-C comes from the terminal and from the launcher's processes."""
 STOP_FILE = "stop"
 REASONS = ("", "the launcher died", "reached limits.run_minutes", "found the file `stop`", "received a signal")
 """The ranks exchange the index of a reason. Where their reasons differ, the largest index wins."""

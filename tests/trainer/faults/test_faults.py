@@ -303,7 +303,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_is_followed_at_once(tmp_path: Pat
     ranks = begin(arguments, tmp_path / "run")
     ranks[0].send_signal(signal.SIGTERM)  # the first evaluation, before the first step, takes 400 batches
     code, text = finish(ranks)
-    assert code in (75, -signal.SIGTERM), text  # the signal may come before the handler is there
+    assert code == 75, text
 
 
 def test_a_loss_that_explodes_is_skipped_rolled_back_and_given_up(tmp_path: Path, splits: Path) -> None:

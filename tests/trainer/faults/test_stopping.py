@@ -11,7 +11,7 @@ from tests.support import sabotage
 from tests.support.launch import finish, settings, start, train, wait_for_step
 from tests.support.s3_server import S3Server
 from trainer.checkpoint import read_weights
-from trainer.faults.preemption import SAME_REQUEST_SECONDS
+from trainer.faults.early_stop import SAME_REQUEST_SECONDS
 
 LONG = 100_000
 BUSY_WITH = {
