@@ -42,7 +42,9 @@ def main() -> int:
         help=f"tiles computed at once; the bytes are the same whatever it is (default {DEFAULT_BATCH_TILES})",
     )
     arguments = parser.parse_args()
-    return run_tool(lambda: _decompress(arguments) if arguments.decompress else _compress(arguments))
+    return run_tool(
+        lambda: _decompress(arguments) if arguments.decompress else _compress(arguments), "a smaller --batch-tiles"
+    )
 
 
 def _compress(arguments: argparse.Namespace) -> None:

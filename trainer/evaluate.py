@@ -26,7 +26,7 @@ import torch.distributed
 from data_pipeline.batch import Batch
 from data_pipeline.loader import Shards, evaluation_batches, open_shards
 from trainer.command_line import run_tool
-from trainer.errors import code_of
+from trainer.errors import UsageError, code_of
 from trainer.heat_map import heat_map
 from trainer.lossless_formats import (
     JPEG_XL,
@@ -51,9 +51,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_arguments(parser)
     add_data_argument(parser)
+    parser.add_argument(
+        "--batch-images", type=int, help="images that a rank scores at once (default: evaluate.batch_images of the run)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by deepspeed
     arguments = parser.parse_args()
-    return run_tool(lambda: _evaluate_run(arguments, ranks_from_environment()))
+    return run_tool(lambda: _evaluate_run(arguments, ranks_from_environment()), "a smaller --batch-images")
 
 
 def _evaluate_run(arguments: argparse.Namespace, ranks: Ranks) -> None:
@@ -99,7 +102,8 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
         try:
             trained = load_trained_model(arguments.run, arguments.weights, arguments.last, arguments.checkpoint_url)
             url = own_data(trained, trained.card.validation_url, arguments.data_url)
-            trained = replace(trained, card=replace(trained.card, validation_url=url))
+            batch_images = _batch_images(arguments.batch_images, trained.card.batch_images)
+            trained = replace(trained, card=replace(trained.card, validation_url=url, batch_images=batch_images))
         except Exception as error:  # noqa: BLE001 (the other ranks wait for it; raised below)
             problem = error
     if ranks.world_size == 1 and problem is None:
@@ -121,6 +125,12 @@ def _load_on_all_ranks(arguments: argparse.Namespace, ranks: Ranks) -> TrainedMo
     for tensor in trained.model.state_dict().values():
         torch.distributed.broadcast(tensor, src=0)
     return trained
+
+
+def _batch_images(wanted: int | None, of_the_run: int) -> int:
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"--batch-images: must be at least 1, not {wanted}")
+    return wanted or of_the_run
 
 
 def _report(trained: TrainedModel, shards: Shards, scores: dict[str, float], bits: np.ndarray) -> None:

@@ -15,6 +15,7 @@ from data_pipeline.batch import Batch
 from data_pipeline.damaged_blocks import DamagedBlocks
 from data_pipeline.loader import evaluation_batches, train_batches
 from trainer.checkpoint import Checkpoints, LoadedCheckpoint, checkpoints_url
+from trainer.command_line import is_out_of_memory
 from trainer.config import RunConfig
 from trainer.deepspeed_engine import DeepSpeedEngine, deepspeed_config, init_distributed
 from trainer.errors import (
@@ -320,13 +321,13 @@ def draw_samples(
 
 def explained(error: Exception, watchdog: Watchdog, ranks: Ranks) -> Exception:
     """The error, or the failure of another rank that caused it. An error of this rank's own is told to the others."""
-    error = worded(error)
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         error = OutOfMemory(
             f"the device's memory ran out ({one_line(error)}); a smaller train.micro_batch_images, "
             "train.activation_checkpoint_every_layers: 1 or a higher train.zero_stage needs less, and "
             "python -m trainer.plan says how much"
         )
+    error = worded(error)
     code = code_of(error)
     # An unclassified RuntimeError usually means that a peer left a collective.
     collective = isinstance(error, RuntimeError) and not is_foreseen(error)

@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--singles", metavar="FOLDER", type=Path, help="write each image as a PNG there, too")
     parser.add_argument("--log-to-mlflow", action="store_true", help="with --out: record the grid with the run, too")
     arguments = parser.parse_args()
-    return run_tool(lambda: _sample(arguments))
+    return run_tool(lambda: _sample(arguments), "a smaller --batch-images")
 
 
 def _sample(arguments: argparse.Namespace) -> None:

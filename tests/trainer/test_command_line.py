@@ -2,9 +2,10 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from data_pipeline.storage import DataError
 from trainer.command_line import run_tool
@@ -42,6 +43,45 @@ def test_an_error_that_was_foreseen_is_its_sentence(
 
     assert run_tool(tool) == code
     assert capsys.readouterr().err == words
+
+
+def too_large_for_any_machine() -> None:
+    torch.empty(2**50)
+
+
+def in_the_wake_of_another() -> None:
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    except RuntimeError:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def tool() -> None:
+        raise error
+
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("tool", "words"),
+    [
+        (too_large_for_any_machine, "DefaultCPUAllocator: can't allocate memory"),
+        (in_the_wake_of_another, "previous error during capture"),
+        (raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nOf")), "allocate 2.00 GiB.)"),
+        (raising(RuntimeError("CUDA error: out of memory")), "CUDA error: out of memory)"),
+        (raising(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")), "CUBLAS"),
+        (raising(MemoryError()), "(MemoryError)"),
+        (raising(OSError(12, "Cannot allocate memory")), "Cannot allocate memory)"),
+    ],
+)
+def test_memory_that_runs_out_is_one_sentence(
+    tool: Callable[[], None], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_tool(tool, "a smaller --n") == 70
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the device's memory ran out (") and words in line
+    assert line.endswith("); a smaller --n needs less")
 
 
 def test_a_bug_is_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

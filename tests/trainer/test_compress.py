@@ -239,6 +239,18 @@ def test_weights_that_are_not_finite_are_one_sentence(
     assert not (tmp_path / "new.bin").exists()
 
 
+def test_memory_that_runs_out_is_one_sentence_with_the_option(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(compress, "compressed", full)
+    photograph(0, (8, 8)).save(tmp_path / "a.png")
+    assert command(tmp_path / "a.png", "--out", tmp_path / "a.itp") == 70
+    assert capsys.readouterr().err.endswith("ran out (MemoryError); a smaller --batch-tiles needs less\n")
+
+
 def test_a_class_belongs_to_the_file(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_run(tmp_path / "classes", Path("data"), **CLASSES)
     with torch.no_grad():

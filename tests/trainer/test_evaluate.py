@@ -10,10 +10,13 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.conftest import pack_photographs
 from tests.support.launch import ROOT, curve, free_port, settings, train
+from tests.support.tiny_run import tiny_run
+from trainer import evaluate
 from trainer.lossless_formats import available_codecs
 from trainer.record.run_folder import RunFiles
 
@@ -87,3 +90,29 @@ def test_a_mistake_is_told_once_by_two_ranks(tmp_path: Path) -> None:
     done = run_evaluate("torchrun", tmp_path / "nothing")
     assert done.returncode != 0
     assert done.stderr.count("holds no run") == 1
+
+
+def test_images_scored_at_once_can_be_fewer_where_the_memory_runs_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "validation"):
+        pack_photographs(str(tmp_path / split), images=4, split=split)
+    tiny = tiny_run(tmp_path / "run", tmp_path)
+    capsys.readouterr()
+    asked: list[int] = []
+
+    def full(*_: object, batch_images: int, **__: object) -> None:
+        asked.append(batch_images)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(evaluate, "load_trained_model", lambda *_: tiny)
+    monkeypatch.setattr(evaluate, "evaluation_batches", full)
+    for options, code in (([], 70), (["--batch-images", "3"], 70), (["--batch-images", "0"], 2)):
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--run", "some/run", *options])
+        assert evaluate.main() == code
+    assert asked == [tiny.card.batch_images, 3]
+    *first, last = capsys.readouterr().err.splitlines()
+    assert (
+        first == ["error: the device's memory ran out (CUDA out of memory.); a smaller --batch-images needs less"] * 2
+    )
+    assert last == "error: --batch-images: must be at least 1, not 0"

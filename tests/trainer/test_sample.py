@@ -66,6 +66,17 @@ def from_grid(path: Path, size: int, columns: int, enlarge: int) -> torch.Tensor
     )
 
 
+def test_memory_that_runs_out_is_one_sentence_with_the_option(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sample, "generate", full)
+    assert draw(monkeypatch, tiny_run(tmp_path / "run", data), "--n", "2") == 70
+    assert capsys.readouterr().err.splitlines()[-1].endswith("; a smaller --batch-images needs less")
+
+
 def test_new_images_go_to_the_grid_the_singles_and_the_run(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
