@@ -1,6 +1,9 @@
 """Does MLflow get everything exactly once, from stores and servers that behave badly?"""
 
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +15,7 @@ from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
-from tests.support.launch import mlflow_store
+from tests.support.launch import ROOT, mlflow_store
 from tests.trainer.record.test_tracker import BITS, history, runs_in, sync, tracker_in
 from trainer.record import mlflow_mirror
 from trainer.record.mlflow_mirror import Mirror, MirrorInUse, on_network_disk, open_client
@@ -162,6 +165,21 @@ def test_what_an_older_version_has_sent_is_not_sent_again(tmp_path: Path) -> Non
     assert sync(tmp_path) == 0
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "mlruns").rglob("*") if path.is_file()}
     assert again == arrived and any(path.suffix == ".png" for path in arrived)
+
+
+def test_a_user_without_a_home_has_mlflow_all_the_same() -> None:
+    program = (
+        "import os, pwd\n"
+        "def unknown(user): raise KeyError(user)\n"
+        "pwd.getpwuid = unknown\n"
+        "import trainer.deepspeed_engine, trainer.record.tracker\n"  # both load MLflow
+        "assert 'HOME' not in os.environ\n"
+    )
+    nobody = {name: value for name, value in os.environ.items() if name != "HOME"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=nobody, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 class _Refusing(BaseHTTPRequestHandler):
