@@ -220,18 +220,35 @@ class NeighbourhoodStem(nn.Module):
         return values.index_select(1, positions) - median(gather(values, self.stand_ins[positions]))
 
 
+OWN_FEATURES = 3 + 4 * 3
+"""Numbers that `of_own_pixel` gives."""
+
+
+def of_own_pixel(pixels: Tensor, missed: Tensor, channels: Tensor) -> Tensor:
+    """What is known of the pixel of a sub-pixel before it: intensities of pixels [B, T, 3] on [-1, 1], by how much they
+    differ from their guesses, and the channels int64 [T] -> [B, T, OWN_FEATURES]."""
+    known = torch.arange(3, device=channels.device) < channels[:, None]
+    missed = missed * known
+    parts = [
+        pixels * known,
+        torch.tanh(8 * missed),
+        torch.tanh(40 * missed),
+        ((missed.abs() + HALF_LEVEL).log() / 3 + 1) * known,
+    ]
+    channel = nn.functional.one_hot(channels, 3).expand(len(pixels), -1, -1)
+    return torch.cat([channel, *parts], dim=-1)
+
+
 class SubpixelStem(NeighbourhoodStem):
     """What the neighbours of a sub-pixel's pixel say, and the channels of the pixel itself that are known, as a token.
 
     Of each known channel its intensity, and by how much it differs from its guess (`median`), as of neighbours.
     """
 
-    OWN_FEATURES = 3 + 4 * 3
-
     def __init__(self, size: int, generation_order: Tensor, width: int) -> None:
         """generation_order: of pixels."""
         super().__init__(size, generation_order, width)
-        self.combine_own = Linear(self.OWN_FEATURES, width, std=3**-0.5)
+        self.combine_own = Linear(OWN_FEATURES, width, std=3**-0.5)
 
     def tokens(self, values: Tensor, positions: Tensor) -> Tensor:
         """Intensities of pixels [B, L, C] on [-1, 1] and positions of sub-pixels [T] -> [B, T, D]."""
@@ -241,17 +258,8 @@ class SubpixelStem(NeighbourhoodStem):
             around = self(self.features(values, _all_positions(values))).index_select(1, pixels)
         else:
             around = self(self.features(values, pixels))
-        known = torch.arange(3, device=channels.device) < channels[:, None]
-        missed = self._errors(values, pixels) * known
-        parts = [
-            values.index_select(1, pixels) * known,
-            torch.tanh(8 * missed),
-            torch.tanh(40 * missed),
-            ((missed.abs() + HALF_LEVEL).log() / 3 + 1) * known,
-        ]
-        channel = nn.functional.one_hot(channels, 3).expand(len(values), -1, -1)
-        own = torch.cat([channel, *parts], dim=-1).to(self.combine_own.weight.dtype)
-        return around + self.combine_own(own)
+        own = of_own_pixel(values.index_select(1, pixels), self._errors(values, pixels), channels)
+        return around + self.combine_own(own.to(self.combine_own.weight.dtype))
 
 
 def flops_at_a_pixel(model: nn.Module) -> int:

@@ -48,7 +48,7 @@ def account_of(network: Network, recompute: Recompute) -> Account:
                 recomputed["feed-forward"] -= products[f"layers.{index}.feed_forward.out"]
     # Where intensities are combined linearly, they need no gradient.
     stem = ("embed_input.values", "embed_input.values.combine", "embed_input.values.combine_own")
-    needless = {"embedding": stem, "head": ("predictors.combine",)}
+    needless = {"embedding": stem, "head": ("predictors.combine", "channels.combine_own")}
     first = {part: sum(products.get(name, 0) for name in names) for part, names in needless.items()}
     parts = {
         part: Flops(
@@ -59,14 +59,17 @@ def account_of(network: Network, recompute: Recompute) -> Account:
         for part in PARTS
         if forward[part]
     }
-    return Account(parameters=num_parameters(network), positions=length, parts=parts, attention="attention scores")
+    positions = len(network.generation_order)
+    return Account(parameters=num_parameters(network), positions=positions, parts=parts, attention="attention scores")
 
 
 def _rows(module: str, shape: ImageTransformerShape) -> int:
     """How many rows the matrix product of the module of this name has."""
     if _reads_encoder(module):
         return 3 * shape.small_size**2
-    is_of_pixels = shape.input == "ordinal" or module in ("embed_input.values.combine", "predictors.combine")
+    is_of_pixels = module in ("embed_input.values.combine", "predictors.combine")
+    if shape.input == "ordinal":
+        is_of_pixels = not (shape.draws_by_channel and module.startswith(("channels.", "head")))
     return (1 if is_of_pixels else 3) * shape.image_size**2
 
 

@@ -54,7 +54,7 @@ class ImageTransformer(Network):
 
     def entrances(self) -> tuple[Entrance, ...]:
         if isinstance(self.enter, Intensities):  # which are looked at by stem and predictors, too
-            return (Entrance(self.enter, torch.arange(self.length), looks_up=True),)
+            return (Entrance(self.enter, torch.arange(len(self.generation_order)), looks_up=True),)
         seen = Entrance(self.intensities, torch.arange(self.length), looks_up=True)
         if self.config.stem == "neighbourhood":
             return (seen,)

@@ -23,6 +23,7 @@ from models.attention.local_attention import attend_to_all, local_attention
 from models.attention.pattern import Pattern
 from models.given import NOTHING, Given
 from models.head import Head
+from models.image_transformer.channel_tokens import ChannelTokens
 from models.image_transformer.embedding import Embedding, InputEmbedding
 from models.image_transformer.layer import Attend, Layer, attend_in_turn, norm, rotary
 from models.image_transformer.pixel_order import grid_shape, source_positions, to_positions
@@ -60,6 +61,8 @@ class Network(Model):
             first = self.patterns[0][0]  # all have its order of generation and of storage
             self.length = first.length
             self.generation_order = first.generation_order
+            if config.draws_by_channel:
+                self.generation_order = (3 * first.generation_order[:, None] + torch.arange(3)).flatten()
             self.stored_in_raster_order = first.stored_in_raster_order
             self.register_buffer("positions", first.storage_order, persistent=False)
             self.register_buffer("sources", source_positions(first, config.shift), persistent=False)
@@ -74,7 +77,7 @@ class Network(Model):
         self.enter = Intensities() if config.input == "ordinal" else nn.Identity()
         self.intensities = Intensities() if config.input == "categorical" else nn.Identity()
         """Of values that have passed `enter`."""
-        pixel_order = self.generation_order
+        pixel_order = first.generation_order
         if config.input == "categorical":
             pixel_order = pixel_order[::3] // 3
         stem: NeighbourhoodStem | None = None
@@ -90,6 +93,8 @@ class Network(Model):
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_layer(config, is_decoder=True) for _ in range(config.layers))
         self.final_norm = norm(config.block, config.width) if config.norm == "pre" else nn.Identity()
+        if config.draws_by_channel:
+            self.channels = ChannelTokens(config, pixel_order)
         self.head = Head(config.width, config.output, 1 if config.input == "categorical" else 3)
         if isinstance(config.output, PredictorMixtureOutput | PredictorCategoricalOutput):
             self.predictors = Predictors(config.output.predictors, config.image_size, pixel_order)
@@ -101,7 +106,7 @@ class Network(Model):
         if labels is not None and self.training and self.config.label_dropout:
             hidden = torch.rand(labels.shape, device=labels.device) < self.config.label_dropout
             labels = labels.masked_fill(hidden, self.config.num_classes)
-        values = self.enter(to_positions(images, self.config.input))
+        values = self.entered(images.reshape(len(images), len(self.generation_order), -1))
         slots = torch.arange(self.length, device=images.device)
         inputs = self.inputs(values, slots)
         x = self.hidden(inputs, slots, labels, self.encode(given.small_images), self.attends)
@@ -111,10 +116,14 @@ class Network(Model):
         of_pixel = (3, 256) if isinstance(output, Categorical) else (10 * output.components,)
         return self.parameters_of(x, values, slots).view(-1, size, size, *of_pixel)
 
+    def entered(self, values: Tensor) -> Tensor:
+        """What the tokens see of uint8 values [B, positions, any number] in raster order, by token: [B, L, C]."""
+        values = self.enter(values)
+        return values.unflatten(1, (-1, 3)).squeeze(-1) if self.config.draws_by_channel else values
+
     def inputs(self, values: Tensor, slots: Tensor) -> Tensor:
         """What the tokens of storage slots [T] get of the values before theirs, [B, T, any number], among all values
-        [B, L, C] that have passed `enter`; those at or after a slot's position in the order of generation play no
-        part."""
+        [B, L, C] as of `entered`; those at or after a slot's position in the order of generation play no part."""
         stem = self.embed_input.values
         if isinstance(stem, SubpixelStem):
             return stem.tokens(self._pixels(values), self.positions[slots])
@@ -122,8 +131,11 @@ class Network(Model):
             return stem.features(values, self.positions[slots])
         return values.index_select(1, self.sources[slots].clamp(min=0))
 
-    def parameters_of(self, x: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        """What the head makes of tokens [B, T, D] of raster positions [T]; values as in `inputs`."""
+    def parameters_of(self, x: Tensor, values: Tensor, positions: Tensor, channels: range = range(3)) -> Tensor:
+        """What the head makes of tokens [B, T, D] of raster positions [T]; values as in `inputs`. Where a pixel's
+        channels are drawn one after the other, of these channels."""
+        if self.config.draws_by_channel:
+            return self._by_channel(x, values, positions, channels)
         parameters = self.head(x)
         if isinstance(self.config.output, PredictorMixtureOutput):
             parameters = around_guesses(parameters, self.predictors(values, positions))
@@ -132,9 +144,20 @@ class Network(Model):
             every = torch.arange(pixels.shape[1], device=of.device)
             once = len(positions) > len(every)  # each pixel, instead of each sub-pixel
             guesses = self.predictors(pixels, every).index_select(1, of) if once else self.predictors(pixels, of)
-            channels = positions % 3
-            parameters = logits_around_guesses(parameters, guesses, pixels.index_select(1, of), channels)[:, :, None]
+            own = pixels.index_select(1, of)
+            parameters = logits_around_guesses(parameters, guesses, own, positions % 3)[:, :, None]
         return parameters
+
+    def _by_channel(self, x: Tensor, values: Tensor, positions: Tensor, channels: range) -> Tensor:
+        """[B, T, channels, 256], of each channel given those before it."""
+        of_channels = torch.arange(channels.start, channels.stop, device=positions.device)
+        parameters = self.head(self.channels(x, values, positions, of_channels)).flatten(1, 2)
+        guesses, pixels = (
+            each.repeat_interleave(len(channels), dim=1)
+            for each in (self.predictors(values, positions), values.index_select(1, positions))
+        )
+        logits = logits_around_guesses(parameters, guesses, pixels, of_channels.repeat(len(positions)))
+        return logits.unflatten(1, (-1, len(channels)))
 
     def _pixels(self, values: Tensor) -> Tensor:
         """Intensities of pixels [B, L / 3, 3], of values [B, L, 1] of sub-pixels."""

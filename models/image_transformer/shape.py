@@ -135,7 +135,8 @@ class ImageTransformerShape:
     pixel, its three intensities combined linearly."""
     output: Output
     """The distribution of a value: 256 probabilities of a sub-pixel, or a mixture of logistics of a pixel; both also
-    around guesses from its neighbours."""
+    around guesses from its neighbours. "predictor_categorical" for input "ordinal": a small network draws the channels
+    of a pixel one after the other, so that a third as many tokens go through the layers."""
     stem: Stem = "previous"
     """What a token is made of, beside its position. "previous": the value generated just before (the paper).
     "neighbourhood": the pixels around that are known, and their differences; of a sub-pixel, also the known channels of
@@ -196,6 +197,11 @@ class ImageTransformerShape:
         """Whether anything but attention sees the pixels around: the input, or what the output is relative to."""
         around_guesses = isinstance(self.output, PredictorMixtureOutput | PredictorCategoricalOutput)
         return self.stem == "neighbourhood" or around_guesses
+
+    @property
+    def draws_by_channel(self) -> bool:
+        """Whether tokens are pixels, whose channels are drawn one after the other (channel_tokens.py)."""
+        return self.input == "ordinal" and isinstance(self.output, PredictorCategoricalOutput)
 
     @property
     def shift(self) -> Shift:
@@ -395,11 +401,6 @@ def _combination_problems(config: ImageTransformerShape) -> list[str]:
             not (is_mixture and config.input == "categorical"),
             "output: a mixture describes whole pixels, but input 'categorical' makes a sequence of sub-pixels; set "
             "input to 'ordinal' or output to 'categorical'",
-        ),
-        (
-            not (isinstance(config.output, PredictorCategoricalOutput) and config.input == "ordinal"),
-            "output: 'predictor_categorical' describes sub-pixels, but input 'ordinal' makes a sequence of pixels; set "
-            "input to 'categorical' or output to 'predictor_mixture'",
         ),
         (
             not (config.sees_neighbours and config.input == "categorical" and _cuts_pixels(config)),

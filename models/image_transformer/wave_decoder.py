@@ -9,7 +9,11 @@ take the place of padding, with guesses for the values before them. A value draw
 were guessed right, and otherwise the next guess of its position (fixed-point iteration: Song et al. 2021, Wiggers and
 Hoogeboom 2020). As the noise is that of the position, the image is the same to the last bit.
 
-Shapes: B batch, L positions, C values per position, G blocks of a wave, Q tokens of a block, A steps computed together.
+Where tokens are pixels whose channels are drawn one after the other, a step takes three turns: the layers once, and the
+head for each channel.
+
+Shapes: B batch, L tokens, C values of a position, R turns (positions of a token), G blocks of a wave, Q tokens of a
+block, A steps computed together.
 """
 
 from collections.abc import Iterator
@@ -61,28 +65,31 @@ class WaveDecoder:
         # The stretch that is being decoded, at fixed addresses as a captured graph needs them.
         windows = max(len(stretch.slots) for stretch in self._stretches)
         most_steps = max(stretch.num_steps for stretch in self._stretches)
+        self._turns = len(canvas.known) // network.length
         # All images have to wait for the one with the first wrong guess: already for two it hardly pays.
-        self._look_ahead = look_ahead and canvas.can_be_guessed and device.type == "cpu" and num_images == 1
+        can_guess = canvas.can_be_guessed and self._turns == 1
+        self._look_ahead = look_ahead and can_guess and device.type == "cpu" and num_images == 1
         self._slots = torch.zeros(windows, most_steps, dtype=torch.int64, device=device)
-        self._noise = torch.zeros(
-            num_images, windows, most_steps, canvas.numbers_per_position, dtype=torch.float64, device=device
-        )
+        numbers = (self._turns, canvas.numbers_per_position)
+        self._noise = torch.zeros(num_images, windows, most_steps, *numbers, dtype=torch.float64, device=device)
         guessed = most_steps + 2 * ROWS_OF_A_PRODUCT  # beyond the end of a stretch, too
         self._guesses = torch.zeros(num_images, windows, guessed, channels, dtype=torch.uint8, device=device)
-        self._known = torch.zeros(windows, guessed, dtype=torch.bool, device=device)
+        self._known = torch.zeros(windows, guessed, self._turns, dtype=torch.bool, device=device)
         self._first_steps = torch.zeros(len(self._caches), dtype=torch.int64, device=device)
         """By cache: the number, in its wave, of the stretch's first step."""
         self._step = torch.zeros(1, dtype=torch.int64, device=device)
         self._last_step = torch.zeros(1, dtype=torch.int64, device=device)
         self._num_final = torch.zeros(1, dtype=torch.int64, device=device)
         """Of the tokens of each block in the last step, how many have got their value."""
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._parameters: dict[int, Tensor] = {}
-        self._num_rows = 0
+        # By how many blocks are decoded together, and by turn.
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._hidden_of: dict[int, Tensor] = {}
+        self._parameters: dict[tuple[int, int], Tensor] = {}
+        self._last = (0, 0)
 
     @property
     def parameters(self) -> Tensor:
-        parameters = self._parameters[self._num_rows].unflatten(1, (self._num_rows, -1))
+        parameters = self._parameters[self._last].unflatten(1, (self._last[0], -1))
         return parameters[:, :, : int(self._num_final)].flatten(1, 2)
 
     def steps(self) -> Iterator[Tensor]:
@@ -90,28 +97,29 @@ class WaveDecoder:
         storage_order = self._network.patterns[0][0].storage_order
         for stretch in self._stretches:
             positions = storage_order[stretch.slots]
-            known = self._canvas.known[positions]
+            known = self._canvas.known.view(-1, self._turns)[positions]
             waves = [plan.waves[index] for plan, index in zip(self._plans, stretch.waves, strict=True)]
             for cache, wave, first in zip(self._caches, waves, stretch.first_steps, strict=True):
                 if first == 0:
                     cache.enter(wave)
             self._enter(stretch, known)
-            known_to_all = known.all(0).tolist()
+            known_to_all = known.all(2).all(0).tolist()
             step = 0
             while step < stretch.num_steps:
                 if known_to_all[step]:
                     stop = next((n for n in range(step, stretch.num_steps) if not known_to_all[n]), stretch.num_steps)
                     self._fill(stretch, step, stop)
                 else:
-                    stop = step + self._advance(len(stretch.slots))
-                    yield positions[:, step:stop].flatten()
+                    for turn in range(self._turns):
+                        stop = step + self._advance(len(stretch.slots), turn)
+                        yield positions[:, step:stop].flatten() * self._turns + turn
                 step = stop
             for cache, wave, first in zip(self._caches, waves, stretch.first_steps, strict=True):
                 if first + stretch.num_steps == wave.num_steps:
                     cache.leave(wave)
 
     def _enter(self, stretch: Stretch, known: Tensor) -> None:
-        """Prepare for the steps of a stretch, of which the tokens `known` [G, Q] have their values."""
+        """Prepare for the steps of a stretch, of which the positions `known` [G, Q, R] have their values."""
         device, (rows, steps) = self._slots.device, stretch.slots.shape
         self._slots[:rows, :steps] = stretch.slots.to(device)
         self._known[:rows, :steps], self._known[:rows, steps:] = known.to(device), False
@@ -120,10 +128,12 @@ class WaveDecoder:
         self._last_step.fill_(steps - 1)
         if not known.all():
             positions = self._network.positions[self._slots[:rows, :steps]].flatten()
-            self._noise[:, :rows, :steps] = self._canvas.noise(positions).unflatten(1, (rows, steps))
-            # What is known is guessed right, the rest is guessed when its turn comes.
-            values = self._canvas.values.index_select(1, positions)
-            self._guesses[:, :rows, :steps] = values.unflatten(1, (rows, steps))
+            turns = torch.arange(self._turns, device=device)
+            noise = self._canvas.noise((positions[:, None] * self._turns + turns).flatten())
+            self._noise[:, :rows, :steps] = noise.unflatten(1, (rows, steps, self._turns))
+            if self._look_ahead:  # what is known is guessed right, the rest is guessed when its turn comes
+                values = self._canvas.values.index_select(1, positions)
+                self._guesses[:, :rows, :steps] = values.unflatten(1, (rows, steps))
 
     def _fill(self, stretch: Stretch, start: int, stop: int) -> None:
         """Take the tokens start..stop of each block, all of which are known, through the layers."""
@@ -138,34 +148,34 @@ class WaveDecoder:
                 self._hidden(self._entered(self._canvas.values), slots, self._by_layer(attends))
         self._step.fill_(stop)
 
-    def _advance(self, rows: int) -> int:
+    def _advance(self, rows: int, turn: int) -> int:
         """Draw the next positions of the first `rows` blocks; how many of each?"""
-        self._num_rows = rows
+        self._last = (rows, turn)
         if self._slots.device.type != "cuda":
-            self._draw_next(rows)
+            self._draw_next(rows, turn)
             return int(self._num_final)
-        if rows not in self._graphs:
-            self._graphs[rows] = self._captured(rows)
-        self._graphs[rows].replay()
+        if self._last not in self._graphs:
+            self._graphs[self._last] = self._captured(rows, turn)
+        self._graphs[self._last].replay()
         return 1  # without waiting for the step
 
-    def _captured(self, rows: int) -> torch.cuda.CUDAGraph:
+    def _captured(self, rows: int, turn: int) -> torch.cuda.CUDAGraph:
         before = self._step.clone()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are compiled and workspaces allocated before the capture
-                self._draw_next(rows)
+                self._draw_next(rows, turn)
                 self._step.copy_(before)  # drawing a position again changes nothing
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as loaders, may go on with CUDA meanwhile.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._draw_next(rows)
+            self._draw_next(rows, turn)
         return graph
 
-    def _draw_next(self, rows: int) -> None:
-        """One step, without a look at any value on the host."""
+    def _draw_next(self, rows: int, turn: int) -> None:
+        """One turn of a step, without a look at any value on the host."""
         network, canvas, steps = self._network, self._canvas, self._steps_together(rows)
         ahead = torch.arange(steps, device=self._step.device)
         numbers = torch.minimum(self._step + ahead, self._last_step)
@@ -176,27 +186,31 @@ class WaveDecoder:
             guessed = self._guesses[:, :rows].index_select(2, numbers[:-1])
             values = values.index_copy(1, network.positions[slots[:, :-1]].flatten(), guessed.flatten(1, 2))
         values, slots = self._entered(values), slots.flatten()
-        attends = [
-            iter(cache.attend_steps(rows, first + numbers))
-            for cache, first in zip(self._caches, self._first_steps, strict=True)
-        ]
-        hidden = self._hidden(values, slots, self._by_layer(attends))
+        if turn == 0:
+            attends = [
+                iter(cache.attend_steps(rows, first + numbers))
+                for cache, first in zip(self._caches, self._first_steps, strict=True)
+            ]
+            self._hidden_of[rows] = self._hidden(values, slots, self._by_layer(attends))
         positions = network.positions[self._with_padding(slots)]
-        parameters = network.parameters_of(hidden, values, positions)[:, : len(slots)]
-        self._parameters[rows] = parameters
-        noise = self._noise[:, :rows].index_select(2, numbers).flatten(1, 2)
+        channels = range(turn, turn + 1)
+        parameters = network.parameters_of(self._hidden_of[rows], values, positions, channels)[:, : len(slots)]
+        self._parameters[rows, turn] = parameters
+        noise = self._noise[:, :rows, :, turn].index_select(2, numbers).flatten(1, 2)
         drawn = canvas.draw(parameters, noise).unflatten(1, (rows, steps))
 
-        positions = network.positions[slots]
+        positions = network.positions[slots] * self._turns + turn
         before = canvas.values.index_select(1, positions).unflatten(1, (rows, steps))
-        drawn = torch.where(self._known[:rows].index_select(1, numbers)[..., None], before, drawn)
+        known = self._known[:rows, :, turn].index_select(1, numbers)
+        drawn = torch.where(known[..., None], before, drawn)
         if steps > 1:
             self._check_guesses(drawn, ahead)
             drawn = drawn.where((ahead < self._num_final)[:, None], before).index_select(2, offsets)
         else:
             self._num_final.fill_(1)
         canvas.values.index_copy_(1, positions, drawn.flatten(1, 2))
-        self._step += self._num_final
+        if turn == self._turns - 1:
+            self._step += self._num_final
 
     def _check_guesses(self, drawn: Tensor, ahead: Tensor) -> None:
         """How many of the values [B, G, A, C] that were drawn are final? They all are the next guesses, and values of
@@ -210,14 +224,13 @@ class WaveDecoder:
         period = 3 if self._network.config.input == "categorical" else 1
         like = (self._step + steps - period + ahead % period).clamp(min=0)
         entering = numbers + steps
-        known = self._known[:rows].index_select(1, entering)[..., None]
+        known = self._known[:rows].index_select(1, entering)
         new = torch.where(known, guesses.index_select(2, entering), guesses.index_select(2, like))
         guesses.index_copy_(2, entering, new)
 
     def _entered(self, values: Tensor) -> Tensor:
-        """Values [B, L, C] as the network sees them, [copies B, L, C]."""
-        entered: Tensor = self._network.enter(values)
-        return entered.repeat(self._canvas.copies, 1, 1)
+        """Values of the canvas as the network sees them, those of each token: [copies B, L, any number]."""
+        return self._network.entered(values).repeat(self._canvas.copies, 1, 1)
 
     def _hidden(self, values: Tensor, slots: Tensor, attends: list[Attend]) -> Tensor:
         """Hidden states of slots [T] among entered values, padded to a multiple of ROWS_OF_A_PRODUCT."""

@@ -20,7 +20,7 @@ from models.attention.local_attention import local_attention
 from models.decoding import Decoding, generate
 from models.diagonal_bilstm import DiagonalBiLSTM, DiagonalBiLSTMConfig
 from models.gated_pixelcnn import GatedPixelCNN, GatedPixelCNNConfig, RowsAbove
-from models.image_transformer import network
+from models.image_transformer import channel_tokens, network
 from models.image_transformer.family import ImageTransformer
 from models.image_transformer.layer import attend_in_turn
 from models.image_transformer.shape import Attention, Dilated1D, Fixed1D, Full, Local1D, Local2D, Sliding1D, Strided1D
@@ -43,6 +43,7 @@ from models.recompute_decoder import RecomputeDecoder
 from models.row_lstm import RowLSTM, RowLSTMConfig, RowLSTMLayer
 from models.weight_norm import layers
 from tests.support.tiny_model import (
+    CHANNELS_OF_PIXELS,
     GIVEN,
     MIXTURE,
     MODERN,
@@ -100,6 +101,10 @@ FAMILIES: dict[str, ModelConfig] = {
     "image_transformer, stem of sub-pixels": tiny_config(**MODERN, stem="neighbourhood", attention=WHOLE_PIXELS),
     "image_transformer, predictors and stem of sub-pixels": tiny_config(
         **NEIGHBOURS_OF_SUBPIXELS, **MODERN, **GIVEN["classes"], attention=WHOLE_PIXELS
+    ),
+    "image_transformer, channels of pixels": tiny_config(input="ordinal", output=PredictorCategoricalOutput()),
+    "image_transformer, channels of pixels, 2d, stem": tiny_config(
+        **CHANNELS_OF_PIXELS, **MODERN, **GIVEN["super-resolution"], attention=FLANGES[0]
     ),
     "pixelcnn": PixelCNNConfig(**PIXELCNN),
     "pixelcnn, no multiple of three": PixelCNNConfig(**PIXELCNN | ODD),
@@ -252,6 +257,15 @@ def with_channels_that_are_one_further(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def with_all_channels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = channel_tokens.of_own_pixel
+    monkeypatch.setattr(
+        channel_tokens,
+        "of_own_pixel",
+        lambda pixels, missed, channels: original(pixels, missed, torch.full_like(channels, 2)),
+    )
+
+
 def with_neighbours_of_its_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the stem says of the pixel to the right, whose own left neighbour is the pixel itself."""
     original = neighbours.NeighbourhoodStem.of_images
@@ -267,6 +281,10 @@ LEAKS = [
     ("image_transformer, predictors of sub-pixels", with_all_channels_known),
     ("image_transformer, stem of sub-pixels", with_neighbours_of_another_order),
     ("image_transformer, stem of sub-pixels", with_channels_that_are_one_further),
+    ("image_transformer, channels of pixels", with_the_pixel_as_its_neighbour),
+    ("image_transformer, channels of pixels", with_all_channels_known),
+    ("image_transformer, channels of pixels", with_all_channels_of_its_own),
+    ("image_transformer, channels of pixels, 2d, stem", with_neighbours_of_another_order),
     ("pixelcnn", with_mask_b_first),
     ("pixelcnn", with_two_groupings),
     ("gated_pixelcnn", with_mask_b_first),

@@ -39,6 +39,8 @@ MIXTURE = {"input": "ordinal", "output": MixtureOutput(components=3)}
 NEIGHBOURS = {"input": "ordinal", "output": PredictorMixtureOutput(scales=1), "stem": "neighbourhood"}
 """Everything that sees the pixels around."""
 NEIGHBOURS_OF_SUBPIXELS = {"output": PredictorCategoricalOutput(), "stem": "neighbourhood"}
+CHANNELS_OF_PIXELS = {"input": "ordinal", "output": PredictorCategoricalOutput(), "stem": "neighbourhood"}
+"""A token for each pixel, whose channels are drawn one after the other."""
 HEADS: dict[str, dict[str, Any]] = {"sub-pixels": {}, "pixels": PIXELS, "mixture": MIXTURE}
 """What a position is and how it is distributed."""
 

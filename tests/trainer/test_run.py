@@ -178,6 +178,11 @@ VARIANTS = {
     "class-conditional": {"model.num_classes": 12, "model.block": "paper", "model.norm": "post", "model.dropout": 0.1},
     "super-resolution": CATEGORICAL
     | {"model.super_resolution.small_size": 2, "model.super_resolution.encoder_layers": 1, "train.zero_stage": 3},
+    "channels of pixels": {
+        "model.output": "predictor_categorical",
+        "model.stem": "neighbourhood",
+        "train.zero_stage": 3,
+    },
 }
 
 

@@ -498,7 +498,6 @@ BAD = [
     ({"attention": (Full(), Local2D(query_block=(2, 2), memory=(0, 0)))}, "attention.1: generates or stores"),
     ({"output": MixtureOutput()}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
     ({"output": PredictorMixtureOutput()}, "makes a sequence of sub-pixels; set input to 'ordinal'"),
-    ({**PIXELS, "output": PredictorCategoricalOutput()}, "makes a sequence of pixels; set input to 'categorical'"),
     ({"stem": "neighbourhood", "attention": Local2D(query_block=(2, 2), memory=(0, 0))}, "sub-pixels cuts a pixel"),
     ({**MODERN, "norm": "post"}, "the modern block is made for 'pre'"),
     ({"width": 18}, "width: 18 is not a multiple of 4"),

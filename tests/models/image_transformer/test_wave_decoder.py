@@ -21,6 +21,7 @@ from models.recompute_decoder import RecomputeDecoder
 from tests.models.test_likelihood import channel_distributions
 from tests.support.tiny_model import (
     BLOCKS,
+    CHANNELS_OF_PIXELS,
     GIVEN,
     HEADS,
     MODERN,
@@ -48,7 +49,7 @@ def opinionated(model: ImageTransformer) -> ImageTransformer:
 def decoding_of(model: ImageTransformer, num_images: int, *, keep: int = 0, **options: Any) -> Decoding:
     """The decoding of which the first `keep` values are known, and of which options may be those of the decoder."""
     how = {name: options.pop(name) for name in ("in_waves", "look_ahead") if name in options}
-    known = torch.arange(model.length) < keep
+    known = torch.arange(len(model.generation_order)) < keep
     return Decoding(model, num_images, seed=0, known=known, decoder=partial(model.decoder, **how), **options)
 
 
@@ -57,7 +58,7 @@ def decoded_parameters(model: ImageTransformer, num_images: int, **options: Any)
     decoding = decoding_of(model, num_images, **options)
     steps = [(step.positions, decoding.parameters.clone()) for step in decoding]
     positions, parameters = torch.cat([p for p, _ in steps]), torch.cat([p for _, p in steps], dim=1).flatten(2)
-    by_position = parameters.new_full((num_images, model.length, parameters.shape[2]), math.nan)
+    by_position = parameters.new_full((num_images, len(model.generation_order), parameters.shape[2]), math.nan)
     assert len(positions.unique()) == len(positions) == parameters.shape[1]
     by_position[:, positions] = parameters
     return decoding.images, by_position, positions
@@ -97,6 +98,7 @@ SEEING = {
     **{name: {**changes, **NEIGHBOURS} for name, changes in PATTERNS.items()},
     "sub-pixels": NEIGHBOURS_OF_SUBPIXELS,
     "sub-pixels, 2d": {**NEIGHBOURS_OF_SUBPIXELS, "attention": Local2D(query_block=(2, 6), memory=(2, 3))},
+    **{f"channels, {name}": {**changes, **CHANNELS_OF_PIXELS} for name, changes in PATTERNS.items()},
 }
 
 
@@ -109,7 +111,7 @@ def test_what_sees_neighbours_draws_what_the_plainest_decoder_draws(seeing: str,
     generator = torch.Generator().manual_seed(0)
     told = {
         "images": random_images(number, 4),
-        "known": torch.rand(model.length, generator=generator) < 0.3,
+        "known": torch.rand(len(model.generation_order), generator=generator) < 0.3,
         "given": random_given(model.config, number),
         "sampling": Sampling(guidance=1.5 if guided else 1.0),
     }
@@ -365,26 +367,31 @@ def test_guidance_by_0_draws_what_no_class_does() -> None:
     assert not torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[2], drawn[3])
 
 
+DRAWN = {**HEADS, "channels": CHANNELS_OF_PIXELS}
+
+
 @pytest.mark.parametrize("options", [{}, {"top_k": 5, "top_p": 0.9, "guidance": 2.0}], ids=["plain", "all options"])
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", DRAWN)
 def test_a_step_can_be_captured(head: str, block: str, options: dict[str, Any]) -> None:
     """What a graph needs: no look at a value on the host, which tensors without values show, and a step that can be
     done again, as it is before the capture."""
-    model = build(**PATTERNS["2d block shift"], **HEADS[head], **BLOCKS[block], **GUIDED)
+    model = build(**PATTERNS["2d block shift"], **DRAWN[head], **BLOCKS[block], **GUIDED)
     given, sampling = Given(labels=torch.tensor([1, 4])), Sampling(**options)
     decoding = decoding_of(model, 2, given=given, sampling=sampling, look_ahead=False)
     decoder = decoder_of(decoding)
     for number, _ in enumerate(decoding):
-        after = decoder._step.clone()
-        if number == 0:
+        after, (rows, turn) = decoder._step.clone(), decoder._last
+        if number < decoder._turns:
+            hidden = decoder._hidden_of[rows]
             with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-                decoder._draw_next(1)
+                decoder._draw_next(rows, turn)
             decoder._step.copy_(after)
-        if number % 3 == 1:
-            decoder._step.copy_(after - 1)
+            decoder._hidden_of[rows] = hidden
+        if number % 4 == 1:
+            decoder._step.copy_(after - 1 if turn == decoder._turns - 1 else after)
             with torch.no_grad():
-                decoder._draw_next(decoder._num_rows)
+                decoder._draw_next(rows, turn)
             assert torch.equal(decoder._step, after)
     assert torch.equal(decoding.images, generate(model, 2, seed=0, given=given, sampling=sampling))
 
@@ -392,11 +399,11 @@ def test_a_step_can_be_captured(head: str, block: str, options: dict[str, Any]) 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", DRAWN)
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_captured_steps_are_the_full_forward_pass(pattern: str, head: str, block: str) -> None:
-    model = build(**PATTERNS[pattern], **HEADS[head], **BLOCKS[block]).cuda()
+    model = build(**PATTERNS[pattern], **DRAWN[head], **BLOCKS[block]).cuda()
     images, decoded, _ = decoded_parameters(model, 3)
     with torch.no_grad():
-        full = model(images).reshape(3, model.length, -1)
+        full = model(images).reshape(3, len(model.generation_order), -1)
     torch.testing.assert_close(decoded, full, rtol=0, atol=1e-4)
