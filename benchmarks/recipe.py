@@ -109,6 +109,13 @@ CATEGORICAL = (
     _model("stem of neighbours", stem="neighbourhood"),
     _model("logits around guesses", output={"kind": "predictor_categorical"}),
     _model("both", stem="neighbourhood", output={"kind": "predictor_categorical"}),
+    _model(
+        "both, a token for each pixel",
+        input="ordinal",
+        stem="neighbourhood",
+        output={"kind": "predictor_categorical"},
+        attention={"kind": "local_1d", "query_block": 32, "memory": 32},
+    ),
 )
 """Added to a small model of 256 logits a sub-pixel; configs/imagenet64_big.yaml takes both."""
 
