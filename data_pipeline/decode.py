@@ -9,9 +9,10 @@ import warnings
 
 from PIL import Image, UnidentifiedImageError
 
-from data_pipeline.storage import EXIT_CORRUPT, DataError
+from data_pipeline.storage import EXIT_CORRUPT, DataError, lacks_memory
 
 LARGEST_IMAGE_PIXELS = 100_000_000
+BYTES_A_PIXEL = 8  # while an image is decoded and converted
 EXIF_ORIENTATION = 0x0112
 UNUSUAL_MODES = {
     "CMYK": "cmyk",
@@ -45,8 +46,9 @@ def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image
 
     ``edge``: width and height that the image must have, if that is known.
     DataError (exit code 65) names the file when it is damaged, absurdly large, or of a kind without an obvious
-    conversion to 8-bit RGB.
+    conversion to 8-bit RGB. MemoryError stays what it is where the memory is too small for an image of that size.
     """
+    needed = len(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about EXIF that does not parse, which a few files of ImageNet have
@@ -55,6 +57,7 @@ def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image
                 raise DataError(f"{name} has {image.width} x {image.height} pixels: remove it", EXIT_CORRUPT)
             if edge is not None and image.size != (edge, edge):
                 raise DataError(f"{name} is {image.width} x {image.height}, not {edge} x {edge}", EXIT_CORRUPT)
+            needed += BYTES_A_PIXEL * image.width * image.height
             notes = tuple(oddities(image, name))
             image.load()
             return image if image.mode == "RGB" else image.convert("RGB"), notes
@@ -62,6 +65,8 @@ def decode_image(data: bytes, name: str, edge: int | None = None) -> tuple[Image
         raise
     # Pillow's decoders raise nearly anything for damaged files (struct.error, SyntaxError, IndexError, ...).
     except Exception as error:  # noqa: BLE001
+        if lacks_memory(error, needed):
+            raise
         what = f"is damaged ({type(error).__name__}: {error})"
         if isinstance(error, UnidentifiedImageError):
             what = f"is not an image (it is {kind_of(data)}, and {', '.join(SUFFIXES)} are read)"

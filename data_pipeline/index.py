@@ -34,9 +34,9 @@ from data_pipeline.manifest import (
 from data_pipeline.packing.input_files import is_of_programs, refuse_gaps, warn_of_gaps
 from data_pipeline.packing.progress import PackingProgress
 from data_pipeline.packing.tasks import Staged
-from data_pipeline.packing.workers import count_progress, run_all
+from data_pipeline.packing.workers import count_progress, run_all, without_memory
 from data_pipeline.shard_format import BLOCK_IMAGES
-from data_pipeline.storage import EXIT_CORRUPT, DataError, Store
+from data_pipeline.storage import EXIT_CORRUPT, EXIT_UNREACHABLE, DataError, Store
 from data_pipeline.terminal import guard_terminal
 from data_pipeline.wording import counted
 
@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"index: {error}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"index: {without_memory(error)}", file=sys.stderr)
+        return EXIT_UNREACHABLE
     images, shards = counted(manifest.count, "image"), counted(len(manifest.shards), "shard")
     print(f"{options.url}: indexed {images} of {manifest.name}, {shards}")
     for extension, count in manifest.source.get("ignored_members", {}).items():

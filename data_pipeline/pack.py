@@ -32,7 +32,8 @@ from data_pipeline.packing.sources_imagenet import (
 from data_pipeline.packing.sources_parquet import imagenet_parquet
 from data_pipeline.packing.sources_photographs import photographs
 from data_pipeline.packing.steps import Workforce, pack
-from data_pipeline.storage import DataError
+from data_pipeline.packing.workers import without_memory
+from data_pipeline.storage import EXIT_UNREACHABLE, DataError
 from data_pipeline.terminal import guard_terminal
 from data_pipeline.wording import counted
 
@@ -105,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DataError as error:
         print(f"pack: {error}", file=sys.stderr)
         return error.exit_code
+    except MemoryError as error:
+        print(f"pack: {without_memory(error)}", file=sys.stderr)
+        return EXIT_UNREACHABLE
     except ValueError as error:
         print(f"pack: {error}", file=sys.stderr)
         return 2

@@ -352,6 +352,20 @@ class RangeIgnored(Exception):
     """A server sent more than the part of an object that it was asked for."""
 
 
+def lacks_memory(error: Exception, needed_bytes: int) -> bool:
+    """Whether an error says that the memory ran out, and not that a damaged file asked for more than there is anywhere.
+
+    ``needed_bytes``: what a whole file of that kind needs.
+    """
+    if not isinstance(error, MemoryError):
+        return False
+    try:
+        bytearray(needed_bytes)
+    except MemoryError:
+        return True
+    return False
+
+
 def scheme_of(url: str) -> str:
     """The filesystem a URL names; ``DataError`` for one that is not for data, or that carries a secret."""
     if not url.strip():

@@ -21,11 +21,12 @@ from data_pipeline.packing.archive_groups import DAMAGE_OF_TARS, DAMAGE_OF_ZIPS,
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES, WNIDS_IN_DEVKIT_ORDER
 from data_pipeline.packing.input_files import input_files
 from data_pipeline.packing.source import GROUP_IMAGES, Group, Item, Source, listing_digest
-from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, normalised, split_url
+from data_pipeline.storage import EXIT_CORRUPT, DataError, Store, lacks_memory, normalised, split_url
 from data_pipeline.wording import counted
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_FILES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "validation": ["test_batch"]}
+LARGEST_LABELS_BYTES = 1 << 26
 LARGEST_BATCH_BYTES = 4 << 30
 ROWS_AT_ONCE = 1024
 CHRABASZCZ_BATCHES = 10  # of the training set
@@ -193,10 +194,12 @@ def npz_batch(url: str, size: int) -> tuple[Iterator[np.ndarray], Sequence[int]]
     archive = open_zip(url)
     try:
         with archive.open("labels.npy") as file:
-            labels = np.lib.format.read_array(io.BytesIO(file.read(1 << 26)), allow_pickle=False)
+            labels = np.lib.format.read_array(io.BytesIO(file.read(LARGEST_LABELS_BYTES)), allow_pickle=False)
         data = archive.open("data.npy")
         shape, _ = npy_shape(data, url)
-    except (KeyError, ValueError, *DAMAGE_OF_ZIPS) as error:
+    except (KeyError, ValueError, MemoryError, *DAMAGE_OF_ZIPS) as error:
+        if lacks_memory(error, 2 * LARGEST_LABELS_BYTES):
+            raise
         raise DataError(f"{url} is not a batch with the arrays data and labels: {error}", EXIT_CORRUPT) from error
     if shape[1:] != (3 * size**2,):
         raise DataError(f"{url} holds rows of {shape[1:]} values, not images of --size {size}")
@@ -241,6 +244,8 @@ def pickled_batch(url: str, member: str | None, size: int) -> tuple[Iterator[np.
         fields = {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
     # A pickle is a program; a damaged one fails in any way.
     except Exception as error:  # noqa: BLE001
+        if lacks_memory(error, 2 * len(data)):
+            raise
         raise DataError(f"{where} is not a pickled batch of pixels and labels: {error}", EXIT_CORRUPT) from error
     rows, labels = fields.get("data"), fields.get("labels")
     if not isinstance(rows, np.ndarray) or rows.dtype != np.uint8 or rows.ndim != 2 or not isinstance(labels, list):

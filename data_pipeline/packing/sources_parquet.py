@@ -13,10 +13,11 @@ from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
 from data_pipeline.packing.input_files import input_files, refuse_gaps, warn_of_gaps
 from data_pipeline.packing.source import Item, Source, listing_digest
 from data_pipeline.packing.sources_imagenet import WNID
-from data_pipeline.storage import EXIT_CORRUPT, DataError, normalised
+from data_pipeline.storage import EXIT_CORRUPT, DataError, lacks_memory, normalised
 from data_pipeline.typed_records import parse_object
 
 COLUMNS = ["image", "label"]
+FOOTER_BYTES = 1 << 26  # more than a file's directory has
 METADATA_KEY = b"huggingface"  # of the schema; its value is JSON
 # How Hugging Face calls some of ILSVRC2012's classes, whose order is that of their WordNet ids.
 IMAGENET_NAMES = {0: "tench", 1: "goldfish", len(IMAGENET_CLASSES) - 1: "toilet tissue"}
@@ -41,6 +42,8 @@ class RowGroup:
         except DataError:
             raise
         except Exception as error:  # noqa: BLE001  # pyarrow has OSError, ArrowInvalid and others for damage
+            if lacks_memory(error, 2 * file.metadata.row_group(self.number).total_byte_size):
+                raise
             raise DataError(f"{self.name} is damaged: {error}", EXIT_CORRUPT) from error
         for row, (image, label) in enumerate(zip(table["image"], table["label"], strict=True)):
             where = f"{self.url} row group {self.number} row {row}"
@@ -123,6 +126,8 @@ def open_parquet(url: str) -> Any:
     try:
         file = parquet.ParquetFile(open_range(url))
     except (arrow.ArrowException, OSError) as error:
+        if lacks_memory(error, FOOTER_BYTES):
+            raise
         raise DataError(f"{url} is not a parquet file, or is cut off: {error}", EXIT_CORRUPT) from error
     missing = [column for column in COLUMNS if column not in file.schema_arrow.names]
     if missing:

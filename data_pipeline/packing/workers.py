@@ -48,6 +48,14 @@ def run_all(tasks: Sequence[Task], workers: int, progress: Any) -> Iterator[tupl
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def without_memory(error: MemoryError) -> str:
+    """The sentence for memory that ran out in a process which could still say so."""
+    said = f" ({error})" if str(error) else ""
+    return (
+        f"the memory ran out{said}: use fewer --workers, or a machine with more of it, and run the same command again"
+    )
+
+
 def run_task(task: Task) -> Any:
     return task.run()
 

@@ -74,6 +74,27 @@ def test_a_destination_with_another_data_set_is_refused(
     assert message in capsys.readouterr().err
 
 
+TOO_LARGE = """
+import resource, sys
+from pathlib import Path
+
+from PIL import Image
+from data_pipeline.pack import main
+
+Image.new("L", (9999, 9999)).save(sys.argv[1] + "/a.png", compress_level=1)
+held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + (100 << 20),) * 2)
+options = ["--size", "8", "--split", "train", "--workers", "1", "--max-skipped", "1"]
+sys.exit(main(["--source", "folder", "--input", sys.argv[1], "--dest", sys.argv[1] + "/packed", *options]))
+"""
+
+
+def test_memory_that_runs_out_is_not_called_damage(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", TOO_LARGE, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 69 and "Traceback" not in done.stderr, done.stderr
+    assert "pack: the memory ran out: use fewer --workers" in done.stderr and "damaged" not in done.stderr
+
+
 def test_a_folder_with_other_files_or_an_unfinished_packing_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

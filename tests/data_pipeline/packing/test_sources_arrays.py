@@ -156,6 +156,25 @@ def test_a_hole_in_compressed_batches_is_named(tmp_path: Path) -> None:
             assert caught.value.exit_code == 65
 
 
+@pytest.mark.parametrize(
+    ("name", "reader"), [("val_data", "BatchUnpickler.load"), ("val_data.npz", "np.lib.format.read_array")]
+)
+def test_memory_that_runs_out_is_damage_only_where_there_is_enough(
+    name: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    put_batch(tmp_path, name, PLANAR, LABELS)
+    monkeypatch.setattr(f"data_pipeline.packing.sources_arrays.{reader}", full)
+    with pytest.raises(DataError, match="Unable to allocate 9 TiB") as caught:
+        items_of(chrabaszcz(str(tmp_path), "validation", 8))
+    assert caught.value.exit_code == 65
+    monkeypatch.setattr("data_pipeline.storage.bytearray", full, raising=False)
+    with pytest.raises(MemoryError):
+        items_of(chrabaszcz(str(tmp_path), "validation", 8))
+
+
 def test_a_npz_with_pickled_objects_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "val_data.npz", data=PLANAR, labels=np.array([{"an": "object"}], dtype=object))
     with pytest.raises(DataError, match="is not a batch"):

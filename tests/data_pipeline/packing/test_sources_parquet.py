@@ -7,6 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_pipeline import storage
 from data_pipeline.packing.imagenet_classes import IMAGENET_CLASSES
 from data_pipeline.packing.sources_parquet import imagenet_parquet
 from data_pipeline.storage import DataError
@@ -128,6 +129,24 @@ def test_odd_names_of_labels_are_damage(metadata: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="train-0.parquet is damaged: .*labels") as caught:
         imagenet_parquet(str(tmp_path), "train")
     assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("place", ["__init__", "read_row_group"])
+def test_memory_that_runs_out_is_damage_only_where_there_is_enough(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise pyarrow.ArrowMemoryError("malloc of size 64 failed")
+
+    put_parquet(tmp_path / "train-0.parquet", slice(0, 3))
+    group = imagenet_parquet(str(tmp_path), "train").groups[0]
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, place, full)
+    with pytest.raises(DataError, match="malloc of size 64 failed") as caught:  # it asked for far too much
+        list(group.read())
+    assert caught.value.exit_code == 65
+    monkeypatch.setattr(storage, "bytearray", full, raising=False)
+    with pytest.raises(MemoryError, match="malloc of size 64 failed"):
+        list(group.read())
 
 
 def test_a_damaged_page_is_damage(tmp_path: Path) -> None:
