@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -239,8 +239,7 @@ class Option:
         config = self.altered()
         ratio = self.base.model.account().flops.training / config.model.account().flops.training
         found = wanted(self.base, self.budget * ratio, seed)
-        fields = dataclasses.replace(config.model)
-        return Wanted(dataclasses.replace(found.config, model=fields), found.validation_images)
+        return Wanted(dataclasses.replace(found.config, model=config.model), found.validation_images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +264,7 @@ class AlteredConfig(ImageTransformerConfig):
         return found
 
 
+@cache
 def options() -> dict[str, Option]:
     """By name."""
     near = WITHOUT[-1].applied_to(recipe())
@@ -341,9 +341,10 @@ def add_result(path: Path, option: Option, seed: int, result: Result) -> None:
 
 def make_missing(path: Path) -> None:
     """Make the runs that the file lacks, seed after seed."""
+    made = read_results(path)
     for seed in SEEDS:
         for option in options().values():
-            if (option.name, seed) not in read_results(path):
+            if (option.name, seed) not in made:
                 print(f"{option.name}, seed {seed}", file=sys.stderr, flush=True)
                 add_result(path, option, seed, measure(option, seed))
 
